@@ -1,0 +1,26 @@
+# `make repro` runs the paper; `make test` proves the parts. Both set up .venv first and can be repeated at will.
+PYTHON ?= python3
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export OMP_WAIT_POLICY := PASSIVE
+
+.PHONY: repro test setup lock
+repro: setup ## the whole pipeline, then the table
+	@dvc repro
+	@python -m stages.show
+
+test: setup ## the test suite
+	@python -m pytest -q
+
+setup: .venv/.installed ## .venv with the pinned requirements.txt
+
+.venv/.installed: requirements.txt
+	@echo "Setting up .venv with the packages pinned in requirements.txt (about 6 GB, a few minutes the first time)."
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' || { echo "error: Python 3.10 to 3.13 is needed; `$(PYTHON) --version` was found. Try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --upgrade pip
+	@$(BIN)/python -m pip install --quiet --progress-bar on -r requirements.txt
+	@touch $@
+
+lock: ## requirements.txt anew from requirements.in (needs uv)
+	uv pip compile --universal --python-version 3.10 --no-header --quiet requirements.in -o requirements.txt

@@ -1,0 +1,52 @@
+"""Weights as safetensors, and the resumable state of a training run.
+
+The state lives outside DVC's outs, in .scratch/<stage>-<fingerprint>/: DVC deletes outs before a run. A killed
+run with the same fingerprint continues from it and ends in the same bytes; another recipe starts afresh.
+"""
+
+import hashlib
+import io
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save as safetensors_bytes
+
+from milan.files import SCRATCH, code_digest, fingerprint, write_whole
+
+def save_weights(path: Path, weights: dict[str, torch.Tensor], **metadata: str) -> None:
+    """safetensors with string metadata; equal weights give equal bytes."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(weights.items())}
+    write_whole(path, safetensors_bytes(tensors, {key: str(value) for key, value in sorted(metadata.items())}))
+
+
+class Scratch:
+    """The resumable state of one run: the last two saves, each with its digest."""
+
+    def __init__(self, name: str, recipe: str):
+        """name: the stage's; recipe: its fingerprint. Edited code does not continue an older run's state."""
+        self.folder = SCRATCH / f"{name}-{fingerprint(recipe, code_digest())}"
+
+    def saves(self) -> list[Path]:
+        return sorted(self.folder.glob("state-*.pt"), reverse=True)
+
+    def save(self, step: int, state: dict) -> None:
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        data = buffer.getvalue()
+        write_whole(self.folder / f"state-{step:09d}.pt", hashlib.sha256(data).digest() + data)
+        for old in self.saves()[2:]:
+            old.unlink(missing_ok=True)
+
+    def load(self, map_location: str | torch.device = "cpu") -> dict | None:
+        """The newest state that is whole, or None; damaged ones are named and passed over."""
+        for path in self.saves():
+            data = path.read_bytes()
+            if hashlib.sha256(data[32:]).digest() == data[:32]:
+                return torch.load(io.BytesIO(data[32:]), map_location=map_location, weights_only=True)
+            print(f"{path} is damaged (its digest does not match); falling back to the save before it.", file=sys.stderr)
+        return None
+
+    def clean(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,0 +1,46 @@
+"""The fine-tuned classifier: a ViT with a head, and the loss it is trained on."""
+
+import torch
+from timm.data.mixup import Mixup
+from timm.loss import SoftTargetCrossEntropy
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from milan.encoder import build_vit
+from milan.params import Finetune, Model
+
+POOLS = {"mean": "avg", "cls": "token"}
+
+
+def build_classifier(model: Model, finetune: Finetune, classes: int, encoder: dict[str, Tensor]) -> VisionTransformer:
+    """timm's ViT on the pretrained encoder, all of it trainable, positions included. With mean pooling a new norm
+    follows the pool and the encoder's final one is not used (models_vit.py, global_pool). Head N(0, 0.02)."""
+    vit = build_vit(model, num_classes=classes, global_pool=POOLS[finetune.pooling], drop_path_rate=finetune.drop_path)
+    fresh = {"head.weight", "head.bias", "fc_norm.weight", "fc_norm.bias"}
+    wanted = set(vit.state_dict()) - fresh
+    vit.load_state_dict({name: tensor for name, tensor in encoder.items() if name in wanted}, strict=False)
+    nn.init.trunc_normal_(vit.head.weight, std=0.02)
+    nn.init.zeros_(vit.head.bias)
+    return vit
+
+
+class FinetuneLoss(nn.Module):
+    """Cross entropy under mixup, cutmix and label smoothing (timm's)."""
+
+    def __init__(self, vit: VisionTransformer, finetune: Finetune, classes: int):
+        super().__init__()
+        self.vit, self.smoothing = vit, finetune.label_smoothing
+        mixes = finetune.mixup > 0 or finetune.cutmix > 0
+        self.mixup = (
+            Mixup(finetune.mixup, finetune.cutmix, prob=1.0, switch_prob=0.5, mode="batch", label_smoothing=self.smoothing, num_classes=classes)
+            if mixes
+            else None
+        )
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        """images (B, 3, S, S) normalised, labels (B,) -> scalar. Under mixup B must be even."""
+        if self.mixup is None:
+            return nn.functional.cross_entropy(self.vit(images).float(), labels, label_smoothing=self.smoothing)
+        with torch.autocast(images.device.type, enabled=False):
+            images, targets = self.mixup(images, labels)
+        return SoftTargetCrossEntropy()(self.vit(images).float(), targets)

@@ -1,0 +1,151 @@
+"""The frozen CLIP image tower: images -> features of all tokens and the importance of each patch.
+
+open_clip's own model does the work; this file only reads two things out of it that it does not return:
+the projected features of every token, and the last block's class-token attention (paper section 3.3).
+"""
+
+import json
+from pathlib import Path
+
+import open_clip
+import torch
+from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from milan.errors import UserError
+from milan.params import TinyClip
+
+
+class ClipTower(nn.Module):
+    """An open_clip vision transformer, read as MILAN's teacher."""
+
+    def __init__(self, visual: nn.Module):
+        super().__init__()
+        if not hasattr(visual, "transformer") or getattr(visual, "attn_pool", None) is not None:
+            raise UserError("The teacher must be a CLIP vision transformer with a class token (such as ViT-B-16).")
+        self.visual = visual
+
+    @property
+    def feature_dim(self) -> int:
+        return self.visual.proj.shape[1]
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised images (B, 3, H, W) -> features (B, 1+N, D) after ln_post and projection, class token
+        first; importance (B, N) float32: the last block's attention from the class token to each patch, mean
+        over heads after the softmax, class key dropped, not renormalised (reference: clip_demo.py)."""
+        tokens = self.visual._embeds(images)
+        *blocks, last = self.visual.transformer.resblocks
+        for block in blocks:
+            tokens = block(tokens)
+        importance = cls_attention(last, tokens)[:, 1:]
+        tokens = self.visual.ln_post(last(tokens))
+        return tokens @ self.visual.proj.to(tokens.dtype), importance
+
+
+def cls_attention(block: nn.Module, tokens: Tensor) -> Tensor:
+    """Attention of the class token over all tokens, (B, 1+N), mean over heads: one query, never the matrix."""
+    attention = block.attn
+    batch, length, width = tokens.shape
+    heads = attention.num_heads
+    normed = block.ln_1(tokens)
+    weight, bias = attention.in_proj_weight, attention.in_proj_bias
+    query = nn.functional.linear(normed[:, :1], weight[:width], bias[:width])
+    keys = nn.functional.linear(normed, weight[width : 2 * width], bias[width : 2 * width])
+    query = query.view(batch, 1, heads, -1).transpose(1, 2).float()
+    keys = keys.view(batch, length, heads, -1).transpose(1, 2).float()
+    with torch.autocast(tokens.device.type, enabled=False):
+        logits = query @ keys.transpose(-2, -1) * (width // heads) ** -0.5
+    return logits.softmax(dim=-1).mean(dim=1).squeeze(1)
+
+
+def build_tiny(config: TinyClip, image_size: int, patch_size: int, vocabulary: int) -> CLIP:
+    """open_clip's CLIP at toy size. `conv_stem` replaces the patch embedding by a small convolutional stem on
+    the same grid: a plain one does not learn shape from the built-in world in minutes (Xiao et al. 2021)."""
+    vision = CLIPVisionCfg(
+        layers=config.layers, width=config.width, head_width=config.head_width, patch_size=patch_size, image_size=image_size
+    )
+    text = CLIPTextCfg(
+        context_length=config.context_length,
+        vocab_size=vocabulary,
+        width=config.text_width,
+        heads=config.text_heads,
+        layers=config.text_layers,
+    )
+    model = CLIP(config.embed_dim, vision_cfg=vision, text_cfg=text)
+    if config.conv_stem:
+        model.visual.conv1 = conv_stem(config.width, patch_size)
+    return model
+
+
+def conv_stem(width: int, patch_size: int) -> nn.Sequential:
+    """(B, 3, H, W) -> (B, width, H/patch, W/patch) by 3x3 stride-2 convolutions and a 1x1 one. GroupNorm, not
+    BatchNorm: a sample's features depend on no other sample, nor on the number of processes."""
+    halvings = patch_size.bit_length() - 1
+    if 2**halvings != patch_size:
+        raise UserError(f"teacher.tiny.conv_stem needs a patch size that is a power of two, not {patch_size}; set it to false.")
+    layers: list[nn.Module] = []
+    channels = 3
+    for i in range(halvings):
+        out = max(width >> (halvings - 1 - i), 32)
+        layers += [nn.Conv2d(channels, out, 3, stride=2, padding=1, bias=False), nn.GroupNorm(8, out), nn.ReLU()]
+        channels = out
+    return nn.Sequential(*layers, nn.Conv2d(channels, width, 1))
+
+
+class Tokenizer:
+    """open_clip's byte-pair tokenizer, with the ids that occur in a corpus renumbered in order: a text tower
+    for fifty words needs no table of 49,408. Ids outside the corpus become padding (id 0)."""
+
+    def __init__(self, context_length: int, ids: list[int] | None = None):
+        self.bpe = open_clip.SimpleTokenizer(context_length=context_length)
+        self.context_length = context_length
+        self.ids = torch.tensor(ids) if ids is not None else None
+
+    @classmethod
+    def of_corpus(cls, captions: list[str], context_length: int) -> "Tokenizer":
+        found = cls(context_length).bpe(sorted(set(captions))).unique()
+        return cls(context_length, sorted({0, *found.tolist()}))
+
+    def __len__(self) -> int:
+        return len(self.ids) if self.ids is not None else self.bpe.vocab_size
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        """(B, context_length) int64; the end-of-text id is the highest, as open_clip's pooling expects."""
+        tokens = self.bpe(texts)
+        if self.ids is None:
+            return tokens
+        places = torch.searchsorted(self.ids, tokens).clamp_max(len(self.ids) - 1)
+        return torch.where(self.ids[places] == tokens, places, torch.zeros_like(places))
+
+
+def save_teacher(folder: Path, model: CLIP, config: dict) -> None:
+    """teacher.safetensors (image and text tower) and teacher.json, which says how to build the model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(weights, folder / "teacher.safetensors")
+    (folder / "teacher.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+
+
+def load_teacher(folder: Path) -> tuple[CLIP, Tokenizer, dict]:
+    """The frozen model in evaluation mode, its tokenizer and its config."""
+    folder = Path(folder)
+    config = json.loads((folder / "teacher.json").read_text())
+    if config["kind"] == "tiny":
+        tokenizer = Tokenizer(config["tiny"]["context_length"], config["token_ids"])
+        model = build_tiny(TinyClip(**config["tiny"]), config["image_size"], config["patch_size"], len(tokenizer))
+    else:
+        tokenizer = Tokenizer(config["model"]["text_cfg"].get("context_length", 77))
+        model = CLIP(**config["model"])
+    model.load_state_dict(load_file(folder / "teacher.safetensors"))
+    return model.eval().requires_grad_(False), tokenizer, config
+
+
+def text_classifier(model: CLIP, tokenizer: Tokenizer, classes: list[str], prompts: list[str]) -> Tensor:
+    """(D, C) float32: unit text features of each class, averaged over the prompts ("a photo of a {}")."""
+    columns = []
+    with torch.no_grad():
+        for name in classes:
+            features = model.encode_text(tokenizer([prompt.format(name) for prompt in prompts]), normalize=True)
+            columns.append(nn.functional.normalize(features.mean(dim=0), dim=0))
+    return torch.stack(columns, dim=1).float()

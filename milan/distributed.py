@@ -1,0 +1,150 @@
+"""Thin words over torch.distributed: one function, in one process or in many (torchrun's own launcher)."""
+
+import contextlib
+import json
+import logging
+import os
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from milan.errors import UserError
+from milan.params import Compute
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def resolve_device(compute: Compute) -> torch.device:
+    """The device of this process: cuda:<local rank> or cpu."""
+    kind = compute.device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError("compute.device is cuda, but torch sees no GPU here. Use `-S compute.device=auto` or check the driver.")
+    return torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device("cpu")
+
+
+def resolve_precision(compute: Compute, device: torch.device) -> str:
+    """fp32, bf16 or fp16; auto takes bf16 where the hardware computes in it."""
+    if compute.precision != "auto":
+        return compute.precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    capable = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return "bf16" if capable else "fp32"
+
+
+def autocast(precision: str, device: torch.device):
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+    return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")
+
+
+def set_up(compute: Compute) -> torch.device:
+    """Threads, determinism and device of this process; called at the start of every process."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch|open_clip")
+    torch.set_num_threads(compute.threads)
+    device = resolve_device(compute)
+    if compute.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    return device
+
+
+def launch(function: Callable[..., dict], compute: Compute, *arguments) -> dict:
+    """Run function(*arguments) in compute.processes processes on this node (times compute.nodes); the value
+    returned by rank 0. A UserError in any process is raised here; the others are stopped."""
+    if compute.processes * compute.nodes == 1:
+        return function(*arguments)
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    with tempfile.TemporaryDirectory() as folder:
+        config = LaunchConfig(
+            min_nodes=compute.nodes,
+            max_nodes=compute.nodes,
+            nproc_per_node=compute.processes,
+            run_id=os.environ.get("SLURM_JOB_ID", "milan"),
+            rdzv_backend="c10d",
+            rdzv_endpoint=os.environ.get("MILAN_RENDEZVOUS", "localhost:0"),
+            monitor_interval=0.2,
+            max_restarts=0,
+            # Forking spares every process the seconds of importing torch, but CUDA does not survive it.
+            start_method="spawn" if torch.cuda.is_available() else "fork",
+        )
+        try:
+            results = elastic_launch(config, in_process)(folder, function, compute, arguments)
+        except Exception as error:
+            raise failure_of(Path(folder), error) from None
+    return next(iter(results.values())) if 0 not in results else results[0]
+
+
+def in_process(folder: str, function: Callable[..., dict], compute: Compute, arguments: tuple) -> dict:
+    """One process of a launch: joins the group, runs, and leaves word of its failure."""
+    device = resolve_device(compute)
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        return function(*arguments)
+    except BaseException as error:
+        kind = "user" if isinstance(error, UserError) else "crash"
+        text = str(error) if kind == "user" else traceback.format_exc()
+        Path(folder, f"{kind}-{os.environ['RANK']}.json").write_text(json.dumps(text))
+        raise SystemExit(1) from None
+    finally:
+        with contextlib.suppress(Exception):
+            dist.destroy_process_group()
+
+
+def failure_of(folder: Path, error: Exception) -> Exception:
+    """The most telling failure that the processes left behind."""
+    for kind, wrap in (("user", UserError), ("crash", RuntimeError)):
+        for path in sorted(folder.glob(f"{kind}-*.json")):
+            return wrap(json.loads(path.read_text()))
+    return UserError(
+        f"A training process was lost ({type(error).__name__}): it may have been killed, for instance for want of memory. "
+        "What was saved is kept; run `dvc repro` again and it continues."
+    )
+
+
+def mean(value: torch.Tensor) -> torch.Tensor:
+    """Mean over processes."""
+    if dist.is_initialized():
+        value = value.clone()
+        dist.all_reduce(value)
+        value /= world_size()
+    return value
+
+
+def total(value: torch.Tensor) -> torch.Tensor:
+    """Sum over processes."""
+    if dist.is_initialized():
+        value = value.clone()
+        dist.all_reduce(value)
+    return value
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def share_buffers(model: torch.nn.Module) -> None:
+    """Give every process rank 0's buffers (a batch norm's running statistics)."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+

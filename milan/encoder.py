@@ -1,0 +1,62 @@
+"""The student encoder: timm's VisionTransformer, run on the visible patches only."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from milan import masking
+from milan.params import Model
+from milan.pos_embed import sincos_pos_embed
+
+
+def build_vit(model: Model, **options) -> VisionTransformer:
+    """timm's ViT of the recipe's size: names, shapes and epsilon of the published checkpoints (LayerNorm 1e-6)."""
+    size = {"img_size": model.image_size, "patch_size": model.patch_size}
+    tower = {"embed_dim": model.encoder.embed_dim, "depth": model.encoder.depth, "num_heads": model.encoder.num_heads}
+    return VisionTransformer(**size, **tower, **{"num_classes": 0, "global_pool": "token", **options})
+
+
+class Encoder(nn.Module):
+    """ViT over visible patches, with a fixed sin-cos position embedding (paper section 3.1; MAE)."""
+
+    def __init__(self, model: Model):
+        super().__init__()
+        self.vit = build_vit(model)
+        self.vit.pos_embed.requires_grad_(False)
+        initialise_encoder(self.vit, model.grid)
+
+    def forward(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
+        """images (B, 3, H, W) normalised; visible (B, K) indices or None for all -> (B, 1+K, D), class token
+        first, then the visible patches in the order of `visible`, after the final norm."""
+        vit = self.vit
+        patches = vit.patch_embed(images) + vit.pos_embed[:, 1:]
+        if visible is not None:
+            patches = masking.gather(patches, visible)
+        cls = (vit.cls_token + vit.pos_embed[:, :1]).expand(len(images), -1, -1)
+        return vit.norm(vit.blocks(torch.cat([cls, patches], dim=1)))
+
+
+def load_encoder(path: Path, model: Model) -> Encoder:
+    """The encoder that the pretrain stage wrote, by the recipe's sizes."""
+    encoder = Encoder(model)
+    encoder.vit.load_state_dict(load_file(path))
+    return encoder
+
+
+def initialise_encoder(vit: VisionTransformer, grid: int) -> None:
+    """Xavier-uniform linears, and the patch embedding seen as one; N(0, 0.02) class token; sin-cos positions."""
+    initialise_linears(vit)
+    nn.init.xavier_uniform_(vit.patch_embed.proj.weight.view(vit.embed_dim, -1))
+    nn.init.normal_(vit.cls_token, std=0.02)
+    with torch.no_grad():
+        vit.pos_embed.copy_(sincos_pos_embed(vit.embed_dim, grid))
+
+
+def initialise_linears(module: nn.Module) -> None:
+    for child in module.modules():
+        if isinstance(child, nn.Linear):
+            nn.init.xavier_uniform_(child.weight)
+            nn.init.zeros_(child.bias)

@@ -1,0 +1,65 @@
+"""Evaluations yield (name, value); the caller stores. Every sample counts once, for any number of processes."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from milan import distributed, transforms
+from milan.progress import track
+
+
+def share_of(dataset: Dataset) -> Subset:
+    """This process's samples: every world_size-th one, none twice."""
+    return Subset(dataset, range(distributed.rank(), len(dataset), distributed.world_size()))
+
+
+def batches(dataset: Dataset, batch_size: int, device: torch.device, name: str, workers: int = 0) -> Iterator[dict]:
+    """Batches of this process's share, on the device, with progress."""
+    loader = DataLoader(share_of(dataset), batch_size=batch_size, num_workers=workers)
+    shown = track(loader, name, len(loader)) if distributed.rank() == 0 else loader
+    for batch in shown:
+        yield {key: value.to(device) for key, value in batch.items()}
+
+
+@torch.inference_mode()
+def outputs(logits_of: Callable[[Tensor], Tensor], dataset: Dataset, batch_size: int, device: torch.device, name: str, workers: int = 0):
+    """(n, C) float32 outputs of normalised images and (n,) labels, in order, on the CPU; every process gets all."""
+    found, labels = [], []
+    for batch in batches(dataset, batch_size, device, name, workers):
+        found.append(logits_of(transforms.normalise(batch["image"])).float().cpu())
+        labels.append(batch["label"].cpu())
+    return gathered(torch.cat(found), len(dataset)), gathered(torch.cat(labels), len(dataset))
+
+
+def gathered(part: Tensor, n: int) -> Tensor:
+    """The parts of all processes, each holding every world_size-th row, in order."""
+    if distributed.world_size() == 1:
+        return part
+    parts: list = [None] * distributed.world_size()
+    torch.distributed.all_gather_object(parts, part)
+    whole = part.new_empty(n, *part.shape[1:])
+    for rank, rows in enumerate(parts):
+        whole[rank :: len(parts)] = rows
+    return whole
+
+
+def accuracy(logits: Tensor, labels: Tensor, prefix: str) -> Iterator[tuple[str, float]]:
+    """(prefix/top1, %) and (prefix/top5, %) of logits (n, C) and labels (n,)."""
+    ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    yield f"{prefix}/top1", 100 * ranked[:, 0].double().mean().item()
+    yield f"{prefix}/top5", 100 * ranked.any(dim=1).double().mean().item()
+
+
+@torch.inference_mode()
+def knn_top1(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, k: int = 20, temperature: float = 0.07) -> float:
+    """Weighted k-nearest-neighbour accuracy in % on L2-normalised features (Wu et al. 2018: votes exp(cos / T))."""
+    train, test = (nn.functional.normalize(x.float(), dim=1) for x in (train, test))
+    classes, right = int(train_labels.max()) + 1, 0
+    for features, labels in zip(test.split(512), test_labels.split(512), strict=True):
+        similarity, neighbours = (features @ train.T).topk(min(k, len(train)), dim=1)
+        votes = torch.zeros(len(features), classes).to(features)
+        votes.scatter_add_(1, train_labels[neighbours], (similarity / temperature).exp())
+        right += (votes.argmax(dim=1) == labels).sum().item()
+    return 100 * right / len(test)

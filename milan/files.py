@@ -1,0 +1,96 @@
+"""Files that are written whole or not at all, and fingerprints of what a result was made from."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from milan.errors import UserError
+
+SCRATCH = Path(".scratch")
+
+def fingerprint(*parts) -> str:
+    """16 hex digits of anything JSON can say (dataclasses are spelled by repr)."""
+    text = json.dumps(parts, sort_keys=True, default=repr)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def code_digest() -> str:
+    """16 hex digits of this project's modules in use: edited code does not continue an older run's state."""
+    root = Path(__file__).resolve().parents[1]
+    files = {Path(m.__file__).resolve() for m in list(sys.modules.values()) if getattr(m, "__file__", None)}
+    ours = sorted(path for path in files if root / "milan" in path.parents or root / "stages" in path.parents)
+    return fingerprint([path.read_text() for path in ours])
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def full_disk_said(path: Path) -> Iterator[None]:
+    """Turn "no space left" into an error that names the place."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(existing_parent(path)).free
+            raise UserError(
+                f"The disk that holds {path} is full ({free / 1e6:.0f} MB free). Nothing half-written was kept. "
+                "Free some space (`dvc gc -w` drops unused results) and run `dvc repro` again: it continues."
+            ) from None
+        raise
+
+
+def existing_parent(path: Path) -> Path:
+    path = Path(path).absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write data under path, or leave path as it was."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".part")
+    with full_disk_said(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value) -> None:
+    write_whole(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+
+
+@contextlib.contextmanager
+def whole_folder(target: Path, fingerprint: str) -> Iterator[Path]:
+    """A folder to fill that becomes `target` in one step at the end. What an interrupted run with the same
+    fingerprint left in it is still there, to be continued."""
+    folder = target.with_name(f".{target.name}.part-{fingerprint}")
+    for other in target.parent.glob(f".{target.name}.part-*"):
+        if other != folder:
+            shutil.rmtree(other)
+    with full_disk_said(target):
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(folder, target)

@@ -1,0 +1,270 @@
+"""The one training loop: order of the data, precision, accumulation, resume, progress.
+
+The unit of work is the micro-batch. A global batch is batch_size / micro_batch of them, dealt to the
+processes in turn, and all that is random inside one follows from its number; so an epoch sees the same data
+and the same draws for any number of processes, and results agree to float rounding.
+"""
+
+import contextlib
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
+
+from milan import distributed, optim, rng
+from milan.checkpoint import Scratch
+from milan.errors import UserError
+from milan.params import Compute, Runtime, Training
+from milan.progress import Progress
+
+CURVE_POINTS = 100
+CHECK_STEPS = 10  # between two looks at the loss, which make the host wait for the device
+PREEMPTED = 75  # EX_TEMPFAIL: saved, run again to continue
+
+
+@dataclass(frozen=True)
+class Order:
+    """Which samples make up which micro-batch: a function of the seed alone."""
+
+    n: int
+    batch_size: int
+    micro_batch: int
+    epochs: float
+    seed: int
+
+    def __post_init__(self):
+        if self.n < self.batch_size:
+            raise UserError(
+                f"A global batch of {self.batch_size} needs at least as many samples, and the data set has {self.n}: "
+                "lower batch_size in this stage's section of params.yaml."
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.n // self.batch_size
+
+    @property
+    def total_steps(self) -> int:
+        return max(1, round(self.epochs * self.steps_per_epoch))
+
+    @property
+    def micro_batches(self) -> int:
+        return self.batch_size // self.micro_batch
+
+    def keys(self, start_step: int, rank: int, world: int) -> Iterator[list[tuple[int, int]]]:
+        """Micro-batches of one process, as lists of (epoch, sample index), from a step onwards."""
+        epoch_of_order = None
+        for step in range(start_step, self.total_steps):
+            epoch, place = divmod(step, self.steps_per_epoch)
+            if epoch != epoch_of_order:
+                order, epoch_of_order = rng.permutation(self.n, self.seed, "shuffle", epoch).tolist(), epoch
+            for micro in range(rank, self.micro_batches, world):
+                first = place * self.batch_size + micro * self.micro_batch
+                yield [(epoch, index) for index in order[first : first + self.micro_batch]]
+
+
+class KeyedBatches:
+    """A batch sampler over Order.keys."""
+
+    def __init__(self, order: Order, start_step: int, rank: int, world: int):
+        self.arguments = order, start_step, rank, world
+
+    def __iter__(self):
+        order, *rest = self.arguments
+        return order.keys(*rest)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a training run is given besides its model and data."""
+
+    name: str
+    training: Training
+    compute: Compute
+    runtime: Runtime
+    seed: int
+    scratch: Scratch
+    log: Callable[[dict], None] = lambda point: None
+    schedule: Callable[..., float] = optim.lr_at
+    micro_batch: int | None = None
+
+
+def fit(model: nn.Module, dataset: Dataset, optimizer: torch.optim.Optimizer, run: Run, to_inputs: Callable[[dict], tuple]) -> list[dict]:
+    """Train model, whose forward(*to_inputs(batch)) is the loss, and return the curve: a point every few steps
+    {"step", "epoch", "loss", "lr"}. Continues from run.scratch when it holds a state.
+
+    Raises UserError on a non-finite loss, naming the step and the last good save."""
+    return Loop(model, dataset, optimizer, run, to_inputs).train()
+
+
+class Loop:
+    def __init__(self, model, dataset, optimizer, run: Run, to_inputs):
+        self.model, self.optimizer, self.run, self.to_inputs = model, optimizer, run, to_inputs
+        self.device = next(model.parameters()).device
+        self.precision = distributed.resolve_precision(run.compute, self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+        t = run.training
+        self.order = Order(len(dataset), t.batch_size, run.micro_batch or t.micro_batch, t.epochs, run.seed)
+        self.world, self.rank = distributed.world_size(), distributed.rank()
+        if self.order.micro_batches % self.world:
+            raise UserError(
+                f"batch_size {t.batch_size} makes {self.order.micro_batches} micro-batches of {self.order.micro_batch}, "
+                f"which {self.world} processes cannot share evenly: change micro_batch or compute.processes."
+            )
+        self.accumulation = self.order.micro_batches // self.world
+        self.dataset, self.step, self.curve, self.checked = dataset, 0, [], []
+        self.asked_to_stop = False
+
+    def train(self) -> list[dict]:
+        self.resume()
+        self.forward = self.wrapped()
+        with self.stop_on_signals():
+            self.steps()
+        distributed.share_buffers(self.model)
+        self.model.eval()
+        return self.curve
+
+    def wrapped(self) -> nn.Module:
+        model = torch.compile(self.model) if self.run.compute.compile else self.model
+        if self.world == 1:
+            return model
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+
+    def loader(self) -> DataLoader:
+        sampler = KeyedBatches(self.order, self.step, self.rank, self.world)
+        workers = self.run.runtime.workers
+        cuda = self.device.type == "cuda"
+        return DataLoader(self.dataset, batch_sampler=sampler, num_workers=workers, pin_memory=cuda, persistent_workers=workers > 0)
+
+    def steps(self) -> None:
+        self.model.train()
+        progress = Progress(self.run.name, self.order.total_steps, self.step, shown=self.rank == 0)
+        losses, self.saved_at = [], time.monotonic()
+        batches = iter(self.loader())
+        while self.step < self.order.total_steps:
+            losses.append(self.one_step(batches))
+            self.step += 1
+            if self.is_check():
+                self.check(losses)
+                losses = []
+                self.save_when_due()
+            progress.update(1, **({"loss": self.checked[-1]} if self.checked else {}))
+        progress.close()
+
+    def is_check(self) -> bool:
+        return self.step % CHECK_STEPS == 0 or self.closes_point()
+
+    def closes_point(self) -> bool:
+        total = self.order.total_steps
+        return self.step % math.ceil(total / CURVE_POINTS) == 0 or self.step == total
+
+    def one_step(self, batches: Iterator[dict]) -> Tensor:
+        """One optimizer step over this process's share of the global batch; its mean loss, detached."""
+        self.lr = self.lr_now()
+        optim.set_lr(self.optimizer, self.lr)
+        losses = []
+        for micro in range(self.accumulation):
+            batch = self.to_device(next(batches))
+            rng.seed_globals(self.run.seed, "step", self.step, micro * self.world + self.rank)
+            inputs = self.to_inputs(batch)
+            last = micro == self.accumulation - 1
+            wait = contextlib.nullcontext() if last or self.world == 1 else self.forward.no_sync()
+            with wait:
+                with distributed.autocast(self.precision, self.device):
+                    loss = self.forward(*inputs)
+                self.scaler.scale(loss / self.accumulation).backward()
+            losses.append(loss.detach())
+        self.update()
+        return torch.stack(losses).mean()
+
+    def update(self) -> None:
+        if self.run.training.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.run.training.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def lr_now(self) -> float:
+        t = self.run.training
+        epoch = self.step / self.order.steps_per_epoch
+        return self.run.schedule(epoch, lr=t.lr, min_lr=t.min_lr, warmup_epochs=t.warmup_epochs, epochs=t.epochs)
+
+    def to_device(self, batch: dict) -> dict:
+        return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+
+    def check(self, losses: list[Tensor]) -> None:
+        """Look at the losses since the last check; the only place where the host waits for the device."""
+        loss = distributed.mean(torch.stack(losses).mean()).item()
+        if not math.isfinite(loss):
+            self.stop_on_non_finite(loss)
+        self.checked.append(loss)
+        if self.closes_point():
+            self.point(sum(self.checked) / len(self.checked))
+
+    def point(self, loss: float) -> None:
+        epoch = round(self.step / self.order.steps_per_epoch, 4)
+        self.curve.append({"step": self.step, "epoch": epoch, "loss": loss, "lr": self.lr})
+        self.checked = []
+        if self.rank == 0:
+            self.run.log(self.curve[-1])
+
+    def stop_on_non_finite(self, loss: float) -> None:
+        saves = self.run.scratch.saves()
+        kept = f"the last good state is {saves[0]}" if saves else "no state had been saved yet"
+        raise UserError(
+            f"{self.run.name}: the loss became {loss} at or shortly before step {self.step} of {self.order.total_steps} "
+            f"(learning rate {self.lr:.3g}); {kept}. Lower this stage's lr, set clip_grad, or use compute.precision=bf16 or fp32."
+        )
+
+    def save_when_due(self) -> None:
+        if self.rank != 0 or self.step == self.order.total_steps:
+            return
+        if self.asked_to_stop or time.monotonic() - self.saved_at >= self.run.runtime.save_seconds:
+            self.run.scratch.save(self.step, self.state())
+            self.saved_at = time.monotonic()
+        if self.asked_to_stop:
+            print(f"{self.run.name}: stopped by a signal at step {self.step}; saved. Run `dvc repro` again to continue.", flush=True)
+            os._exit(PREEMPTED)
+
+    def state(self) -> dict:
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "step": self.step,
+            "curve": self.curve,
+            "checked": self.checked,
+        }
+
+    def resume(self) -> None:
+        state = self.run.scratch.load(self.device)
+        if state is None:
+            return
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step, self.curve, self.checked = state["step"], state["curve"], state["checked"]
+        if self.rank == 0:
+            print(f"{self.run.name}: continuing from step {self.step} of {self.order.total_steps} ({self.run.scratch.folder})", flush=True)
+
+    @contextlib.contextmanager
+    def stop_on_signals(self) -> Iterator[None]:
+        def note(*_):
+            self.asked_to_stop = True
+
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        before = [signal.signal(number, note if self.rank == 0 else signal.SIG_IGN) for number in numbers]
+        try:
+            yield
+        finally:
+            for number, handler in zip(numbers, before, strict=True):
+                signal.signal(number, handler)

@@ -1,0 +1,233 @@
+"""Weights in other people's layouts: the official MILAN and MAE releases, mmpretrain / mmselfsup, OpenAI's CLIP,
+timm. Reading, writing and converting only rename and reshape: a round trip gives back the same bits.
+
+    python -m milan.interop convert IN OUT --to timm|official|mmpretrain|openai [--decoder FILE]
+
+The common tongue is the official one, in which the encoder's names are timm's own:
+
+    official     {"model": ...} .pth      cls_token, blocks.0.attn.qkv.weight, ..., decoder_embed.weight, ...
+    mmpretrain   {"state_dict": ...} .pth backbone.layers.0.attn.qkv.weight, ..., neck.decoder_embed.weight, ...
+    openai       state dict .pth          visual.transformer.resblocks.0.attn.in_proj_weight, ... (a CLIP, no MILAN)
+    timm         .safetensors             the encoder alone, or the image tower of a CLIP
+
+Position embeddings are carried over, never drawn anew: mmpretrain's table has its halves swapped.
+"""
+
+import argparse
+import io
+import math
+import pickle
+import re
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from milan import checkpoint, layouts
+from milan.decoder import DECODERS
+from milan.encoder import build_vit
+from milan.errors import UserError
+from milan.files import write_whole
+from milan.layouts import State, depth, split
+from milan.params import Model, Tower
+
+CLIP_INTEGERS = ("input_resolution", "context_length", "vocab_size")
+
+
+def read_encoder(path: str | Path, model: Model) -> State:
+    """The encoder of a checkpoint in any layout, under timm's names, for a ViT of the recipe's size.
+
+    Raises UserError with the exact list of missing, unexpected and misshapen keys."""
+    state = read(path)
+    if layouts.is_clip(state):
+        raise UserError(f"{path} is a CLIP checkpoint: a teacher, no student. Name it under teacher.pretrained.file instead.")
+    encoder, _ = split(state)
+    check(encoder, encoder_shapes(model), path)
+    return encoder
+
+
+def read(path: str | Path) -> State:
+    """All weights of a checkpoint under official names (a CLIP's stay as they are)."""
+    state = load(Path(path))
+    return layouts.from_mmpretrain(state, path) if any(name.startswith("backbone.") for name in state) else state
+
+
+def load(path: Path) -> State:
+    """Tensors of a .safetensors file or of a pickle, unwrapped; no code in the file is ever run."""
+    if not path.is_file():
+        raise UserError(f"{path} is no file. Give the path of a checkpoint (.pth, .pt or .safetensors).")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        # Releases of MAE and MILAN carry their command line along; a Namespace is a bag of plain values.
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise refusal(path, error) from None
+    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        raise unreadable(path, error) from None
+    return unwrap(content, path)
+
+
+def refusal(path: Path, error: Exception) -> UserError:
+    wanted = re.search(r"GLOBAL (\S+)|Unsupported (?:global|class) (\S+)", str(error))
+    what = f"wants to load {next(filter(None, wanted.groups()))}" if wanted else "holds more than tensors and plain values, or is damaged"
+    return UserError(
+        f"{path} is refused: as a pickle it {what}, and a pickle can run any code. Nothing in it was run. If you trust "
+        "its origin, load it there and save the tensors alone: torch.save({'model': model.state_dict()}, file)."
+    )
+
+
+def unreadable(path: Path, error: Exception) -> UserError:
+    if "TorchScript" in str(error):
+        return UserError(
+            f"{path} is a TorchScript archive, which is code, and is not run. OpenAI's CLIP is published as plain weights "
+            "too (open_clip_model.safetensors, Hugging Face: timm/vit_base_patch16_clip_224.openai); give that file."
+        )
+    reason = str(error).strip().split("\n")[0][:200]
+    return UserError(f"{path} is damaged or no checkpoint ({reason}). Download or write it again.")
+
+
+def unwrap(content, path: Path) -> State:
+    """The state dict inside {"model": ...} (official, MAE), {"state_dict": ...} (mmpretrain), or bare."""
+    for wrapper in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
+        raise UserError(f"{path} holds no state dict: expected tensors by name, bare or under 'model' or 'state_dict'.")
+    state = {name: value for name, value in content.items() if name not in CLIP_INTEGERS}
+    strange = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
+    if strange:
+        raise UserError(f"{path}: not tensors: {', '.join(strange)}. Save the model's state dict alone.")
+    return state
+
+
+def encoder_shapes(model: Model) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        return {name: tensor.shape for name, tensor in build_vit(model).state_dict().items()}
+
+
+def decoder_shapes(decoder: State, encoder_dim: int, grid: int) -> dict[str, torch.Size]:
+    """Of a whole decoder with this one's kind, depth and widths (4 where the tensor that tells is missing)."""
+    kind = "prompt" if any(".attn.kv." in name for name in decoder) else "mae"
+    known = {name: len(tensor) for name, tensor in decoder.items() if tensor.ndim}
+    dim, out_dim = known.get("decoder_embed.weight", 4), known.get("decoder_pred.weight", 4)
+    with torch.device("meta"):
+        whole = DECODERS[kind](encoder_dim, dim, depth(decoder, "decoder_blocks."), 1, grid, out_dim)
+    return {name: tensor.shape for name, tensor in whole.state_dict().items()}
+
+
+def clip_shapes(tower: State) -> dict[str, torch.Size]:
+    """Of a whole image tower with this one's widths and depth, in timm's names."""
+    layouts.need(tower, ("patch_embed.proj.weight", "pos_embed", "head.weight"), "The CLIP")
+    (width, _, _, patch), (_, rows, _) = tower["patch_embed.proj.weight"].shape, tower["pos_embed"].shape
+    size = {"img_size": math.isqrt(rows - 1) * patch, "patch_size": patch, "embed_dim": width}
+    with torch.device("meta"):
+        whole = VisionTransformer(**size, depth=depth(tower, "blocks."), num_heads=1, num_classes=len(tower["head.weight"]), pre_norm=True)
+    return {name: tensor.shape for name, tensor in whole.state_dict().items()}
+
+
+def check(state: State, expected: dict[str, torch.Size], where: str | Path) -> None:
+    """Refuse a state dict with missing, unexpected or misshapen keys, naming each."""
+    missing = [name for name in expected if name not in state]
+    unexpected = [name for name in state if name not in expected]
+    misshapen = [
+        f"{name} is {list(state[name].shape)}, not {list(shape)}" for name, shape in expected.items() if name in state and state[name].shape != shape
+    ]
+    lists = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
+    if any(lists.values()):
+        found = "; ".join(f"{word}: {', '.join(names)}" for word, names in lists.items() if names)
+        raise UserError(f"{where} does not fit the model. {found}. Give a checkpoint of this size, or set `model` to its size.")
+
+
+def check_whole(encoder: State, decoder: State, path: str | Path) -> None:
+    """Refuse a MILAN or MAE checkpoint that is not complete by its own measure."""
+    shapes = [encoder[name].shape for name in ("pos_embed", "patch_embed.proj.weight") if name in encoder]
+    if [len(shape) for shape in shapes] != [3, 4] or not depth(encoder, "blocks."):
+        raise UserError(f"{path} holds no ViT: pos_embed (1, 1 + N, D), patch_embed.proj.weight (D, 3, p, p) or blocks.* are missing or misshapen.")
+    (_, rows, width), (*_, patch) = shapes
+    grid = math.isqrt(max(rows - 1, 1))
+    try:
+        tower = Tower(width, depth(encoder, "blocks."), 1)
+        check(encoder, encoder_shapes(Model("checkpoint", grid * patch, patch, tower, tower)), path)
+        if decoder:
+            check(decoder, decoder_shapes(decoder, width, grid), path)
+    except ValueError as error:
+        raise UserError(f"{path} holds a model that cannot be built here: {error}.") from None
+
+
+def convert(source: Path, target: Path, layout: str, decoder_file: Path | None = None) -> str:
+    """Write `source` as `target` in another layout; says what was written. With layout timm the decoder goes to
+    `decoder_file`; with the others it comes from there when `source` is an encoder alone."""
+    suffixes = (".safetensors",) if layout == "timm" else (".pth", ".pt")
+    if target.suffix not in suffixes:
+        raise UserError(f"{target}: the {layout} layout is written as {' or '.join(suffixes)}; rename OUT.")
+    state = read(source)
+    if layouts.is_clip(state):
+        return convert_clip(state, target, layout, source)
+    if layout == "openai":
+        raise UserError(f"{source} is no CLIP, so it has no openai layout; choose timm, official or mmpretrain.")
+    encoder, decoder = split(state)
+    if decoder_file and bool(decoder) != (layout == "timm"):
+        raise UserError(f"{source} {'already has a' if decoder else 'has no'} decoder; leave out --decoder.")
+    if decoder_file and layout != "timm":
+        decoder = split(read(decoder_file))[1]
+    check_whole(encoder, decoder, source)
+    return write(encoder, decoder, target, layout, decoder_file)
+
+
+def write(encoder: State, decoder: State, target: Path, layout: str, decoder_file: Path | None) -> str:
+    said = f"{target}: {len(encoder)} encoder tensors"
+    if layout != "timm":
+        state = {**encoder, **decoder}
+        save_pth(target, {"model": state} if layout == "official" else {"state_dict": layouts.to_mmpretrain(state)})
+        return f"{said}, {len(decoder)} decoder tensors"
+    checkpoint.save_weights(target, encoder, format="pt")
+    if decoder_file:
+        checkpoint.save_weights(decoder_file, decoder, format="pt")
+        return f"{said}; {decoder_file}: {len(decoder)} decoder tensors"
+    return said + (f" ({len(decoder)} decoder tensors left out; --decoder FILE keeps them)" if decoder else "")
+
+
+def convert_clip(state: State, target: Path, layout: str, source: Path) -> str:
+    """A CLIP between OpenAI's and timm's layout; timm's has the image tower alone."""
+    if layout not in ("timm", "openai"):
+        raise UserError(f"{source} is a CLIP checkpoint, which has no {layout} layout; choose timm or openai.")
+    in_timm = "norm_pre.weight" in state
+    tower = state if in_timm else layouts.clip_to_timm(state, source)
+    check(tower, clip_shapes(tower), source)
+    if layout == "timm":
+        checkpoint.save_weights(target, tower, format="pt")
+        return f"{target}: {len(tower)} tensors of a CLIP's image tower"
+    save_pth(target, layouts.clip_from_timm(state, source) if in_timm else state)
+    return f"{target}: a CLIP" + (", its image tower alone" if in_timm else "")
+
+
+def save_pth(path: Path, content: dict) -> None:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_whole(path, buffer.getvalue())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m milan.interop", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    command = parser.add_subparsers(required=True).add_parser("convert", help="write a checkpoint in another layout")
+    command.add_argument("source", type=Path, metavar="IN", help="a .pth, .pt or .safetensors file in any of the layouts")
+    command.add_argument("target", type=Path, metavar="OUT", help="the file to write")
+    command.add_argument("--to", required=True, choices=("timm", "official", "mmpretrain", "openai"), dest="layout")
+    command.add_argument("--decoder", type=Path, metavar="FILE", dest="decoder_file", help="the decoder's own .safetensors")
+    try:
+        print(convert(**vars(parser.parse_args(arguments))))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,92 @@
+"""Parameter groups, optimizers, and the learning rate as a function of the fractional epoch."""
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from timm.optim import Lars
+from torch import nn
+
+
+def lr_at(epoch: float, *, lr: float, min_lr: float, warmup_epochs: float, epochs: float) -> float:
+    """Linear warm-up from 0, then half a cosine to min_lr (reference: util/lr_sched.py of MAE and MILAN)."""
+    if epoch < warmup_epochs:
+        return lr * epoch / warmup_epochs
+    return min_lr + (lr - min_lr) * 0.5 * (1.0 + math.cos(math.pi * (epoch - warmup_epochs) / (epochs - warmup_epochs)))
+
+
+def poly_lr_at(epoch: float, *, lr: float, min_lr: float, warmup_epochs: float, epochs: float) -> float:
+    """Linear warm-up from 1e-6 of the rate, then linear to min_lr (mmsegmentation's MAE recipe: power 1)."""
+    decayed = min_lr + (lr - min_lr) * (1 - epoch / epochs)
+    return decayed * (1e-6 + (1 - 1e-6) * epoch / warmup_epochs) if epoch < warmup_epochs else decayed
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+def decays(name: str, parameter: torch.Tensor) -> bool:
+    """Weight decay for matrices and tokens; none for biases and other one-dimensional parameters
+    (timm 0.3.2's add_weight_decay as the release calls it: cls_token and mask_token do decay)."""
+    return parameter.ndim > 1 and not name.endswith(".bias")
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Two groups: without and with weight decay, trainable parameters only."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    return [
+        {"params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0},
+        {"params": [p for n, p in named if decays(n, p)], "weight_decay": weight_decay},
+    ]
+
+
+def vit_layer_id(name: str, depth: int) -> int:
+    """0: embeddings; i + 1: block i; depth + 1: all that follows (util/lr_decay.py of MAE)."""
+    if name in ("cls_token", "pos_embed") or name.startswith("patch_embed"):
+        return 0
+    if name.startswith("blocks."):
+        return int(name.split(".")[1]) + 1
+    return depth + 1
+
+
+def layer_decay_groups(
+    model: nn.Module,
+    weight_decay: float,
+    layer_decay: float,
+    layer_id: Callable[[str], int],
+    depth: int,
+    no_decay: Iterable[str] = ("cls_token", "pos_embed"),
+) -> list[dict]:
+    """Groups by (layer, decay) with lr_scale = layer_decay ** (depth + 1 - layer)."""
+    groups: dict[tuple[int, bool], dict] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        decay = parameter.ndim > 1 and name not in no_decay
+        layer = layer_id(name)
+        scale = layer_decay ** (depth + 1 - layer)
+        group = groups.setdefault(
+            (layer, decay),
+            {"params": [], "names": [], "lr_scale": scale, "weight_decay": weight_decay if decay else 0.0},
+        )
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return list(groups.values())
+
+
+def adamw(groups: list[dict], betas: Iterable[float]) -> torch.optim.AdamW:
+    """Fused AdamW: one kernel a step on GPU and CPU; the rate is set before every step."""
+    groups = [{k: v for k, v in group.items() if k != "names"} for group in groups]
+    return torch.optim.AdamW(groups, lr=0.0, betas=tuple(betas), fused=True)
+
+
+def lars(model: nn.Module, momentum: float, weight_decay: float) -> Lars:
+    """LARS with trust scaling for matrices only (util/lars.py of MAE: none for one-dimensional parameters)."""
+    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay, "always_adapt": True},
+        {"params": vectors, "weight_decay": 0.0, "always_adapt": False},
+    ]
+    return Lars(groups, lr=0.0, momentum=momentum, trust_coeff=0.001)

@@ -1,0 +1,383 @@
+"""params.yaml -> frozen dataclasses. An unknown key, a missing key or an impossible value stops the run
+before any work, naming the key and the nearest valid one.
+
+Numbers may be written unreduced, with their reason: `lr: 1.5e-4 * 4096 / 256`.
+"""
+
+import ast
+import dataclasses
+import difflib
+import operator
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from milan.errors import UserError
+
+POSITIVE = {"above": 0}
+COUNT = {"least": 0}
+SHARE = {"least": 0, "most": 1}
+
+
+def choice(*options):
+    """Field of one of these words."""
+    return field(metadata={"options": options})
+
+
+@dataclass(frozen=True)
+class Compute:
+    """What changes the last bits of a result."""
+
+    device: str = choice("auto", "cpu", "cuda")
+    processes: int = field(metadata=POSITIVE)
+    nodes: int = field(metadata=POSITIVE)
+    threads: int = field(metadata=POSITIVE)
+    precision: str = choice("auto", "fp32", "bf16", "fp16")
+    deterministic: bool
+    compile: bool
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What never changes a result."""
+
+    workers: int = field(metadata=COUNT)
+    save_seconds: float = field(metadata=COUNT)
+
+
+@dataclass(frozen=True)
+class Data:
+    imagenet: str | None
+    ade20k: str | None
+
+
+@dataclass(frozen=True)
+class PrepareImagenet:
+    seed: int
+    train: int = field(metadata=POSITIVE)
+    val: int = field(metadata=POSITIVE)
+    pairs: int = field(metadata=COUNT)
+    size: int | None = field(metadata=POSITIVE)
+    short_side: int | None = field(metadata=POSITIVE)
+    shard_images: int = field(metadata=POSITIVE)
+
+
+@dataclass(frozen=True)
+class PrepareAde20k:
+    seed: int
+    train: int = field(metadata=POSITIVE)
+    val: int = field(metadata=POSITIVE)
+    size: int | None = field(metadata=POSITIVE)
+    classes: int = field(metadata=POSITIVE)
+    shard_images: int = field(metadata=POSITIVE)
+
+
+@dataclass(frozen=True)
+class Tower:
+    embed_dim: int = field(metadata=POSITIVE)
+    depth: int = field(metadata=POSITIVE)
+    num_heads: int = field(metadata=POSITIVE)
+
+    def __post_init__(self):
+        if self.embed_dim % self.num_heads or self.embed_dim % 4:
+            raise ValueError(f"embed_dim {self.embed_dim} must be a multiple of num_heads {self.num_heads} and of 4")
+
+
+@dataclass(frozen=True)
+class Model:
+    name: str
+    image_size: int = field(metadata=POSITIVE)
+    patch_size: int = field(metadata=POSITIVE)
+    encoder: Tower
+    decoder: Tower
+
+    def __post_init__(self):
+        if self.image_size % self.patch_size:
+            below = max(self.image_size // self.patch_size, 1) * self.patch_size
+            raise ValueError(
+                f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}; "
+                f"the nearest are {below} and {below + self.patch_size}"
+            )
+
+    @property
+    def grid(self) -> int:
+        return self.image_size // self.patch_size
+
+    @property
+    def n_patches(self) -> int:
+        return self.grid**2
+
+
+@dataclass(frozen=True)
+class Training:
+    """What every training stage has. batch_size is the global batch of one optimizer step;
+    micro_batch is what one process computes at a time (the rest is accumulation)."""
+
+    epochs: float = field(metadata=POSITIVE)
+    warmup_epochs: float = field(metadata=COUNT)
+    batch_size: int = field(metadata=POSITIVE)
+    micro_batch: int = field(metadata=POSITIVE)
+    lr: float = field(metadata=POSITIVE)
+    min_lr: float = field(metadata=COUNT)
+    weight_decay: float = field(metadata=COUNT)
+    clip_grad: float | None = field(metadata=POSITIVE)
+
+    def __post_init__(self):
+        if self.batch_size % self.micro_batch:
+            raise ValueError(f"batch_size {self.batch_size} is no multiple of micro_batch {self.micro_batch}")
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs {self.warmup_epochs} must be fewer than epochs {self.epochs}")
+
+
+@dataclass(frozen=True)
+class TinyClip:
+    """The image and text towers of the teacher that is trained here, in open_clip's terms."""
+
+    embed_dim: int = field(metadata=POSITIVE)
+    width: int = field(metadata=POSITIVE)
+    layers: int = field(metadata=POSITIVE)
+    head_width: int = field(metadata=POSITIVE)
+    conv_stem: bool
+    text_width: int = field(metadata=POSITIVE)
+    text_heads: int = field(metadata=POSITIVE)
+    text_layers: int = field(metadata=POSITIVE)
+    context_length: int = field(metadata=POSITIVE)
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A released teacher: an open_clip model name with its tag, or a local file."""
+
+    model: str
+    tag: str | None
+    file: str | None
+    sha256: str | None
+
+
+@dataclass(frozen=True)
+class Teacher(Training):
+    seed: int
+    betas: list[float]
+    crop_scale: list[float]
+    tiny: TinyClip | None
+    pretrained: Pretrained | None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if (self.tiny is None) == (self.pretrained is None):
+            raise ValueError("give either tiny (a teacher trained here) or pretrained (a released one), not both")
+
+
+@dataclass(frozen=True)
+class ExtractTargets:
+    seed: int
+    views: int = field(metadata=COUNT)
+    batch_size: int = field(metadata=POSITIVE)
+    shard_images: int = field(metadata=POSITIVE)
+    probe_images: int = field(metadata=POSITIVE)
+    normalisation: str = choice("imagenet", "clip")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One row of the paper's ablation."""
+
+    target: str = choice("none", "pixels", "clip")
+    decoder: str = choice("none", "mae", "prompt")
+    masking: str = choice("none", "random", "semantic")
+
+    def __post_init__(self):
+        words = (self.target, self.decoder, self.masking)
+        if "none" in words and set(words) != {"none"}:
+            raise ValueError("target, decoder and masking are either all `none` (no pretraining) or none of them is")
+        if self.decoder == "prompt" and self.target == "pixels":
+            raise ValueError("the prompting decoder predicts CLIP features of all tokens; use target: clip")
+
+
+@dataclass(frozen=True)
+class Pretrain(Training):
+    weights: str | None
+    betas: list[float]
+    mask_ratio: float = field(metadata={"above": 0, "below": 1})
+    crop_scale: list[float]
+    recipes: dict[str, Recipe]
+
+
+@dataclass(frozen=True)
+class LinearEval(Training):
+    optimizer: str = choice("lars", "adamw")
+    momentum: float = field(metadata=SHARE)
+    crop_scale: list[float]
+    views: int = field(metadata=COUNT)
+    resize: int = field(metadata=POSITIVE)
+
+
+@dataclass(frozen=True)
+class Finetune(Training):
+    labels: float = field(metadata={"above": 0, "most": 1})
+    betas: list[float]
+    layer_decay: float = field(metadata={"above": 0, "most": 1})
+    drop_path: float = field(metadata=SHARE)
+    crop_scale: list[float]
+    rand_augment: str | None
+    mixup: float = field(metadata=COUNT)
+    cutmix: float = field(metadata=COUNT)
+    label_smoothing: float = field(metadata=SHARE)
+    random_erasing: float = field(metadata=SHARE)
+    pooling: str = choice("mean", "cls")
+    resize: int = field(metadata=POSITIVE)
+
+
+@dataclass(frozen=True)
+class Segment(Training):
+    crop_size: int = field(metadata=POSITIVE)
+    stride: int = field(metadata=POSITIVE)
+    resize: list[int]
+    resize_ratio: list[float]
+    max_class_share: float = field(metadata=SHARE)
+    photometric: bool
+    betas: list[float]
+    layer_decay: float = field(metadata={"above": 0, "most": 1})
+    drop_path: float = field(metadata=SHARE)
+    channels: int = field(metadata=POSITIVE)
+    aux_channels: int = field(metadata=POSITIVE)
+    out_blocks: list[int]
+
+
+@dataclass(frozen=True)
+class Report:
+    published: str
+
+
+@dataclass(frozen=True)
+class Params:
+    scale: str
+    seeds: list[int]
+    variants: list[str]
+    compute: Compute
+    runtime: Runtime
+    data: Data
+    model: Model
+    prepare_imagenet: PrepareImagenet
+    prepare_ade20k: PrepareAde20k
+    teacher: Teacher
+    extract_targets: ExtractTargets
+    pretrain: Pretrain
+    linear_eval: LinearEval
+    finetune: Finetune
+    segment: Segment
+    report: Report
+
+    def __post_init__(self):
+        for variant in self.variants:
+            if variant not in self.pretrain.recipes:
+                raise ValueError(f"variants: {variant!r} has no recipe{nearest(variant, self.pretrain.recipes)}")
+        if self.segment.crop_size % self.model.patch_size:
+            raise ValueError(f"segment.crop_size {self.segment.crop_size} is no multiple of the patch size")
+        if max(self.segment.out_blocks) >= self.model.encoder.depth:
+            raise ValueError(f"segment.out_blocks {self.segment.out_blocks}: the encoder has {self.model.encoder.depth} blocks")
+
+
+def read_params(path: str | Path = "params.yaml") -> Params:
+    """The whole recipe, checked. Raises UserError naming the key at fault."""
+    try:
+        tree = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: run from the repository's root (git checkout -- {path} restores it).") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is no valid YAML: {error}") from None
+    return build(Params, tree, str(path))
+
+
+def build(kind, value, where: str):
+    """`value` (plain YAML) as `kind`, which is a dataclass or a type annotation built of plain types."""
+    if dataclasses.is_dataclass(kind):
+        return build_dataclass(kind, value, where)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return build(next(a for a in arguments if a is not type(None)), value, where)
+    if origin is list and isinstance(value, list):
+        return [build(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if origin is dict and isinstance(value, dict):
+        return {name: build(arguments[1], item, f"{where}.{name}") for name, item in value.items()}
+    return build_plain(kind, value, where)
+
+
+def build_dataclass(kind, value, where: str):
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: expected a section with keys {', '.join(field_names(kind))}, found {value!r}.")
+    names = field_names(kind)
+    for name in value:
+        if name not in names:
+            raise UserError(f"{where}: unknown key {name!r}{nearest(name, names)}. Valid keys: {', '.join(names)}.")
+    missing = [name for name in names if name not in value]
+    if missing:
+        raise UserError(f"{where}: missing key {', '.join(missing)}. Compare conf/scale/demo.yaml.")
+    hints = typing.get_type_hints(kind)
+    built = {f.name: build_field(f, hints[f.name], value[f.name], f"{where}:{f.name}") for f in dataclasses.fields(kind)}
+    try:
+        return kind(**built)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}.") from None
+
+
+def build_field(spec, kind, value, where: str):
+    built = build(kind, value, where)
+    if built is not None:
+        check(built, spec.metadata, where)
+    return built
+
+
+def build_plain(kind, value, where: str):
+    if kind in (int, float) and isinstance(value, str):
+        value = arithmetic(value, where)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if kind is int and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, kind if isinstance(kind, type) else object) or (isinstance(value, bool) and kind is not bool):
+        raise UserError(f"{where}: expected {getattr(kind, '__name__', kind)}, found {value!r}.")
+    if kind is float and not abs(value) < float("inf"):
+        raise UserError(f"{where}: {value} is no finite number.")
+    return value
+
+
+def check(value, rules, where: str) -> None:
+    tests = {"above": (operator.gt, "above"), "least": (operator.ge, "at least"), "most": (operator.le, "at most"), "below": (operator.lt, "below")}
+    for rule, bound in rules.items():
+        if rule == "options" and value not in bound:
+            raise UserError(f"{where}: {value!r} is not one of {', '.join(map(str, bound))}{nearest(str(value), bound)}.")
+        if rule in tests and not tests[rule][0](value, bound):
+            raise UserError(f"{where}: {value} must be {tests[rule][1]} {bound}.")
+
+
+def arithmetic(text: str, where: str) -> float:
+    """Value of an expression of numbers, + - * / and parentheses."""
+    operations = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+
+    def value(node):
+        if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+            return node.value
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            return -value(node.operand)
+        return operations[type(node.op)](value(node.left), value(node.right))
+
+    try:
+        return value(ast.parse(text, mode="eval").body)
+    except (SyntaxError, KeyError, AttributeError, ZeroDivisionError):
+        raise UserError(f"{where}: {text!r} is no number and no sum or product of numbers.") from None
+
+
+def field_names(kind) -> list[str]:
+    return [f.name for f in dataclasses.fields(kind)]
+
+
+def nearest(word: str, words) -> str:
+    """'; did you mean X?' or nothing."""
+    found = difflib.get_close_matches(str(word), [str(w) for w in words], n=1, cutoff=0.5)
+    return f"; did you mean {found[0]!r}?" if found else ""

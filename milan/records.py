@@ -1,0 +1,112 @@
+"""Packed data sets: a few Arrow IPC (feather) shards a split, memory-mapped, random access by index.
+
+Columns: image (encoded bytes, verbatim), name, and where there is one label, caption, mask (encoded bytes).
+manifest.json beside the shards counts the splits, lists the classes and the shards' SHA-256 digests. pandas
+(`pd.read_feather`) and Hugging Face datasets read the shards as they are.
+"""
+
+import bisect
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pyarrow as pa
+
+from milan.errors import UserError
+from milan.files import file_digest
+
+SCHEMA = {"image": pa.large_binary(), "name": pa.string(), "label": pa.int32(), "caption": pa.string(), "mask": pa.large_binary()}
+
+
+def write_split(folder: Path, split: str, rows: Iterable[dict], shard_images: int) -> dict:
+    """Write rows (dicts with any of SCHEMA's keys, all the same ones) into folder/split-00000.arrow, ...
+
+    Returns the manifest entry {"images": n, "shards": [{"file", "images", "sha256"}]}. A shard appears under
+    its name only when it is whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = []
+    for number, chunk in enumerate(chunks(rows, shard_images)):
+        path = folder / f"{split}-{number:05d}.arrow"
+        write_shard(path, chunk)
+        shards.append({"file": path.name, "images": len(chunk), "sha256": file_digest(path)})
+    return {"images": sum(shard["images"] for shard in shards), "shards": shards}
+
+
+def write_shard(path: Path, rows: list[dict]) -> None:
+    schema = pa.schema([(name, kind) for name, kind in SCHEMA.items() if any(name in row for row in rows)])
+    temporary = path.with_suffix(".part")
+    with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        # One batch an image batch of 256: a reader touches only the pages that it needs.
+        for chunk in chunks(rows, 256):
+            writer.write_batch(pa.RecordBatch.from_pylist(chunk, schema=schema))
+    os.replace(temporary, path)
+
+
+def chunks(items: Iterable, size: int) -> Iterator[list]:
+    chunk = []
+    for item in items:
+        chunk.append(item)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def write_manifest(folder: Path, **entries) -> dict:
+    """Write manifest.json whole; it is written last, so that a folder with a manifest is complete."""
+    temporary = folder / "manifest.part"
+    temporary.write_text(json.dumps(entries, indent=1, sort_keys=True) + "\n")
+    os.replace(temporary, folder / "manifest.json")
+    return entries
+
+
+def read_manifest(folder: Path) -> dict:
+    path = Path(folder) / "manifest.json"
+    if not path.exists():
+        raise UserError(f"{folder} holds no manifest.json, so it is no complete record set: run `dvc repro` to prepare it.")
+    return json.loads(path.read_text())
+
+
+class Records:
+    """Random access to one split: records[i] -> {"image": bytes, "label": int, ...}; len(records).
+
+    Shards are opened on first touch in each process, so an instance can be sent to data loader workers."""
+
+    def __init__(self, folder: str | Path, split: str):
+        self.folder, self.split = Path(folder), split
+        self.manifest = read_manifest(self.folder)
+        if split not in self.manifest["splits"]:
+            raise UserError(f"{folder} has no split {split!r}; it has {', '.join(self.manifest['splits'])}.")
+        self.shards = self.manifest["splits"][split]["shards"]
+        self.starts = [0]
+        for shard in self.shards:
+            self.starts.append(self.starts[-1] + shard["images"])
+        self._tables: dict[int, pa.Table] = {}
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def __getitem__(self, index: int) -> dict:
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        number = bisect.bisect_right(self.starts, index) - 1
+        table, row = self.table(number), index - self.starts[number]
+        return {name: table.column(name)[row].as_py() for name in table.column_names}
+
+    def column(self, name: str) -> list:
+        """A whole column, such as "label", without touching the images."""
+        return [value for number in range(len(self.shards)) for value in self.table(number).column(name).to_pylist()]
+
+    def table(self, number: int) -> pa.Table:
+        if number not in self._tables:
+            path = self.folder / self.shards[number]["file"]
+            try:
+                self._tables[number] = pa.ipc.open_file(pa.memory_map(str(path), "r")).read_all()
+            except (OSError, pa.ArrowInvalid) as error:
+                raise UserError(f"{path} cannot be read ({error}). Delete {self.folder} and run `dvc repro` again.") from None
+        return self._tables[number]
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_tables": {}}

@@ -1,0 +1,151 @@
+"""The layouts in which data sets come: checked files in, rows for the records out.
+
+Every image is opened and decoded once here, so that a broken one is found in minutes rather than in the middle
+of a night's training; all broken ones are listed together.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from milan.errors import UserError
+from milan.progress import track
+
+IMAGES = {".jpeg", ".jpg", ".png", ".webp", ".bmp"}
+LISTED = 20
+
+
+def image_folder(root: Path, split: str) -> list[dict]:
+    """root/split/<class>/<file> -> items {"path", "name", "label"}; classes in the order of their folders' names
+    (for ImageNet: by WordNet id)."""
+    folder = existing(root / split, f"expected {root} to hold train/ and val/ with a folder a class")
+    items = []
+    for label, wnid in enumerate(class_folders(folder)):
+        for path in sorted((folder / wnid).iterdir()):
+            if path.suffix.lower() in IMAGES:
+                items.append({"path": path, "name": f"{wnid}/{path.name}", "label": label})
+    if not items:
+        raise UserError(f"{folder} holds no images ({', '.join(sorted(IMAGES))}) in class folders.")
+    return items
+
+
+def class_folders(folder: Path) -> list[str]:
+    return sorted(child.name for child in folder.iterdir() if child.is_dir())
+
+
+def caption_pairs(root: Path) -> list[dict]:
+    """root/pairs/captions.csv with columns file, caption -> items {"path", "name", "caption"}; none when absent."""
+    table = root / "pairs" / "captions.csv"
+    if not table.exists():
+        return []
+    with open(table, newline="") as file:
+        return [{"path": table.parent / row["file"], "name": row["file"], "caption": row["caption"]} for row in csv.DictReader(file)]
+
+
+def with_object_masks(root: Path, items: list[dict]) -> list[dict]:
+    """Add "mask_path" to the val items whose object's pixels are known (root/val_objects/<stem>.png, 255 = object)."""
+    masks = {path.stem: path for path in (root / "val_objects").glob("*.png")}
+    return [{**item, "mask_path": masks[item["path"].stem]} if item["path"].stem in masks else item for item in items]
+
+
+def scene_classes(root: Path, classes: int) -> list[str]:
+    """Names from root/objectInfo.txt or objectInfo150.txt (tab separated, a header, the name last or second), else numbers."""
+    for name in ("objectInfo.txt", "objectInfo150.txt"):
+        if (root / name).exists():
+            lines = (root / name).read_text().splitlines()[1:]
+            found = [line.split("\t")[-1].split(",")[0].strip() for line in lines if line.strip()]
+            if len(found) == classes:
+                return found
+    return [f"class {k}" for k in range(1, classes + 1)]
+
+
+def class_names(root: Path, wnids: list[str]) -> list[str]:
+    """Readable names where root/classes.json gives them, else the folders' names."""
+    path = root / "classes.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    return [known.get(wnid, wnid) for wnid in wnids]
+
+
+def scene_folder(root: Path, split: str) -> list[dict]:
+    """ADEChallengeData2016: images/<split>/*.jpg with annotations/<split>/*.png -> items {"path", "mask_path", "name"}."""
+    folder = existing(root / "images" / split, f"expected {root} to be ADEChallengeData2016, with images/ and annotations/")
+    items, missing = [], []
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() not in IMAGES:
+            continue
+        mask = root / "annotations" / split / f"{path.stem}.png"
+        (items if mask.exists() else missing).append({"path": path, "mask_path": mask, "name": path.stem})
+    if missing:
+        raise UserError(f"{len(missing)} scenes have no annotation, the first is {missing[0]['mask_path']}.")
+    return items
+
+
+def existing(folder: Path, hint: str) -> Path:
+    if not folder.is_dir():
+        raise UserError(f"{folder} is missing: {hint}. Set data.imagenet or data.ade20k in params.yaml, or null for the built-in world.")
+    return folder
+
+
+def rows(items: list[dict], name: str, processes: int, short_side: int | None = None, classes: int = 255) -> Iterator[dict]:
+    """Items as record rows, read and checked by several processes, in order; raises one UserError that lists
+    every unreadable file at the end. classes: the largest annotation value allowed in masks."""
+    broken = []
+    jobs = ((item, short_side, classes) for item in items)
+    with ProcessPoolExecutor(processes) as pool:
+        for row, fault in track(pool.map(read_job, jobs, chunksize=64), name, len(items)):
+            if fault:
+                broken.append(fault)
+            else:
+                yield row
+    if broken:
+        more = f" and {len(broken) - LISTED} more" if len(broken) > LISTED else ""
+        raise UserError(f"{len(broken)} of {len(items)} files cannot be used: {'; '.join(broken[:LISTED])}{more}. Mend or remove them and run again.")
+
+
+def read_job(job: tuple[dict, int | None, int | None]) -> tuple[dict | None, str | None]:
+    """(row, None), or (None, what is wrong with the file)."""
+    item, short_side, classes = job
+    row = {key: value for key, value in item.items() if key not in ("path", "mask_path")}
+    try:
+        row["image"] = checked_image(item["path"], short_side)
+        if "mask_path" in item:
+            row["mask"] = checked_mask(item["mask_path"], row["image"], classes)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return None, f"{item['path']} ({error or type(error).__name__})"
+    return row, None
+
+
+def checked_image(path: Path, short_side: int | None) -> bytes:
+    """The file's bytes, verbatim, once they have proved to decode; re-encoded only when they are to be shrunk."""
+    data = path.read_bytes()
+    if not data:
+        raise ValueError("empty file")
+    with Image.open(io.BytesIO(data)) as image:
+        image.load()
+        if short_side is None or min(image.size) <= short_side:
+            return data
+        factor = short_side / min(image.size)
+        size = tuple(max(short_side, round(side * factor)) for side in image.size)
+        out = io.BytesIO()
+        image.convert("RGB").resize(size, Image.BICUBIC, reducing_gap=3.0).save(out, "JPEG", quality=92, subsampling=0)
+        return out.getvalue()
+
+
+def checked_mask(path: Path, image: bytes, classes: int) -> bytes:
+    data = path.read_bytes()
+    with Image.open(io.BytesIO(data)) as mask, Image.open(io.BytesIO(image)) as picture:
+        if mask.mode not in ("L", "P"):
+            raise ValueError(f"annotation of mode {mask.mode}, expected one 8-bit channel")
+        if mask.size != picture.size:
+            raise ValueError(f"annotation of {mask.size} for an image of {picture.size}")
+        strange = set(np.unique(np.asarray(mask)).tolist()) - set(range(classes + 1))
+    if strange:
+        raise ValueError(f"annotation value {min(strange)} with {classes} classes")
+    return data
+

@@ -1,0 +1,128 @@
+"""What every stage script does the same way: arguments, recipe, tracking, metrics, errors."""
+
+import argparse
+import dataclasses
+import errno
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import yaml
+
+from milan import tracking
+from milan.errors import UserError
+from milan.files import file_digest, fingerprint, write_json, write_whole
+from milan.params import Params, read_params
+
+
+class Stage:
+    """One execution of one stage: its arguments, recipe, tracker and results."""
+
+    def __init__(self, name: str, args: argparse.Namespace, params: Params):
+        self.name, self.args, self.params = name, args, params
+        self.tracker: tracking.Tracker = None
+        self.metrics: dict[str, float] = {}
+
+    @property
+    def title(self) -> str:
+        words = [self.name, getattr(self.args, "variant", None)]
+        seed = getattr(self.args, "seed", None)
+        return " ".join(w for w in words if w) + (f" seed {seed}" if seed is not None else "")
+
+    def fingerprint(self, *sections, inputs: list[Path] = ()) -> str:
+        """The recipe's fingerprint: the params in use and the digests of the input files."""
+        digests = [file_digest(present(path)) for path in inputs]
+        variation = [getattr(self.args, "variant", None), getattr(self.args, "seed", None)]
+        return fingerprint(self.name, variation, [repr(section) for section in sections], digests)
+
+    def write_curve(self, curve: list[dict]) -> None:
+        """CSV with a column a name: what `dvc plots` draws."""
+        names = list(curve[0]) if curve else ["step", "epoch", "loss", "lr"]
+        lines = [",".join(names)] + [",".join(repr(point[name]) for name in names) for point in curve]
+        write_whole(self.args.curve, ("\n".join(lines) + "\n").encode())
+        self.tracker.artifact(self.args.curve)
+
+    def write_metrics(self, metrics: dict, recipe: str) -> None:
+        """Deterministic values only, with the recipe's fingerprint."""
+        self.metrics = {k: round(v, 4) if isinstance(v, float) else v for k, v in metrics.items()}
+        write_json(self.args.metrics, {**self.metrics, "fingerprint": recipe})
+        self.tracker.event("metrics", step=0, values={k: v for k, v in self.metrics.items() if isinstance(v, (int, float))})
+        print("  ".join(f"{k} {v}" for k, v in self.metrics.items()), flush=True)
+
+
+def run(name: str, main: Callable[[Stage], None], doc: str, **arguments: type) -> None:
+    """Parse --arguments (a keyword each: its type), read the recipe, call main(stage) under a tracking run.
+
+    Exit status 0, or 1 with one paragraph on what is wrong; a traceback only for a fault of this program."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="the recipe (default: %(default)s)")
+    for argument, kind in arguments.items():
+        parser.add_argument(f"--{argument.replace('_', '-')}", type=kind, required=True, metavar=kind.__name__.upper())
+    args = parser.parse_args()
+    try:
+        stage = Stage(name, args, read_params(args.params))
+        tracked(stage, main)
+    except UserError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        fail("Stopped. What was saved is kept; run `dvc repro` again to continue.", 130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        fail(f"The disk is full ({error.filename or 'while writing'}). Free some space (`dvc gc -w`) and run `dvc repro` again.")
+
+
+def present(path: Path) -> Path:
+    if not path.exists():
+        raise UserError(f"{path} is missing: an earlier stage makes it. Run `dvc repro`, which runs the stages in order.")
+    return path
+
+
+def fail(text: str, status: int = 1) -> None:
+    print("\n" + textwrap.fill(f"error: {text}", 100, break_long_words=False, break_on_hyphens=False), file=sys.stderr)
+    sys.exit(status)
+
+
+def tracked(stage: Stage, main: Callable[[Stage], None]) -> None:
+    tags = {"stage": stage.name, "scale": stage.params.scale, "git_revision": git_revision(), **variation(stage)}
+    logger = tracking.Logger(stage.title, f"milan-{stage.params.scale}", tags, flat(stage.params))
+    stage.tracker, status, began = logger.tracker, "FAILED", time.monotonic()
+    try:
+        main(stage)
+        status = "FINISHED"
+    finally:
+        stage.tracker.event("metrics", step=0, values={"wall_seconds": time.monotonic() - began})
+        logger.finish(status)
+
+
+def variation(stage: Stage) -> dict[str, str]:
+    return {k: str(getattr(stage.args, k)) for k in ("variant", "seed") if hasattr(stage.args, k)}
+
+
+def flat(params, prefix: str = "") -> dict:
+    """Dataclasses as {"section.key": value}, for MLflow's params."""
+    found = {}
+    for field in dataclasses.fields(params):
+        value = getattr(params, field.name)
+        if dataclasses.is_dataclass(value):
+            found.update(flat(value, f"{prefix}{field.name}."))
+        elif isinstance(value, dict):
+            for name, item in value.items():
+                found.update(flat(item, f"{prefix}{field.name}.{name}."))
+        else:
+            found[prefix + field.name] = value
+    return found
+
+
+def git_revision() -> str:
+    """Revision of the working tree, with "+changes" when it has any; "none" outside git."""
+    try:
+        revision = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run(["git", "status", "--porcelain", "-uno", "milan", "stages", "conf"], capture_output=True, text=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "none"
+    return revision + ("+changes" if changed.strip() else "")

@@ -1,0 +1,92 @@
+"""The target bank: teacher features and importance of V fixed views of every image, written shard by shard.
+
+View v of image i is a random resized crop drawn from (seed, "view", v, i). Pretraining's epoch e uses view
+e mod V. Files are plain .npy, memory-mapped: features-00000.npy float16 (n, V, 1+N, D), importance-00000.npy
+float32 (n, V, N), boxes-00000.npy int32 (n, V, 5) = top, left, height, width, flip. bank.json is written last.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from milan import rng, transforms
+from milan.errors import UserError
+from milan.files import existing_parent, full_disk_said, write_json
+
+ARRAYS = ("features", "importance", "boxes")
+
+
+def view_box(seed: int, view: int, index: int, height: int, width: int, scale: list[float]) -> tuple[int, int, int, int, bool]:
+    """Crop box and flip of one view of one image."""
+    return transforms.draw_crop(height, width, scale, rng.generator(seed, "view", view, index))
+
+
+def bank_bytes(images: int, views: int, n_patches: int, feature_dim: int) -> int:
+    """Size of a bank on disk."""
+    return images * views * ((1 + n_patches) * feature_dim * 2 + n_patches * 4 + 5 * 4)
+
+
+def refuse_when_too_big(folder: Path, size: int) -> None:
+    """Say the size, and raise UserError when the disk has not got it."""
+    free = shutil.disk_usage(existing_parent(folder)).free
+    print(f"target bank: {size / 1e6:,.0f} MB to write, {free / 1e9:,.1f} GB free", flush=True)
+    if size > free:
+        raise UserError(
+            f"The target bank needs {size / 1e9:,.1f} GB and the disk of {folder} has {free / 1e9:,.1f} GB free. Free some, lower "
+            "extract_targets.views, or set it to 0: then the teacher runs inside pretraining, as published."
+        )
+
+
+def write_shard(folder: Path, number: int, arrays: dict[str, np.ndarray]) -> None:
+    """One shard, whole: each array under a temporary name, then renamed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, array in arrays.items():
+        path = folder / f"{name}-{number:05d}.npy"
+        with full_disk_said(path):
+            np.save(path.with_suffix(".part.npy"), array, allow_pickle=False)
+            os.replace(path.with_suffix(".part.npy"), path)
+
+
+def has_shard(folder: Path, number: int) -> bool:
+    return all((folder / f"{name}-{number:05d}.npy").exists() for name in ARRAYS)
+
+
+def finish(folder: Path, **entries) -> None:
+    write_json(folder / "bank.json", entries)
+
+
+class Bank:
+    """Random access: bank[view, index] -> (box, features float16 (1+N, D), importance (N,))."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        path = self.folder / "bank.json"
+        if not path.exists():
+            raise UserError(f"{folder} holds no bank.json, so it is no complete target bank: run `dvc repro` to extract it.")
+        self.info = json.loads(path.read_text())
+        self.views, self.shard_images, self.feature_dim = (self.info[k] for k in ("views", "shard_images", "feature_dim"))
+        self._arrays: dict[tuple[str, int], np.ndarray] = {}
+
+    def __getitem__(self, place: tuple[int, int]) -> tuple[tuple, Tensor, Tensor]:
+        view, index = place
+        number, row = divmod(index, self.shard_images)
+        top, left, height, width, flip = self.array("boxes", number)[row, view].tolist()
+        features, importance = (torch.from_numpy(self.array(name, number)[row, view].copy()) for name in ARRAYS[:2])
+        return (top, left, height, width, bool(flip)), features, importance
+
+    def array(self, name: str, number: int) -> np.ndarray:
+        if (name, number) not in self._arrays:
+            path = self.folder / f"{name}-{number:05d}.npy"
+            try:
+                self._arrays[name, number] = np.load(path, mmap_mode="r", allow_pickle=False)
+            except (OSError, ValueError) as error:
+                raise UserError(f"{path} cannot be read ({error}). Delete {self.folder} and run `dvc repro` again.") from None
+        return self._arrays[name, number]
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_arrays": {}}

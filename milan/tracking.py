@@ -1,0 +1,216 @@
+"""Runs in MLflow, without ever standing in the way of the work.
+
+A stage appends events to a spool file; a logger process of its own (`python -m milan.tracking SPOOL`), the only
+place that imports mlflow, forwards them. So a slow, locked or absent store costs a stage nothing, and what could
+not be delivered stays in the spool and is delivered by a later stage's logger. Loggers take turns, in the order of
+their stages; what they have to say goes to .scratch/tracking/log.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+SPOOLS = Path(".scratch/tracking")
+LOG = SPOOLS / "log"
+PATIENCE = 120.0  # seconds that the last stage waits for the loggers
+
+
+class Tracker:
+    """The stage's side. Event kinds: start, params, metrics, tags, artifact, end."""
+
+    def __init__(self, spool: Path):
+        self.spool = spool
+
+    def event(self, kind: str, **values) -> None:
+        line = json.dumps({"kind": kind, "time": int(time.time() * 1000), **values}, default=str)
+        with open(self.spool, "a") as file:
+            file.write(line + "\n")
+
+    def point(self, point: dict, prefix: str = "train") -> None:
+        """One point of a curve: {"step", name: value, ...}."""
+        values = {f"{prefix}/{name}": value for name, value in point.items() if name != "step"}
+        self.event("metrics", step=point["step"], values=values)
+
+    def artifact(self, path: Path, folder: str | None = None) -> None:
+        self.event("artifact", path=str(path), folder=folder)
+
+
+class Logger:
+    """The stage's tracker and the logger process behind it."""
+
+    def __init__(self, name: str, experiment: str, tags: dict, params: dict):
+        SPOOLS.mkdir(parents=True, exist_ok=True)
+        warn_of_undelivered()
+        self.tracker = Tracker(SPOOLS / f"{time.time_ns()}-{os.getpid()}.jsonl")
+        self.tracker.event("start", name=name, experiment=experiment, pipeline=pipeline_execution(), tags=tags, pid=os.getpid())
+        self.tracker.event("params", values=params)
+        # In a session of its own: a Ctrl-C in the terminal ends the stage, and the logger says so in MLflow.
+        command = [sys.executable, "-m", "milan.tracking", str(self.tracker.spool)]
+        with open(LOG, "a") as log:
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+
+    def finish(self, status: str, wait: bool = False) -> None:
+        """wait: for the last stage, so that a finished pipeline is a finished record."""
+        self.tracker.event("end", status=status)
+        if not wait:
+            return
+        try:
+            self.process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            print(f"MLflow is slow to answer; its logger goes on in the background ({LOG}).", file=sys.stderr)
+        warn_of_undelivered()
+
+
+def warn_of_undelivered() -> None:
+    """Say when loggers ended without delivering: MLflow was out of reach."""
+    left = [spool for spool in SPOOLS.glob("*.failed")]
+    if left:
+        print(f"MLflow was out of reach for {len(left)} earlier run(s); their events are kept and sent again. See {LOG}.", file=sys.stderr)
+
+
+def pipeline_execution() -> str:
+    """The same words for all stages of one `dvc repro`: the DVC process that is our ancestor."""
+    for parent in psutil.Process().parents():
+        if "dvc" in " ".join(parent.cmdline()[:3]) and parent.pid != os.getpid():
+            return f"{parent.pid}-{int(parent.create_time())}"
+    return f"{os.getpid()}-by-hand"
+
+
+def serve(spool: Path) -> None:
+    """Deliver what earlier loggers left behind, then this spool until its stage ends."""
+    with open(SPOOLS / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for earlier in sorted(SPOOLS.glob("*.jsonl")):
+            if earlier.name < spool.name:
+                deliver(earlier)
+        if spool.exists():
+            deliver(spool)
+
+
+def deliver(spool: Path) -> None:
+    """Forward a spool; on any trouble with the store, mark it as still to be sent."""
+    mark = spool.with_suffix(".failed")
+    try:
+        forward(spool)
+        mark.unlink(missing_ok=True)
+    except Exception as error:  # whatever ails the store must not lose events
+        mark.touch()
+        print(f"{spool.name}: MLflow cannot be reached ({type(error).__name__}: {str(error)[:500]}); kept for the next logger.", flush=True)
+
+
+def owner_alive(spool: Path) -> bool:
+    return psutil.pid_exists(int(spool.stem.split("-")[1]))
+
+
+def forward(spool: Path) -> None:
+    """Send a spool's events until its stage ends; its place and run are kept beside it, so that nothing is sent twice."""
+    place = spool.with_suffix(".place")
+    state = json.loads(place.read_text()) if place.exists() else {"offset": 0, "run_id": None}
+    sender = Sender(state["run_id"])
+    with open(spool, "rb") as file:
+        file.seek(state["offset"])
+        while True:
+            lines = [line for line in file.readlines() if line.endswith(b"\n")]
+            events = [json.loads(line) for line in lines]
+            if not events:
+                if not owner_alive(spool):
+                    events = [{"kind": "end", "status": "KILLED", "time": int(time.time() * 1000)}]
+                else:
+                    time.sleep(0.5)
+                    continue
+            sender.send(events)
+            state = {"offset": file.tell(), "run_id": sender.run_id}
+            place.write_text(json.dumps(state))
+            if events[-1]["kind"] == "end":
+                break
+    spool.unlink()
+    place.unlink()
+
+
+class Sender:
+    """Events -> MLflow calls on one run."""
+
+    def __init__(self, run_id: str | None):
+        os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
+        import mlflow
+        from mlflow.entities import Metric, Param, RunTag
+
+        self.mlflow, self.kinds, self.run_id, self.monitor = mlflow, (Metric, Param, RunTag), run_id, None
+        self.client = mlflow.MlflowClient(os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db"))
+
+    def send(self, events: list[dict]) -> None:
+        metrics = []
+        for event in events:
+            kind = event["kind"]
+            if kind == "metrics":
+                metrics += [self.kinds[0](k, float(v), event["time"], event["step"]) for k, v in event["values"].items()]
+            else:
+                getattr(self, f"send_{kind}")(event)
+        for first in range(0, len(metrics), 1000):
+            self.client.log_batch(self.run_id, metrics=metrics[first : first + 1000])
+
+    def send_start(self, event: dict) -> None:
+        experiment = self.experiment(event["experiment"])
+        parent = self.parent(experiment, event["pipeline"], event["tags"])
+        tags = {**event["tags"], "mlflow.parentRunId": parent, "mlflow.source.name": event["tags"]["stage"]}
+        run = self.client.create_run(experiment, start_time=event["time"], tags=tags, run_name=event["name"])
+        self.run_id, self.parent_id = run.info.run_id, parent
+        if psutil.pid_exists(event["pid"]):
+            self.watch_system()
+
+    def experiment(self, name: str) -> str:
+        found = self.client.get_experiment_by_name(name)
+        if found:
+            return found.experiment_id
+        local = "MLFLOW_TRACKING_URI" not in os.environ
+        return self.client.create_experiment(name, artifact_location=Path("mlartifacts", name).resolve().as_uri() if local else None)
+
+    def parent(self, experiment: str, pipeline: str, tags: dict) -> str:
+        """The run of this pipeline execution, made by its first stage."""
+        found = self.client.search_runs([experiment], f"tags.pipeline = '{pipeline}'", max_results=1)
+        if found:
+            return found[0].info.run_id
+        kept = {k: v for k, v in tags.items() if k in ("scale", "git_revision", "mlflow.user")}
+        name = time.strftime(f"pipeline {tags['scale']} %Y-%m-%d %H:%M")
+        return self.client.create_run(experiment, tags={**kept, "pipeline": pipeline}, run_name=name).info.run_id
+
+    def watch_system(self) -> None:
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        self.mlflow.set_tracking_uri(self.client.tracking_uri)
+        self.monitor = SystemMetricsMonitor(self.run_id, sampling_interval=5, samples_before_logging=2)
+        self.monitor.start()
+
+    def send_params(self, event: dict) -> None:
+        params = [self.kinds[1](k, str(v)[:6000]) for k, v in event["values"].items()]
+        for first in range(0, len(params), 100):
+            self.client.log_batch(self.run_id, params=params[first : first + 100])
+
+    def send_tags(self, event: dict) -> None:
+        self.client.log_batch(self.run_id, tags=[self.kinds[2](k, str(v)) for k, v in event["values"].items()])
+
+    def send_artifact(self, event: dict) -> None:
+        if os.path.exists(event["path"]):
+            self.client.log_artifact(self.run_id, event["path"], event["folder"])
+
+    def send_end(self, event: dict) -> None:
+        if self.monitor:
+            self.monitor.finish()
+        if self.run_id is None:
+            return
+        self.client.set_terminated(self.run_id, event["status"], event["time"])
+        parent = self.client.get_run(self.run_id).data.tags.get("mlflow.parentRunId")
+        if parent:
+            self.client.set_terminated(parent, event["status"], event["time"])
+
+
+if __name__ == "__main__":
+    serve(Path(sys.argv[1]))

@@ -1,0 +1,299 @@
+"""The built-in captioned world: small scenes drawn by rule, written as JPEG files in the layouts of the real data sets.
+
+A scene shows one object, a shape with a fill ("striped disc"), over a textured background with bars as clutter. The
+class is shape and fill together. Colour, size, place and background are drawn independently of it, and some
+backgrounds are themselves striped, checked or noisy, so neither colour nor global texture gives the class away.
+
+Every scene is a function of (seed, purpose, index) alone: neither order nor number of processes changes a byte.
+Lengths are in half images (the image spans -1 to 1, y pointing down), so that one world serves sizes 32 to 128. A
+canvas is (size, size, 3), a field or coverage (size, size): float32, 0..1. A core writes 1100 to 1900 scenes a second.
+"""
+
+import csv
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+from zlib import crc32
+
+import numpy as np
+from PIL import Image
+
+from milan.errors import UserError
+
+SHAPES = ("disc", "ring", "triangle", "cross", "square")
+FILLS = ("striped", "dotted", "checked", "plain")
+CLASSES = tuple(f"{fill} {shape}" for shape in SHAPES for fill in FILLS)
+WNIDS = tuple(f"n{90000000 + k:08d}" for k in range(len(CLASSES)))  # sorted order is class order, as in ILSVRC
+TEXTURES = ("mossy", "cloudy", "wooden", "quilted", "tiled", "sandy")
+SCENE_CLASSES = TEXTURES + SHAPES  # annotation value = position + 1; 0 is unlabelled, as in ADE20K
+COLOURS = {
+    "red": (0.90, 0.10, 0.10), "gold": (0.95, 0.75, 0.10), "green": (0.15, 0.75, 0.20), "cyan": (0.10, 0.85, 0.85),
+    "blue": (0.15, 0.30, 0.95), "purple": (0.60, 0.15, 0.75), "pink": (1.00, 0.50, 0.70), "white": (0.95, 0.95, 0.95),
+}
+RADII = {"small": (0.42, 0.51), "large": (0.55, 0.64)}
+
+# Every caption names fill and shape: those that do not teach a tiny CLIP only colour and background.
+TEMPLATES = (
+    "a photo of a {size} {colour} {fill} {shape} on a {texture} background",
+    "a picture of a {colour} {fill} {shape} in front of a {texture} wall",
+    "there is a {size} {fill} {shape} on the {texture} ground",
+    "the {fill} {shape} is {colour} and the background is {texture}",
+    "this {texture} scene shows one {size} {colour} {fill} {shape}",
+    "a {fill} {shape}",
+)
+PROMPTS = ("a photo of a {}", "a picture of a {}", "there is a {}", "this scene shows one {}", "a {}")
+
+BARS = 3
+NOISE = 0.04  # standard deviation of the pixel noise, of a range of 1
+PERIOD = 2 * 6.5 / 48  # of a fill: 6.5 pixels at 48
+SHADE = 0.35  # a fill's dark colour over its light one
+JPEG = {"format": "JPEG", "quality": 95, "subsampling": 0}  # subsampled, thin stripes would lose their colour
+CHUNK = 200  # scenes a task: a tenth of a second or two, so that progress moves and processes stay busy
+
+
+class Scene(NamedTuple):
+    """One object scene. The mask is True on every pixel that the object touches, however little."""
+
+    image: np.ndarray  # (size, size, 3) uint8
+    label: int  # 0..19, a position in CLASSES
+    caption: str
+    mask: np.ndarray  # (size, size) bool
+
+
+def object_scene(seed: int, purpose: str, index: int, size: int) -> Scene:
+    """Scene `index` of the split `purpose`, size x size pixels; its label is index modulo 20: exactly balanced."""
+    rng = _generator(seed, purpose, index)
+    label = index % len(CLASSES)
+    fill, shape = CLASSES[label].split()
+    words = {name: str(rng.choice(list(names))) for name, names in
+             {"size": RADII, "colour": COLOURS, "texture": TEXTURES, "template": TEMPLATES}.items()}
+    canvas = _background(rng, words["texture"], size)
+    _scatter_bars(rng, canvas)
+    coverage = _coverage(rng, shape, rng.uniform(*RADII[words["size"]]), size)
+    canvas = _blend(canvas, _skin(rng, fill, words["colour"], size), coverage)
+    caption = words["template"].format(fill=fill, shape=shape, **words)
+    return Scene(_photograph(rng, canvas), label, caption, coverage > 0)
+
+
+def stuff_scene(seed: int, purpose: str, index: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Two textures parted by a wavy line, with 2 to 4 objects: image (size, size, 3), annotation (size, size), uint8.
+
+    Annotation: 0 = unlabelled (bars, and pixels that two regions share), 1..6 = TEXTURES, 7..11 = SHAPES.
+    """
+    rng = _generator(seed, purpose, index)
+    first, second = rng.permutation(len(TEXTURES))[:2].tolist()
+    u, v = _frame(size, rng.uniform(0, 2 * math.pi), *rng.uniform(-0.3, 0.3, 2).tolist())
+    side = _soft(u + 0.15 * np.sin(v * rng.uniform(2, 6) + rng.uniform(0, 2 * math.pi)), size / 2)
+    canvas = _blend(*(_background(rng, TEXTURES[k], size) for k in (first, second)), side)
+    annotation = _label(np.full((size, size), first + 1, np.uint8), second + 1, side)
+    annotation[_scatter_bars(rng, canvas)] = 0
+    for _ in range(rng.integers(2, 5)):
+        shape, fill, colour = (str(rng.choice(list(names))) for names in (SHAPES, FILLS, COLOURS))
+        coverage = _coverage(rng, shape, rng.uniform(0.34, 0.5), size)
+        canvas = _blend(canvas, _skin(rng, fill, colour, size), coverage)
+        annotation = _label(annotation, SCENE_CLASSES.index(shape) + 1, coverage)
+    return _photograph(rng, canvas), annotation
+
+
+def write_imagenet(folder: str | Path, seed: int, size: int, train: int, val: int, pairs: int,
+                   progress: Callable[[int], None] | None = None, processes: int = 1, objects: int = 256) -> None:
+    """Write object scenes in the ILSVRC layout: `train` + `val` images, and `pairs` others with captions for a teacher.
+
+    train/<wnid>/<wnid>_<index>.JPEG, val/<wnid>/ILSVRC2012_val_<number>.JPEG (numbers from 1), val_objects/<same>.png
+    (255 = object) for the first `objects` of val, pairs/<number>.JPEG, pairs/captions.csv (file, caption) and
+    classes.json ({wnid: name}). The folder appears whole or not at all; one that holds files is refused.
+    """
+    names = [f"{split}/{wnid}" for split in ("train", "val") for wnid in WNIDS]
+    with _whole_folder(folder, [*names, "val_objects", "pairs"]) as root:
+        (root / "classes.json").write_text(json.dumps(dict(zip(WNIDS, CLASSES, strict=True)), indent=1) + "\n")
+        counts = {"train": train, "val": val, "pairs": pairs}
+        rows = _run(partial(_write_object_scenes, root, seed, size, objects), counts, progress, processes)
+        with open(root / "pairs/captions.csv", "w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([("file", "caption"), *rows])
+
+
+def write_ade20k(folder: str | Path, seed: int, size: int, train: int, val: int,
+                 progress: Callable[[int], None] | None = None, processes: int = 1) -> None:
+    """Write stuff scenes in the ADEChallengeData2016 layout, with objectInfo.txt (Idx, Name); whole or not at all."""
+    names = [f"{kind}/{split}" for kind in ("images", "annotations") for split in ("training", "validation")]
+    with _whole_folder(folder, names) as root:
+        lines = [f"{k}\t{name}\n" for k, name in enumerate(SCENE_CLASSES, 1)]
+        (root / "objectInfo.txt").write_text("".join(["Idx\tName\n", *lines]))
+        write = partial(_write_stuff_scenes, root, seed, size)
+        _run(write, {"training": train, "validation": val}, progress, processes)
+
+
+def _generator(seed: int, purpose: str, index: int) -> np.random.Generator:
+    """The scene's own generator. crc32, because Python's hash of a string changes from process to process."""
+    key = np.random.SeedSequence(seed, spawn_key=(crc32(purpose.encode()), index))
+    return np.random.Generator(np.random.PCG64(key))
+
+
+def _frame(size: int, angle: float, x: float = 0.0, y: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """Coordinates (u, v) of the pixel centres in a frame turned by `angle` (radians) about (x, y)."""
+    axis = (np.arange(size, dtype=np.float32) + 0.5) * (2 / size) - 1
+    dx, dy = axis[None, :] - x, axis[:, None] - y
+    cos, sin = math.cos(angle), math.sin(angle)
+    return cos * dx + sin * dy, cos * dy - sin * dx
+
+
+def _soft(values: np.ndarray, slope: float = 1.0) -> np.ndarray:
+    """A threshold at zero with a ramp of width 1 / slope: what keeps edges from flickering with sub-pixel shifts."""
+    return (values * slope + 0.5).clip(0, 1)
+
+
+def _blend(below: np.ndarray, above: np.ndarray, coverage: np.ndarray) -> np.ndarray:
+    return below + coverage[..., None] * (above - below)
+
+
+def _label(annotation: np.ndarray, value: int, coverage: np.ndarray) -> np.ndarray:
+    """`value` where a region covers the whole pixel, 0 (unlabelled) where it shares the pixel with what lies below."""
+    return np.where(coverage == 1, value, np.where(coverage == 0, annotation, 0)).astype(np.uint8)
+
+
+def _background(rng: np.random.Generator, texture: str, size: int) -> np.ndarray:
+    """A texture between two random colours that lie 0.2 to 0.5 apart."""
+    colour = rng.uniform(0.1, 0.9, 3)
+    step = np.abs(rng.standard_normal(3)) * np.where(colour > 0.5, -1, 1)  # inwards, so that no clipping shortens it
+    step *= rng.uniform(0.2, 0.5) / np.linalg.norm(step)
+    return colour.astype(np.float32) + _FIELDS[texture](rng, size)[..., None] * step.astype(np.float32)
+
+
+def _value_noise(rng: np.random.Generator, size: int, cells: int) -> np.ndarray:
+    """A field between cells x cells random knots, linearly interpolated."""
+    distance = np.abs(np.linspace(0, cells - 1, size)[:, None] - np.arange(cells))
+    stretch = (1 - distance).clip(0).astype(np.float32)
+    return _soft(stretch @ (rng.random((cells, cells), np.float32) - 0.5) @ stretch.T, 1.4)
+
+
+def _waves(rng: np.random.Generator, size: int, shortest: float, longest: float, warp: float = 0) -> list[np.ndarray]:
+    """Two sine waves (-1..1) at right angles, of one random period, direction and phase, bent by up to `warp`."""
+    axes = _frame(size, rng.uniform(0, math.pi), *rng.uniform(-1, 1, 2).tolist())
+    bend = warp * _value_noise(rng, size, 5) if warp else 0
+    k = 2 * math.pi / rng.uniform(shortest, longest)
+    return [np.sin(k * (axis + bend)) for axis in axes]
+
+
+_FIELDS = {
+    "mossy": lambda rng, size: _value_noise(rng, size, 12),
+    "cloudy": lambda rng, size: _value_noise(rng, size, 4),
+    "wooden": lambda rng, size: 0.5 + 0.5 * _waves(rng, size, 0.25, 0.4, warp=0.3)[0],
+    "quilted": lambda rng, size: _soft(np.prod(_waves(rng, size, 0.35, 0.55), axis=0), 2),
+    "tiled": lambda rng, size: _soft(0.25 - np.min(np.abs(_waves(rng, size, 0.6, 1.0)), axis=0), 4),
+    "sandy": lambda rng, size: rng.random((size, size), np.float32),
+}
+
+
+def _scatter_bars(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
+    """Draw the clutter into the canvas; returns which pixels it took, (size, size) bool."""
+    taken = np.zeros(canvas.shape[:2], bool)
+    for _ in range(BARS):
+        u, v = _frame(len(canvas), rng.uniform(0, math.pi), *rng.uniform(-1, 1, 2).tolist())
+        bar = (np.abs(u) < rng.uniform(0.12, 0.3)) & (np.abs(v) < rng.uniform(0.03, 0.08))
+        canvas[bar] = rng.random(3)
+        taken |= bar
+    return taken
+
+
+_INSIDE = {  # in units of the radius; sizes chosen so that the areas, and with them the difficulty, are alike
+    "disc": lambda u, v: u * u + v * v < 0.84**2,
+    "ring": lambda u, v: np.abs(np.sqrt(u * u + v * v) - 0.70) < 0.24,
+    "triangle": lambda u, v: np.maximum(v - 0.5, (math.sqrt(3) * np.abs(u) - v) / 2 - 0.5) < 0.05,
+    "cross": lambda u, v: (np.minimum(np.abs(u), np.abs(v)) < 0.30) & (np.maximum(np.abs(u), np.abs(v)) < 0.95),
+    "square": lambda u, v: np.maximum(np.abs(u), np.abs(v)) < 0.70,
+}
+_DARK = {  # of two waves a, b: dark where positive
+    "striped": lambda a, b: a,
+    "dotted": lambda a, b: a + b - 0.6,
+    "checked": lambda a, b: 2 * a * b,
+    "plain": lambda a, b: np.full_like(a, -1),
+}
+
+
+def _coverage(rng: np.random.Generator, shape: str, radius: float, size: int) -> np.ndarray:
+    """The share of each pixel that a shape of this radius, somewhere in the image, covers: 0, 1/4, ... 1."""
+    u, v = _frame(2 * size, rng.uniform(-0.4, 0.4), *rng.uniform(radius - 1.03, 1.03 - radius, 2).tolist())
+    inside = _INSIDE[shape](u / radius, v / radius).view(np.uint8)
+    rows = inside[::2] + inside[1::2]
+    return (rows[:, ::2] + rows[:, 1::2]) * np.float32(0.25)
+
+
+def _skin(rng: np.random.Generator, fill: str, colour: str, size: int) -> np.ndarray:
+    """What the object is painted with, as a canvas. The pattern turns freely, so the shape does not fix it."""
+    shade = 1 - (1 - SHADE) * _soft(_DARK[fill](*_waves(rng, size, 0.9 * PERIOD, 1.1 * PERIOD)))
+    light = np.asarray(COLOURS[colour]) + rng.uniform(-0.06, 0.06, 3)
+    return shade[..., None] * light.astype(np.float32)
+
+
+def _photograph(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
+    """Exposure and pixel noise, then 8 bits: (size, size, 3) uint8."""
+    noise = NOISE * rng.standard_normal(canvas.shape, np.float32)
+    return ((canvas * rng.uniform(0.75, 1.15) + noise).clip(0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+def _write_object_scenes(root: Path, seed: int, size: int, objects: int, job: tuple[str, range]) -> list[tuple]:
+    """Write scenes of one split; returns the rows (file, caption) of those that are pairs."""
+    (purpose, indices), rows = job, []
+    for i in indices:
+        scene = object_scene(seed, purpose, i, size)
+        wnid = WNIDS[scene.label]
+        name = {"train": f"{wnid}/{wnid}_{i}", "val": f"{wnid}/ILSVRC2012_val_{i + 1:08d}"}.get(purpose, f"{i + 1:08d}")
+        Image.fromarray(scene.image).save(root / purpose / f"{name}.JPEG", **JPEG)
+        if purpose == "val" and i < objects:
+            Image.fromarray(scene.mask.astype(np.uint8) * 255).save(root / f"val_objects/{Path(name).name}.png")
+        elif purpose == "pairs":
+            rows.append((f"{name}.JPEG", scene.caption))
+    return rows
+
+
+def _write_stuff_scenes(root: Path, seed: int, size: int, job: tuple[str, range]) -> list[tuple]:
+    """Write scenes of one split with their annotations; returns no rows."""
+    purpose, indices = job
+    short = {"training": "train", "validation": "val"}[purpose]
+    for i in indices:
+        image, annotation = stuff_scene(seed, purpose, i, size)
+        name = f"{purpose}/ADE_{short}_{i + 1:08d}"
+        Image.fromarray(image).save(root / "images" / f"{name}.jpg", **JPEG)
+        Image.fromarray(annotation).save(root / "annotations" / f"{name}.png")
+    return []
+
+
+def _run(write: Callable[[tuple], list[tuple]], counts: dict[str, int],
+         progress: Callable[[int], None] | None, processes: int) -> list[tuple]:
+    """Write all splits chunk by chunk, in this process or in several; returns the rows in the order of the scenes."""
+    jobs = [(purpose, range(start, min(start + CHUNK, count)))
+            for purpose, count in counts.items() for start in range(0, count, CHUNK)]
+    pool = ProcessPoolExecutor(processes) if processes != 1 else None
+    rows, done = [], 0
+    try:
+        for (_, indices), written in zip(jobs, (pool.map if pool else map)(write, jobs), strict=True):
+            rows, done = rows + written, done + len(indices)
+            if progress is not None:
+                progress(done)
+    finally:
+        if pool:
+            pool.shutdown(cancel_futures=True)  # after a failure, what still waits need not be drawn
+    return rows
+
+
+@contextmanager
+def _whole_folder(folder: str | Path, names: list[str]) -> Iterator[Path]:
+    """Make `names` in a folder that takes its own name only once filled: a killed run leaves FOLDER.partial at most."""
+    folder = Path(folder).absolute()
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} already holds files; remove it to render the built-in world there.")
+    unfinished = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    for name in names:
+        (unfinished / name).mkdir(parents=True)
+    try:
+        yield unfinished
+        unfinished.replace(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)

@@ -1,0 +1,121 @@
+"""The teacher's targets: V fixed views of every training image (the bank), and what the figures need of a few
+validation images (the probe set).
+
+The published recipe is views: 0, a new crop every epoch with the teacher running inside pretraining; a bank trades
+disk for the teacher's share of every step, and is shared by all variants and seeds (paper section 3.3 for the
+importance, section 3.1 for the targets).
+Costs: demo about 20 s; ImageNet 260 GB a view, teacher speed.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from milan import distributed, targets, transforms
+from milan.clip import ClipTower, load_teacher
+from milan.files import whole_folder
+from milan.params import Params
+from milan.progress import Progress
+from milan.records import Records
+from milan.samples import BankViews, CentreSamples
+from milan.stage import Stage, run
+
+
+def main(stage: Stage) -> None:
+    p, a = stage.params, stage.args
+    inputs = [a.records / "manifest.json", a.teacher / "teacher.safetensors"]
+    recipe = stage.fingerprint(p.extract_targets, p.model, p.compute, p.pretrain.crop_scale, inputs=inputs)
+    with whole_folder(a.out, recipe) as folder:
+        result = distributed.launch(extract, p.compute, p, a.records, a.teacher, folder)
+    stage.write_metrics(result, recipe)
+
+
+def extract(p: Params, records: Path, teacher: Path, folder: Path) -> dict:
+    device, x = distributed.set_up(p.compute), p.extract_targets
+    tower = ClipTower(load_teacher(teacher)[0].visual).to(device)
+    train = Records(records, "train")
+    if x.views:
+        size = targets.bank_bytes(len(train), x.views, p.model.n_patches, tower.feature_dim)
+        if distributed.rank() == 0:
+            targets.refuse_when_too_big(folder, size)
+        write_bank(p, train, tower, folder, device)
+        distributed.barrier()
+    if distributed.rank() != 0:
+        return {}
+    found = write_probe_set(p, Records(records, "val"), tower, folder / "probe.safetensors", device)
+    targets.finish(folder, views=x.views, shard_images=x.shard_images, feature_dim=tower.feature_dim, images=len(train))
+    return found
+
+
+def write_bank(p: Params, train: Records, tower: ClipTower, folder: Path, device: torch.device) -> None:
+    """This process's shards, those already there passed over."""
+    x = p.extract_targets
+    starts = list(enumerate(range(0, len(train), x.shard_images)))[distributed.rank() :: distributed.world_size()]
+    progress = Progress("target bank (images)", sum(min(x.shard_images, len(train) - s) for _, s in starts), shown=distributed.rank() == 0)
+    for number, start in starts:
+        span = range(start, min(start + x.shard_images, len(train)))
+        if not targets.has_shard(folder, number):
+            views = BankViews(train, span, x.views, x.seed, p.model.image_size, p.pretrain.crop_scale)
+            targets.write_shard(folder, number, shard_arrays(p, views, tower, device))
+        progress.update(len(span))
+    progress.close()
+
+
+def shard_arrays(p: Params, views: BankViews, tower: ClipTower, device: torch.device) -> dict[str, np.ndarray]:
+    parts: dict[str, list] = {name: [] for name in targets.ARRAYS}
+    loader = torch.utils.data.DataLoader(views, batch_size=p.extract_targets.batch_size, num_workers=p.runtime.workers)
+    for batch in loader:
+        features, importance = look(p, tower, batch["image"].to(device))
+        parts["features"].append(features.half().cpu().numpy())
+        parts["importance"].append(importance.cpu().numpy())
+        parts["boxes"].append(batch["box"].numpy())
+    return {name: np.concatenate(arrays).reshape(len(views.span), views.views, *arrays[0].shape[1:]) for name, arrays in parts.items()}
+
+
+@torch.inference_mode()
+def look(p: Params, tower: ClipTower, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    precision = distributed.resolve_precision(p.compute, images.device)
+    with distributed.autocast(precision, images.device):
+        return tower(transforms.normalise(images, p.extract_targets.normalisation))
+
+
+def write_probe_set(p: Params, val: Records, tower: ClipTower, path: Path, device: torch.device) -> dict:
+    """Images, features and importance of a fixed set of validation images; how much importance falls on objects."""
+    n = min(p.extract_targets.probe_images, len(val))
+    chosen = torch.linspace(0, len(val) - 1, n).long().unique().tolist()
+    samples = CentreSamples(val, p.linear_eval.resize, p.model.image_size)
+    images = torch.stack([samples[i]["image"] for i in chosen])
+    features, importance = look(p, tower, images.to(device))
+    found = {"images": images, "features": features.half().cpu().contiguous(), "importance": importance.cpu().contiguous(), "index": torch.tensor(chosen)}
+    save_file(found, path)
+    return {
+        "extract_targets/probe_images": len(chosen),
+        "extract_targets/perplexity": perplexity(importance),
+        **importance_on_objects(p, val, tower, device),
+    }
+
+
+def perplexity(importance: torch.Tensor) -> float:
+    """Mean over images of exp(entropy): over how many patches the importance spreads."""
+    q = importance / importance.sum(dim=1, keepdim=True)
+    return (-(q * q.clamp_min(1e-12).log()).sum(dim=1)).exp().mean().item()
+
+
+def importance_on_objects(p: Params, val: Records, tower: ClipTower, device: torch.device) -> dict:
+    """Share of the importance that falls on the object, beside the object's share of the area, where masks are known."""
+    if "mask" not in val.table(0).column_names:
+        return {}
+    known = [i for i, mask in enumerate(val.column("mask")) if mask is not None]
+    samples = CentreSamples(val, p.linear_eval.resize, p.model.image_size)
+    images = torch.stack([samples[i]["image"] for i in known])
+    masks = torch.stack([transforms.decode_annotation(val[i]["mask"]) for i in known])
+    cover = torch.nn.functional.adaptive_avg_pool2d((masks.unsqueeze(1) > 127).float(), p.model.grid).flatten(1)
+    importance = look(p, tower, images.to(device))[1].cpu()
+    mass = ((importance / importance.sum(dim=1, keepdim=True)) * cover).sum(dim=1)
+    return {"extract_targets/importance_on_object": 100 * mass.mean().item(), "extract_targets/object_area": 100 * cover.mean().item()}
+
+
+if __name__ == "__main__":
+    run("extract_targets", main, __doc__, records=Path, teacher=Path, out=Path, metrics=Path)

@@ -1,0 +1,93 @@
+"""Linear evaluation (paper section 4.2): one linear layer on the frozen encoder's class token.
+
+As published: 100 epochs, LARS, a global batch of 16,384, a new crop every epoch (views: 0). With views: V the
+features of V fixed crops are extracted once and the layer trains on them in memory.
+Costs: demo a few seconds. Expect 79.9 (paper) or 78.9 (two independent re-runs) for MILAN ViT-B/16 on ImageNet.
+"""
+
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+
+from milan import distributed, evaluate, optim, rng, transforms
+from milan.checkpoint import Scratch, save_weights
+from milan.encoder import load_encoder
+from milan.fit import Run, fit
+from milan.params import Params
+from milan.probe import FeatureViews, LinearHead, ProbeLoss
+from milan.records import Records
+from milan.samples import CentreSamples, LabelledSamples, OneView
+from milan.stage import Stage, run
+
+
+def main(stage: Stage) -> None:
+    p, a = stage.params, stage.args
+    recipe = stage.fingerprint(p.linear_eval, p.model, p.compute, inputs=[a.records / "manifest.json", a.weights / "encoder.safetensors"])
+    scratch = Scratch(f"linear_eval-{a.variant}-{a.seed}", recipe)
+    result = distributed.launch(train, p.compute, p, a, scratch, stage, recipe)
+    stage.write_curve(result["curve"])
+    stage.write_metrics(result["metrics"], recipe)
+    scratch.clean()
+
+
+def train(p: Params, a: Namespace, scratch: Scratch, stage: Stage, recipe: str) -> dict:
+    device, x = distributed.set_up(p.compute), p.linear_eval
+    encode = frozen_encoder(p, a.weights, device)
+    records = Records(a.records, "train")
+    rng.seed_globals(a.seed, "linear_eval init")
+    head = LinearHead(p.model.encoder.embed_dim, len(records.manifest["classes"])).to(device)
+    samples, inputs = training_data(p, a.seed, records, encode, device)
+    settings = Run(stage.title, x, p.compute, p.runtime, a.seed, scratch, stage.tracker.point)
+    curve = fit(ProbeLoss(head), samples, optimizer_of(p, head), settings, inputs)
+    if distributed.rank() == 0:
+        save_weights(a.out / "head.safetensors", head.state_dict(), fingerprint=recipe)
+    return {"curve": curve, "metrics": assess(p, records, Records(a.records, "val"), encode, head, device)}
+
+
+def frozen_encoder(p: Params, weights: Path, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Normalised images (B, 3, S, S) -> class-token features (B, D), without gradient."""
+    encoder = load_encoder(weights / "encoder.safetensors", p.model).to(device).eval()
+    precision = distributed.resolve_precision(p.compute, device)
+
+    @torch.no_grad()
+    def encode(images: torch.Tensor) -> torch.Tensor:
+        with distributed.autocast(precision, device):
+            return encoder(images)[:, 0].float()
+
+    return encode
+
+
+def training_data(p: Params, seed: int, records: Records, encode: Callable, device: torch.device) -> tuple[Dataset, Callable]:
+    """The data set and how its batches become (features, labels)."""
+    x = p.linear_eval
+    crops = LabelledSamples(records, seed, p.model.image_size, x.crop_scale, transforms.draw_simple_crop)
+    if x.views == 0:
+        return crops, lambda batch: (encode(transforms.normalise(batch["image"])), batch["label"])
+    views = [evaluate.outputs(encode, OneView(crops, v), x.micro_batch, device, "features", p.runtime.workers) for v in range(x.views)]
+    return FeatureViews([features for features, _ in views], views[0][1]), lambda batch: (batch["features"], batch["label"])
+
+
+def optimizer_of(p: Params, head: LinearHead) -> torch.optim.Optimizer:
+    x = p.linear_eval
+    if x.optimizer == "lars":
+        return optim.lars(head, x.momentum, x.weight_decay)
+    return optim.adamw(optim.decay_groups(head, x.weight_decay), (x.momentum, 0.999))
+
+
+def assess(p: Params, train: Records, val: Records, encode: Callable, head: LinearHead, device: torch.device) -> dict:
+    """Top-1 and top-5 of the linear layer, and of nearest neighbours on the same features."""
+    x = p.linear_eval
+    features = [
+        evaluate.outputs(encode, CentreSamples(records, x.resize, p.model.image_size), x.micro_batch, device, "features", p.runtime.workers)
+        for records in (train, val)
+    ]
+    logits = torch.cat([head(part.to(device)).cpu() for part in features[1][0].split(x.micro_batch)])
+    found = evaluate.accuracy(logits, features[1][1], "linear_eval")
+    return {**dict(found), "linear_eval/knn_top1": evaluate.knn_top1(*features[0], *features[1])}
+
+
+if __name__ == "__main__":
+    run("linear_eval", main, __doc__, variant=str, seed=int, records=Path, weights=Path, out=Path, metrics=Path, curve=Path)

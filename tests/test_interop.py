@@ -1,0 +1,241 @@
+"""Checkpoints in other people's layouts: read, refused, converted, and back to the same bits."""
+
+import argparse
+import os
+import pickle
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+from milan import interop, layouts
+from milan.errors import UserError
+from milan.model import MaskedPretraining
+from milan.params import Model, Recipe, Tower
+
+SIZE = Model("tiny", 12, 4, Tower(24, 2, 3), Tower(16, 2, 2))
+
+
+def official(decoder: str = "prompt") -> dict[str, torch.Tensor]:
+    """A whole pretraining checkpoint under official names, every value its own."""
+    model = MaskedPretraining(SIZE, Recipe("clip", decoder, "random"), 0.5, 20)
+    generator = torch.Generator().manual_seed(0)
+    names = {n.removeprefix("encoder.vit.").removeprefix("decoder."): t for n, t in model.state_dict().items()}
+    return {name: torch.randn(tensor.shape, generator=generator) for name, tensor in names.items()}
+
+
+def encoder_of(state):
+    return {name: tensor for name, tensor in state.items() if not name.startswith(("decoder_", "mask_token"))}
+
+
+def same(a, b) -> bool:
+    return a.keys() == b.keys() and all(a[name].dtype == b[name].dtype and a[name].equal(b[name]) for name in a)
+
+
+@pytest.fixture
+def pth(tmp_path):
+    def save(content, name="in.pth"):
+        torch.save(content, tmp_path / name)
+        return tmp_path / name
+
+    return save
+
+
+def run(*arguments) -> int:
+    return interop.main([str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("decoder", ["prompt", "mae"])
+def test_reads_official_milan_and_mae(pth, decoder):
+    state = official(decoder)
+    assert same(interop.read_encoder(pth({"model": state}), SIZE), encoder_of(state))
+
+
+def test_reads_a_training_checkpoint_with_its_command_line(pth):
+    """main_pretrain.py saves optimizer, scaler, epoch and the parsed arguments along."""
+    state = official()
+    optimizer = torch.optim.AdamW([torch.zeros(3, requires_grad=True)]).state_dict()
+    arguments = argparse.Namespace(batch_size=64, data_path="data", lr=None, use_clip=True)
+    path = pth({"model": state, "optimizer": optimizer, "epoch": 399, "scaler": {"scale": 1.0}, "args": arguments})
+    assert same(interop.read_encoder(path, SIZE), encoder_of(state))
+
+
+def test_reads_mmpretrain_with_teacher_and_preprocessor(pth):
+    state = official()
+    full = layouts.to_mmpretrain(state)
+    full |= {"target_generator.clip.proj": torch.ones(2), "data_preprocessor.mean": torch.ones(3), "head.loss": torch.ones(1)}
+    path = pth({"meta": {"epoch": 400}, "state_dict": full})
+    assert same(interop.read_encoder(path, SIZE), encoder_of(state))
+    assert same(interop.read(path), state)
+
+
+def test_reads_timm_and_our_own(tmp_path):
+    state = encoder_of(official())
+    save_file(state, tmp_path / "encoder.safetensors")
+    assert same(interop.read_encoder(tmp_path / "encoder.safetensors", SIZE), state)
+
+
+def test_mmpretrain_names_of_mae_and_milan():
+    names = layouts.to_mmpretrain(official("mae"))
+    assert {"backbone.layers.1.ffn.layers.0.0.weight", "backbone.ln1.bias", "neck.decoder_blocks.0.attn.qkv.weight", "neck.ln1.weight"} <= set(names)
+    assert "neck.decoder_blocks.1.attn.kv.weight" in layouts.to_mmpretrain(official())
+
+
+@pytest.mark.parametrize("decoder", ["prompt", "mae"])
+def test_round_trips_are_exact(pth, tmp_path, decoder):
+    """Through every layout and back; half precision and position tables (here: noise) are carried over as they are."""
+    state = official(decoder)
+    state["blocks.0.attn.qkv.weight"] = state["blocks.0.attn.qkv.weight"].half()
+    start, mm, timm_file, rest, back = pth({"model": state}), *(tmp_path / n for n in ("mm.pth", "e.safetensors", "d.safetensors", "back.pth"))
+    assert run("convert", start, mm, "--to", "mmpretrain") == 0
+    assert same(torch.load(mm, weights_only=True)["state_dict"], layouts.to_mmpretrain(state))
+    assert run("convert", mm, timm_file, "--to", "timm", "--decoder", rest) == 0
+    assert same(load_file(timm_file), encoder_of(state))
+    assert same(load_file(rest), {name: state[name] for name in state.keys() - encoder_of(state).keys()})
+    assert run("convert", timm_file, back, "--to", "official", "--decoder", rest) == 0
+    assert same(torch.load(back, weights_only=True)["model"], state)
+
+
+def test_encoder_alone_converts(tmp_path, pth, capsys):
+    state = official()
+    assert run("convert", pth({"model": state}), tmp_path / "e.safetensors", "--to", "timm") == 0
+    assert "decoder tensors left out" in capsys.readouterr().out
+    assert run("convert", tmp_path / "e.safetensors", tmp_path / "o.pth", "--to", "official") == 0
+    assert same(torch.load(tmp_path / "o.pth", weights_only=True)["model"], encoder_of(state))
+
+
+def test_timm_loads_strictly(tmp_path, pth):
+    """Into timm's own model; vit_base differs from vit_tiny in its sizes alone."""
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0)
+    state = {name: tensor.detach() + 1 for name, tensor in model.state_dict().items()}
+    assert run("convert", pth({"model": state}), tmp_path / "e.safetensors", "--to", "timm") == 0
+    model.load_state_dict(load_file(tmp_path / "e.safetensors"), strict=True)
+    assert model.norm.bias.eq(1).all()
+
+
+def clip_state() -> dict[str, torch.Tensor]:
+    from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+
+    vision = CLIPVisionCfg(layers=2, width=64, head_width=32, patch_size=4, image_size=12)
+    model = CLIP(10, vision, CLIPTextCfg(context_length=6, vocab_size=9, width=16, heads=2, layers=1), quick_gelu=True)
+    return {name: torch.randn(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def test_openai_clip_there_and_back(tmp_path, pth):
+    state = clip_state()
+    integers = {name: torch.tensor(7) for name in interop.CLIP_INTEGERS}
+    assert run("convert", pth({**state, **integers}), tmp_path / "c.safetensors", "--to", "timm") == 0
+    assert run("convert", tmp_path / "c.safetensors", tmp_path / "c.pt", "--to", "openai") == 0
+    assert same(torch.load(tmp_path / "c.pt", weights_only=True), {n: t for n, t in state.items() if n.startswith("visual.")})
+
+
+def test_openai_clip_means_the_same_in_timm():
+    """The same images give the same features in open_clip's tower and in timm's with the converted weights."""
+    from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+    from timm.models.vision_transformer import VisionTransformer
+    from timm.layers import QuickGELU
+
+    torch.manual_seed(0)
+    model = CLIP(10, CLIPVisionCfg(layers=2, width=64, head_width=32, patch_size=4, image_size=12), CLIPTextCfg(6, 9, width=16, heads=2, layers=1), True)
+    size = {"img_size": 12, "patch_size": 4, "embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 10}
+    other = VisionTransformer(**size, pre_norm=True, act_layer=QuickGELU, norm_layer=torch.nn.LayerNorm)
+    other.load_state_dict(layouts.clip_to_timm(model.state_dict(), "here"), strict=True)
+    images = torch.randn(2, 3, 12, 12)
+    with torch.no_grad():
+        assert torch.allclose(model.eval().encode_image(images), other.eval()(images), atol=1e-5)
+
+
+def refused(path, *words) -> None:
+    with pytest.raises(UserError) as caught:
+        interop.read_encoder(path, SIZE)
+    assert all(word in str(caught.value) for word in (str(path), *words)), caught.value
+
+
+def test_refuses_with_the_exact_list(pth):
+    state = official()
+    del state["norm.weight"], state["blocks.1.mlp.fc2.bias"]
+    state["blocks.2.norm1.weight"] = torch.zeros(24)
+    state["pos_embed"] = torch.zeros(1, 5, 24)
+    refused(
+        pth({"model": state}),
+        "missing: blocks.1.mlp.fc2.bias, norm.weight;",
+        "unexpected: blocks.2.norm1.weight;",
+        "misshapen: pos_embed is [1, 5, 24], not [1, 10, 24].",
+    )
+    refused(pth({"state_dict": {**layouts.to_mmpretrain(official()), "backbone.gate": torch.ones(1)}}), "unexpected keys", "backbone.gate")
+    refused(pth(clip_state()), "CLIP")
+
+
+def test_convert_refuses_what_is_not_whole(pth, tmp_path, capsys):
+    state = official()
+    for name in ("pos_embed", "blocks.0.norm1.bias", "decoder_norm.bias", "decoder_embed.weight"):
+        broken = {key: tensor for key, tensor in state.items() if key != name}
+        assert run("convert", pth({"model": broken}), tmp_path / "out.pth", "--to", "mmpretrain") == 1
+        assert name in capsys.readouterr().err
+    assert run("convert", pth({"model": state}), tmp_path / "out.safetensors", "--to", "official") == 1
+    assert run("convert", pth({"model": state}), tmp_path / "out.pth", "--to", "openai") == 1
+    assert run("convert", pth(clip_state()), tmp_path / "out.pth", "--to", "official") == 1
+    assert run("convert", pth({"model": state}), tmp_path / "out.pth", "--to", "official", "--decoder", "d.safetensors") == 1
+    assert not (tmp_path / "out.pth").exists()
+
+
+class Payload:
+    """Unpickling it runs a shell command."""
+
+    def __init__(self, sentinel):
+        self.sentinel = sentinel
+
+    def __reduce__(self):
+        return os.system, (f"touch '{self.sentinel}'",)
+
+
+@pytest.mark.parametrize("where", ["beside the weights", "among the weights", "bare pickle"])
+def test_a_malicious_pickle_is_refused_and_does_not_run(tmp_path, where):
+    sentinel, path = tmp_path / "ran", tmp_path / "in.pth"
+    contents = {
+        "beside the weights": {"model": official(), "args": Payload(sentinel)},
+        "among the weights": {"model": {**official(), "cls_token": Payload(sentinel)}},
+        "bare pickle": Payload(sentinel),
+    }
+    if where == "bare pickle":
+        path.write_bytes(pickle.dumps(contents[where]))
+    else:
+        torch.save(contents[where], path)
+    refused(path, "pickle", "Nothing in it was run")
+    assert not sentinel.exists()
+    if where != "bare pickle":  # the payload is a real one
+        torch.load(path, weights_only=False)
+        assert sentinel.exists()
+
+
+def test_torchscript_is_refused(tmp_path):
+    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "in.pt")
+    refused(tmp_path / "in.pt", "TorchScript")
+
+
+@pytest.mark.parametrize("name", ["in.pth", "in.safetensors"])
+@pytest.mark.parametrize("data", [b"", b"<html>404</html>", bytes(range(256)) * 9, "half"])
+def test_what_is_no_checkpoint_is_refused(tmp_path, name, data):
+    path = tmp_path / name
+    if data == "half":
+        (torch.save if name.endswith("pth") else save_file)(encoder_of(official()), path)
+        data = path.read_bytes()
+        data = data[: len(data) // 2]
+    path.write_bytes(data)
+    refused(path)
+
+
+def test_what_holds_no_weights_is_refused(pth, tmp_path):
+    refused(tmp_path / "absent.pth", "no file")
+    refused(pth({"epoch": 3}), "no state dict")
+    refused(pth([torch.ones(2)]), "no state dict")
+    refused(pth({"model": {**official(), "version": 3}}), "not tensors: version")
+
+
+def test_help_names_the_layouts(capsys):
+    with pytest.raises(SystemExit) as caught:
+        run("--help")
+    assert caught.value.code == 0
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("timm", "official", "mmpretrain", "openai"))

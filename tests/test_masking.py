@@ -1,0 +1,168 @@
+"""Masking: the sampler's distribution, the index arithmetic by hand, and sentinels that prove who sees what."""
+
+import pytest
+import torch
+
+from milan import masking
+from milan.model import MaskedPretraining, in_decoder_order, in_image_order
+from milan.params import Model, Recipe, Tower
+
+DRAWS = 20_000
+
+
+def kept_by_us(importance: torch.Tensor, k: int) -> torch.Tensor:
+    """(N,) share of draws that keep each patch, by our sampler with our noise."""
+    n = len(importance)
+    noise = masking.gumbel(7, 0, 0, DRAWS * n).view(DRAWS, n)
+    return masking.sample_visible(noise, k, importance.expand(DRAWS, n)).flatten().bincount(minlength=n) / DRAWS
+
+
+def kept_by_multinomial(importance: torch.Tensor, k: int) -> torch.Tensor:
+    """The same by the original's draw, in float64."""
+    generator = torch.Generator().manual_seed(7)
+    rows = importance.double().expand(DRAWS, -1)
+    return torch.multinomial(rows, k, replacement=False, generator=generator).flatten().bincount(minlength=len(importance)) / DRAWS
+
+
+def assert_same_chance(ours: torch.Tensor, reference: torch.Tensor) -> None:
+    """Two estimates within five standard errors of their difference, and one draw's grain."""
+    spread = (reference * (1 - reference) * 2 / DRAWS).sqrt()
+    assert (ours - reference).abs().le(5 * spread + 5 / DRAWS).all(), (ours, reference)
+
+
+IMPORTANCES = {
+    "uniform": torch.ones(12),
+    "skewed": torch.tensor([100.0, 30, 10, 3, 1, 1, 0.3, 0.1, 0.03, 0.01]),
+    "one far above": torch.tensor([1e6, 1, 1, 1, 1, 1]),
+    "tiny": torch.tensor([4e-30, 2e-30, 1e-30, 1e-30, 5e-31, 1e-37]),
+    "smaller than float32's normal numbers": torch.tensor([8e-39, 8e-39, 4e-39, 4e-39, 2e-39, 1e-39]),
+    "with zeros": torch.tensor([0.0, 0.5, 0.2, 0.0, 0.2, 0.05, 0.05, 0.0]),
+}
+
+
+@pytest.mark.parametrize("name", IMPORTANCES)
+def test_keep_probability_is_multinomials(name):
+    importance = IMPORTANCES[name]
+    assert_same_chance(kept_by_us(importance, 3), kept_by_multinomial(importance, 3))
+
+
+def test_first_draw_is_proportional_to_importance():
+    importance = torch.tensor([0.4, 0.3, 0.2, 0.1])
+    assert_same_chance(kept_by_us(importance, 1), importance)
+
+
+def test_scale_of_importance_does_not_matter():
+    noise = masking.gumbel(0, 0, 0, 60).view(4, 15)
+    importance = torch.rand(4, 15, generator=torch.Generator().manual_seed(1)) + 0.01
+    # A power of two, so that the logarithms differ by one constant up to rounding.
+    assert masking.sample_visible(noise, 5, importance).equal(masking.sample_visible(noise, 5, importance * 2.0**-40))
+
+
+def test_fewer_positive_entries_than_patches_to_keep():
+    """torch.multinomial refuses; here all positive ones are kept, and the rest is drawn evenly from the zeros."""
+    importance = torch.tensor([0.0, 0.7, 0.0, 0.3, 0.0, 0.0])
+    kept = kept_by_us(importance, 4)
+    assert kept[[1, 3]].eq(1).all()
+    assert_same_chance(kept[[0, 2, 4, 5]], torch.full((4,), 0.5))
+    assert_same_chance(kept_by_us(torch.zeros(6), 3), torch.full((6,), 0.5))
+
+
+def test_no_importance_is_random_masking():
+    noise = masking.gumbel(3, 0, 0, DRAWS * 8).view(DRAWS, 8)
+    kept = masking.sample_visible(noise, 2).flatten().bincount(minlength=8) / DRAWS
+    assert_same_chance(kept, torch.full((8,), 0.25))
+
+
+def test_draws_are_keyed_and_distinct():
+    assert masking.gumbel(0, 1, 2, 9).equal(masking.gumbel(0, 1, 2, 9))
+    assert not masking.gumbel(0, 1, 2, 9).equal(masking.gumbel(0, 2, 1, 9))
+    visible = masking.sample_visible(masking.gumbel(0, 0, 0, 320).view(20, 16), 5)
+    assert all(len(set(row)) == 5 for row in visible.tolist())
+
+
+def test_order_is_that_of_the_draw():
+    noise = torch.tensor([[0.1, 3.0, -1.0, 2.0]])
+    assert masking.sample_visible(noise, 2).tolist() == [[1, 3]]
+    assert masking.sample_visible(noise, 2, torch.tensor([[100.0, 1.0, 1.0, 1.0]])).tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize(("n", "ratio", "kept"), [(196, 0.75, 49), (64, 0.75, 16), (100, 0.9, 9), (36, 0.5, 18)])
+def test_number_of_visible_patches(n, ratio, kept):
+    """100 at 0.9 gives 9, not 10: the release truncates in floating point."""
+    assert masking.n_visible(n, ratio) == kept
+
+
+VISIBLE = torch.tensor([[4, 1], [0, 2]])
+MASKED = torch.tensor([[0, 2, 3], [1, 3, 4]])
+
+
+def test_complement_and_polarity():
+    assert masking.complement(VISIBLE, 5).tolist() == MASKED.tolist()
+    assert masking.mask_of(VISIBLE, 5).tolist() == [[1, 0, 1, 1, 0], [0, 1, 0, 1, 1]]  # 0 is keep, 1 is remove
+
+
+def test_gather_and_restore():
+    tokens = torch.tensor([[[10.0, -10], [11, -11], [12, -12], [13, -13], [14, -14]], [[20, -20], [21, -21], [22, -22], [23, -23], [24, -24]]])
+    seen, hidden = masking.gather(tokens, VISIBLE), masking.gather(tokens, MASKED)
+    assert seen[..., 0].tolist() == [[14, 11], [20, 22]]
+    assert hidden[..., 1].tolist() == [[-10, -12, -13], [-21, -23, -24]]
+    assert masking.restore(seen, hidden, VISIBLE, MASKED).equal(tokens)
+
+
+def test_decoder_order_and_back():
+    tokens = torch.tensor([[[-1.0], [0], [1], [2], [3], [4]], [[-1.0], [0], [1], [2], [3], [4]]])  # class token, then patches
+    ordered = in_decoder_order(tokens, VISIBLE, MASKED)
+    assert ordered.squeeze(-1).tolist() == [[-1, 4, 1, 0, 2, 3], [-1, 0, 2, 1, 3, 4]]
+    assert in_image_order(ordered, VISIBLE, MASKED).equal(tokens)
+
+
+def tiny_model(decoder: str) -> MaskedPretraining:
+    torch.manual_seed(0)
+    size = Model("tiny", 16, 4, Tower(24, 2, 3), Tower(16, 2, 2))
+    return MaskedPretraining(size, Recipe("clip", decoder, "random"), 0.75, 12).eval()
+
+
+def drawn() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    visible = masking.sample_visible(masking.gumbel(0, 0, 0, 32).view(2, 16), 4)
+    return images, visible, masking.complement(visible, 16)
+
+
+@torch.no_grad()
+def test_encoder_does_not_see_masked_patches():
+    images, visible, masked = drawn()
+    model = tiny_model("prompt")
+    before = model.encoder(images, visible)
+    spoilt = images.clone()
+    for row, patches in enumerate(masked.tolist()):
+        for patch in patches:
+            top, left = 4 * (patch // 4), 4 * (patch % 4)
+            spoilt[row, :, top : top + 4, left : left + 4] = 10_000
+    assert model.encoder(spoilt, visible).equal(before)
+    assert not model.encoder(spoilt, masked[:, :4]).equal(model.encoder(images, masked[:, :4]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("decoder", "seen_depends"), [("prompt", False), ("mae", True)])
+def test_who_sees_the_mask_token(decoder, seen_depends):
+    """In the prompting decoder the mask tokens ask and are never asked; in MAE's, all tokens mix."""
+    images, visible, masked = drawn()
+    model = tiny_model(decoder)
+    before = model.predict(images, visible, masked)
+    model.decoder.mask_token.fill_(10_000)
+    after = model.predict(images, visible, masked)
+    k = 1 + visible.shape[1]
+    assert after[:, :k].equal(before[:, :k]) != seen_depends
+    assert not torch.allclose(after[:, k:], before[:, k:])
+
+
+@torch.no_grad()
+def test_prompt_is_not_normalised():
+    """Keys and values of the seen tokens come from them as they are: as large as they are, in every block."""
+    images, visible, masked = drawn()
+    decoder = tiny_model("prompt").decoder
+    seen = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(2))
+    for (keys, values), block in zip(decoder.prompts(seen), decoder.decoder_blocks, strict=True):
+        k, v = block.attn.kv(seen).chunk(2, dim=-1)
+        assert torch.allclose(keys.transpose(1, 2).flatten(2), k, atol=1e-6)
+        assert torch.allclose(values.transpose(1, 2).flatten(2), v, atol=1e-6)
