@@ -7,7 +7,11 @@ export OMP_WAIT_POLICY := PASSIVE
 .PHONY: repro test setup lock
 repro: setup ## the whole pipeline, then the table
 	@dvc repro
-	@python -m stages.show
+	@cat reports/table.md
+	@echo
+	@echo "The table is reports/table.md, the pictures are in reports/plots and reports/figures, the notebooks behind them in notebooks/."
+	@echo "Compare runs:  .venv/bin/mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1"
+	@echo "Vary a thing:  .venv/bin/dvc exp run -S pretrain.mask_ratio=0.5"
 
 test: setup ## the test suite
 	@python -m pytest -q
