@@ -15,6 +15,7 @@ from safetensors.torch import save as safetensors_bytes
 
 from milan.files import SCRATCH, code_digest, fingerprint, write_whole
 
+
 def save_weights(path: Path, weights: dict[str, torch.Tensor], **metadata: str) -> None:
     """safetensors with string metadata; equal weights give equal bytes."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(weights.items())}

@@ -5,6 +5,8 @@ import json
 import logging
 import os
 import tempfile
+import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -15,6 +17,8 @@ import torch.distributed as dist
 
 from milan.errors import UserError
 from milan.params import Compute
+
+PREEMPTED = 75  # exit status EX_TEMPFAIL: stopped by a signal, saved, run again to continue
 
 
 def rank() -> int:
@@ -69,6 +73,7 @@ def launch(function: Callable[..., dict], compute: Compute, *arguments) -> dict:
     returned by rank 0. A UserError in any process is raised here; the others are stopped."""
     if compute.processes * compute.nodes == 1:
         return function(*arguments)
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
@@ -87,6 +92,8 @@ def launch(function: Callable[..., dict], compute: Compute, *arguments) -> dict:
         )
         try:
             results = elastic_launch(config, in_process)(folder, function, compute, arguments)
+        except SignalException:
+            raise SystemExit(PREEMPTED) from None
         except Exception as error:
             raise failure_of(Path(folder), error) from None
     return next(iter(results.values())) if 0 not in results else results[0]
@@ -95,6 +102,7 @@ def launch(function: Callable[..., dict], compute: Compute, *arguments) -> dict:
 def in_process(folder: str, function: Callable[..., dict], compute: Compute, arguments: tuple) -> dict:
     """One process of a launch: joins the group, runs, and leaves word of its failure."""
     device = resolve_device(compute)
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     try:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         return function(*arguments)
@@ -106,6 +114,13 @@ def in_process(folder: str, function: Callable[..., dict], compute: Compute, arg
     finally:
         with contextlib.suppress(Exception):
             dist.destroy_process_group()
+
+
+def end_with(parent: int) -> None:
+    """End this process when its parent is gone (kill -9 reaches only one): no orphan trains on unseen."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def failure_of(folder: Path, error: Exception) -> Exception:

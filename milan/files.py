@@ -37,6 +37,19 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
+def dvc_hash(path: Path, limit: int = 2 << 30) -> str | None:
+    """What DVC calls the content of a file (its MD5) or a folder (the MD5 of its listing, and ".dir"), so that a run
+    can be found from dvc.lock and back. None above `limit` bytes: there, DVC's own hashing is slow enough once."""
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    if sum(file.stat().st_size for file in files) > limit:
+        return None
+    if path.is_file():
+        return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+    listing = [{"md5": dvc_hash(file), "relpath": file.relative_to(path).as_posix()} for file in files]
+    listing.sort(key=lambda entry: entry["relpath"])
+    return hashlib.md5(json.dumps(listing, sort_keys=True).encode(), usedforsecurity=False).hexdigest() + ".dir"
+
+
 @contextlib.contextmanager
 def full_disk_said(path: Path) -> Iterator[None]:
     """Turn "no space left" into an error that names the place."""

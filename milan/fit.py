@@ -26,7 +26,6 @@ from milan.progress import Progress
 
 CURVE_POINTS = 100
 CHECK_STEPS = 10  # between two looks at the loss, which make the host wait for the device
-PREEMPTED = 75  # EX_TEMPFAIL: saved, run again to continue
 
 
 @dataclass(frozen=True)
@@ -233,7 +232,7 @@ class Loop:
             self.saved_at = time.monotonic()
         if self.asked_to_stop:
             print(f"{self.run.name}: stopped by a signal at step {self.step}; saved. Run `dvc repro` again to continue.", flush=True)
-            os._exit(PREEMPTED)
+            os._exit(distributed.PREEMPTED)
 
     def state(self) -> dict:
         return {

@@ -137,7 +137,9 @@ def check(state: State, expected: dict[str, torch.Size], where: str | Path) -> N
     missing = [name for name in expected if name not in state]
     unexpected = [name for name in state if name not in expected]
     misshapen = [
-        f"{name} is {list(state[name].shape)}, not {list(shape)}" for name, shape in expected.items() if name in state and state[name].shape != shape
+        f"{name} is {list(state[name].shape)}, not {list(shape)}"
+        for name, shape in expected.items()
+        if name in state and state[name].shape != shape
     ]
     lists = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
     if any(lists.values()):
@@ -149,7 +151,9 @@ def check_whole(encoder: State, decoder: State, path: str | Path) -> None:
     """Refuse a MILAN or MAE checkpoint that is not complete by its own measure."""
     shapes = [encoder[name].shape for name in ("pos_embed", "patch_embed.proj.weight") if name in encoder]
     if [len(shape) for shape in shapes] != [3, 4] or not depth(encoder, "blocks."):
-        raise UserError(f"{path} holds no ViT: pos_embed (1, 1 + N, D), patch_embed.proj.weight (D, 3, p, p) or blocks.* are missing or misshapen.")
+        raise UserError(
+            f"{path} holds no ViT: pos_embed (1, 1 + N, D), patch_embed.proj.weight (D, 3, p, p) or blocks.* are missing or misshapen."
+        )
     (_, rows, width), (*_, patch) = shapes
     grid = math.isqrt(max(rows - 1, 1))
     try:
@@ -215,7 +219,9 @@ def save_pth(path: Path, content: dict) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m milan.interop", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m milan.interop", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     command = parser.add_subparsers(required=True).add_parser("convert", help="write a checkpoint in another layout")
     command.add_argument("source", type=Path, metavar="IN", help="a .pth, .pt or .safetensors file in any of the layouts")
     command.add_argument("target", type=Path, metavar="OUT", help="the file to write")

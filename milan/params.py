@@ -287,7 +287,7 @@ def read_params(path: str | Path = "params.yaml") -> Params:
         tree = yaml.safe_load(Path(path).read_text())
     except FileNotFoundError:
         raise UserError(f"{path} is missing: run from the repository's root (git checkout -- {path} restores it).") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is no valid YAML: {error}") from None
     return build(Params, tree, str(path))
 
@@ -301,9 +301,11 @@ def build(kind, value, where: str):
         if value is None:
             return None
         return build(next(a for a in arguments if a is not type(None)), value, where)
-    if origin is list and isinstance(value, list):
+    if origin in (list, dict) and not isinstance(value, origin):
+        raise UserError(f"{where}: expected a {origin.__name__}, found {value!r}.")
+    if origin is list:
         return [build(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
-    if origin is dict and isinstance(value, dict):
+    if origin is dict:
         return {name: build(arguments[1], item, f"{where}.{name}") for name, item in value.items()}
     return build_plain(kind, value, where)
 
@@ -369,8 +371,8 @@ def arithmetic(text: str, where: str) -> float:
 
     try:
         return value(ast.parse(text, mode="eval").body)
-    except (SyntaxError, KeyError, AttributeError, ZeroDivisionError):
-        raise UserError(f"{where}: {text!r} is no number and no sum or product of numbers.") from None
+    except (SyntaxError, ValueError, KeyError, AttributeError, ArithmeticError, RecursionError, MemoryError):
+        raise UserError(f"{where}: {text[:100]!r} is no number and no sum or product of numbers.") from None
 
 
 def field_names(kind) -> list[str]:

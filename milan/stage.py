@@ -1,22 +1,23 @@
 """What every stage script does the same way: arguments, recipe, tracking, metrics, errors."""
 
 import argparse
+import contextlib
 import dataclasses
 import errno
-import os
+import fcntl
 import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-
-import yaml
 
 from milan import tracking
 from milan.errors import UserError
-from milan.files import file_digest, fingerprint, write_json, write_whole
+from milan.files import SCRATCH, dvc_hash, file_digest, fingerprint, write_json, write_whole
 from milan.params import Params, read_params
+
+LAST_STAGE = "figures"
 
 
 class Stage:
@@ -65,7 +66,8 @@ def run(name: str, main: Callable[[Stage], None], doc: str, **arguments: type) -
     args = parser.parse_args()
     try:
         stage = Stage(name, args, read_params(args.params))
-        tracked(stage, main)
+        with alone(stage.title):
+            tracked(stage, main)
     except UserError as error:
         fail(str(error))
     except KeyboardInterrupt:
@@ -74,6 +76,19 @@ def run(name: str, main: Callable[[Stage], None], doc: str, **arguments: type) -
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         fail(f"The disk is full ({error.filename or 'while writing'}). Free some space (`dvc gc -w`) and run `dvc repro` again.")
+
+
+@contextlib.contextmanager
+def alone(title: str) -> Iterator[None]:
+    """One process a stage and variation: another one (a second `dvc repro`, a run whose terminal died) is waited for."""
+    SCRATCH.mkdir(exist_ok=True)
+    with open(SCRATCH / f"{title.replace(' ', '-')}.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{title} is already being run by another process; waiting for it to end.", file=sys.stderr, flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def present(path: Path) -> Path:
@@ -96,7 +111,14 @@ def tracked(stage: Stage, main: Callable[[Stage], None]) -> None:
         status = "FINISHED"
     finally:
         stage.tracker.event("metrics", step=0, values={"wall_seconds": time.monotonic() - began})
-        logger.finish(status)
+        stage.tracker.event("tags", values=hashes(stage.args))
+        logger.finish(status, wait=stage.name == LAST_STAGE)
+
+
+def hashes(args: argparse.Namespace) -> dict[str, str]:
+    """DVC's hashes of the files and folders that the stage was given, as they stand in dvc.lock."""
+    paths = {str(path) for name, path in vars(args).items() if isinstance(path, Path) and name != "params" and path.exists()}
+    return {f"dvc:{path}": digest for path in sorted(paths) if (digest := dvc_hash(Path(path)))}
 
 
 def variation(stage: Stage) -> dict[str, str]:

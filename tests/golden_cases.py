@@ -23,18 +23,19 @@ OFFICIAL_FEATURE_DIM = 512  # the release fixes it; trajectories do not state it
 
 
 def sizes(config: dict) -> params.Model:
-    """Sizes as stated: by name; or in the factory's "(768/12/12, decoder 512/8/16)"; or by its name, vit_base_patch16."""
+    """Sizes as stated: by name, in the config or the factory's arguments; or in the factory's "(768/12/12, decoder
+    512/8/16)"; or by its name, vit_base_patch16."""
     factory = config.get("factory", "")
     numbers = [int(n) for tower in re.findall(r"\d+/\d+/\d+", factory) for n in tower.split("/")]
     named = re.search(r"vit_(\w+?)_patch(\d+)", factory)
     known = numbers or list(PUBLISHED.get(named[1] if named else "", ()))
+    stated = {key: int(value) for key, value in re.findall(r"(\w+)=(\d+)", factory)} | config
     keys = ("embed_dim", "depth", "num_heads")
-    encoder = params.Tower(*(config.get(key) or known[i] for i, key in enumerate(keys)))
+    encoder = params.Tower(*(stated.get(key) or known[i] for i, key in enumerate(keys)))
     decoder = encoder
-    if "decoder_embed_dim" in config or len(known) == 6:
-        decoder = params.Tower(*(config.get(f"decoder_{key}") or known[3 + i] for i, key in enumerate(keys)))
-    patch = config.get("patch_size") or int(named[2])
-    return params.Model("golden", config["img_size"], patch, encoder, decoder)
+    if "decoder_embed_dim" in stated or len(known) == 6:
+        decoder = params.Tower(*(stated.get(f"decoder_{key}") or known[3 + i] for i, key in enumerate(keys)))
+    return params.Model("golden", stated["img_size"], stated.get("patch_size") or int(named[2]), encoder, decoder)
 
 
 def official(name: str) -> str:
@@ -166,11 +167,12 @@ def empty_clip(config: dict) -> CLIP:
 
 
 def finetuned(case: Case) -> dict:
-    """E: mean of the patches, fc_norm, classifier; and the drop path of each block."""
+    """E: features (mean of the patches, fc_norm) and logits in evaluation; and the drop path of each block."""
     rates = case.entry.get("drop_path_per_block", [0.0])
     classes = case.shape("logits")[-1]
     size = sizes(case.config)
-    model = build_vit(size, num_classes=classes, global_pool="avg", drop_path_rate=rates[-1]).eval()
+    pool = "avg" if "fc_norm.weight" in case.shapes else "token"
+    model = build_vit(size, num_classes=classes, global_pool=pool, drop_path_rate=rates[-1]).eval()
     fill_vit(model, case, size)
     with torch.no_grad():
         tokens = model.forward_features(images_of(case, size))

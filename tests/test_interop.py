@@ -78,7 +78,12 @@ def test_reads_timm_and_our_own(tmp_path):
 
 def test_mmpretrain_names_of_mae_and_milan():
     names = layouts.to_mmpretrain(official("mae"))
-    assert {"backbone.layers.1.ffn.layers.0.0.weight", "backbone.ln1.bias", "neck.decoder_blocks.0.attn.qkv.weight", "neck.ln1.weight"} <= set(names)
+    assert {
+        "backbone.layers.1.ffn.layers.0.0.weight",
+        "backbone.ln1.bias",
+        "neck.decoder_blocks.0.attn.qkv.weight",
+        "neck.ln1.weight",
+    } <= set(names)
     assert "neck.decoder_blocks.1.attn.kv.weight" in layouts.to_mmpretrain(official())
 
 
@@ -87,7 +92,10 @@ def test_round_trips_are_exact(pth, tmp_path, decoder):
     """Through every layout and back; half precision and position tables (here: noise) are carried over as they are."""
     state = official(decoder)
     state["blocks.0.attn.qkv.weight"] = state["blocks.0.attn.qkv.weight"].half()
-    start, mm, timm_file, rest, back = pth({"model": state}), *(tmp_path / n for n in ("mm.pth", "e.safetensors", "d.safetensors", "back.pth"))
+    start, mm, timm_file, rest, back = (
+        pth({"model": state}),
+        *(tmp_path / n for n in ("mm.pth", "e.safetensors", "d.safetensors", "back.pth")),
+    )
     assert run("convert", start, mm, "--to", "mmpretrain") == 0
     assert same(torch.load(mm, weights_only=True)["state_dict"], layouts.to_mmpretrain(state))
     assert run("convert", mm, timm_file, "--to", "timm", "--decoder", rest) == 0
@@ -133,11 +141,16 @@ def test_openai_clip_there_and_back(tmp_path, pth):
 def test_openai_clip_means_the_same_in_timm():
     """The same images give the same features in open_clip's tower and in timm's with the converted weights."""
     from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
-    from timm.models.vision_transformer import VisionTransformer
     from timm.layers import QuickGELU
+    from timm.models.vision_transformer import VisionTransformer
 
     torch.manual_seed(0)
-    model = CLIP(10, CLIPVisionCfg(layers=2, width=64, head_width=32, patch_size=4, image_size=12), CLIPTextCfg(6, 9, width=16, heads=2, layers=1), True)
+    model = CLIP(
+        10,
+        CLIPVisionCfg(layers=2, width=64, head_width=32, patch_size=4, image_size=12),
+        CLIPTextCfg(6, 9, width=16, heads=2, layers=1),
+        True,
+    )
     size = {"img_size": 12, "patch_size": 4, "embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 10}
     other = VisionTransformer(**size, pre_norm=True, act_layer=QuickGELU, norm_layer=torch.nn.LayerNorm)
     other.load_state_dict(layouts.clip_to_timm(model.state_dict(), "here"), strict=True)

@@ -102,7 +102,9 @@ def test_complement_and_polarity():
 
 
 def test_gather_and_restore():
-    tokens = torch.tensor([[[10.0, -10], [11, -11], [12, -12], [13, -13], [14, -14]], [[20, -20], [21, -21], [22, -22], [23, -23], [24, -24]]])
+    tokens = torch.tensor(
+        [[[10.0, -10], [11, -11], [12, -12], [13, -13], [14, -14]], [[20, -20], [21, -21], [22, -22], [23, -23], [24, -24]]]
+    )
     seen, hidden = masking.gather(tokens, VISIBLE), masking.gather(tokens, MASKED)
     assert seen[..., 0].tolist() == [[14, 11], [20, 22]]
     assert hidden[..., 1].tolist() == [[-10, -12, -13], [-21, -23, -24]]

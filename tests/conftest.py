@@ -1,0 +1,74 @@
+"""Shared helpers: the committed recipe as a tree to change, one thread for what forks, and children that fork from
+here, so that a process to kill costs milliseconds and not the ten seconds of importing torch."""
+
+import copy
+import multiprocessing
+import os
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def committed_tree() -> dict:
+    return yaml.safe_load((ROOT / "params.yaml").read_text())
+
+
+@pytest.fixture
+def tree(committed_tree) -> dict:
+    """The committed recipe, a copy to change."""
+    return copy.deepcopy(committed_tree)
+
+
+def change(tree: dict, place: str, value) -> dict:
+    """Set the dotted place of a tree."""
+    *sections, last = place.split(".")
+    for section in sections:
+        tree = tree[section]
+    tree[last] = value
+    return tree
+
+
+@pytest.fixture
+def one_thread():
+    """For tests that fork: OpenMP's threads do not survive it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch, one_thread) -> Path:
+    """An empty folder to work in; .scratch and whatever else is relative lands there."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def forked(function: Callable, *arguments) -> int:
+    """Run function(*arguments) in a child; its exit status, negative for the signal that ended it."""
+    child = multiprocessing.get_context("fork").Process(target=function, args=arguments)
+    child.start()
+    child.join(90)
+    assert child.exitcode is not None, child.kill() or "the child did not end"
+    return child.exitcode
+
+
+def script(name: str, arguments: list[str], out: Path) -> None:
+    """In a child: run a stage as `python -m stages.name` would, with its output in a file."""
+    with open(out, "wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+        sys.argv = [f"stages/{name}.py", *map(str, arguments)]
+        try:
+            runpy.run_module(f"stages.{name}", run_name="__main__", alter_sys=True)
+        finally:
+            sys.stdout.flush(), sys.stderr.flush()

@@ -1,0 +1,169 @@
+"""The recipe: what is committed is the composition, and every mistake is named with its mend."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from milan.errors import UserError
+from milan.params import Model, Params, arithmetic, build, read_params
+from tests.conftest import ROOT, change
+
+SCALES = sorted(path.stem for path in (ROOT / "conf" / "scale").glob("*.yaml"))
+
+
+def composed(scale: str) -> dict:
+    """What DVC writes into params.yaml for this scale."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+        return OmegaConf.to_container(compose("config", overrides=[f"scale={scale}"]), resolve=True)
+
+
+def refusal(tree) -> str:
+    with pytest.raises(UserError) as error:
+        build(Params, tree, "params.yaml")
+    return str(error.value)
+
+
+def test_the_committed_recipe_is_the_demo(committed_tree):
+    assert committed_tree == composed("demo")
+
+
+def test_the_scales_that_the_design_names_are_there():
+    assert {"smoke", "demo", "paper"} <= set(SCALES)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_scale_builds(scale):
+    assert build(Params, composed(scale), scale).scale == scale
+
+
+def test_the_paper_s_derived_numbers():
+    paper = build(Params, composed("paper"), "paper")
+    assert paper.pretrain.lr == pytest.approx(2.4e-3, rel=1e-12)
+    assert paper.linear_eval.lr == pytest.approx(3.2, rel=1e-12)
+    assert paper.finetune.lr == pytest.approx(4e-4, rel=1e-12)
+    assert paper.segment.epochs * 1263 == pytest.approx(160_000)
+    assert (paper.model.grid, paper.model.n_patches) == (14, 196)
+
+
+WRONG = {
+    "unknown key at the top": ("pretrian", {}, ["unknown key 'pretrian'", "did you mean 'pretrain'"]),
+    "unknown key in a section": ("pretrain.epoch", 3, ["pretrain: unknown key 'epoch'", "did you mean 'epochs'"]),
+    "unknown key deep down": ("model.encoder.dept", 3, ["model:encoder: unknown key 'dept'", "did you mean 'depth'"]),
+    "unknown key in a recipe": ("pretrain.recipes.milan.mask", "none", ["recipes.milan: unknown key 'mask'", "did you mean 'masking'"]),
+    "negative epochs": ("pretrain.epochs", -1, ["pretrain:epochs", "-1", "above 0"]),
+    "no epochs": ("finetune.epochs", 0, ["finetune:epochs", "above 0"]),
+    "negative count": ("extract_targets.views", -1, ["extract_targets:views", "-1", "at least 0"]),
+    "everything masked": ("pretrain.mask_ratio", 1.0, ["pretrain:mask_ratio", "1.0", "below 1"]),
+    "share above one": ("finetune.labels", 1.5, ["finetune:labels", "1.5", "at most 1"]),
+    "image size no multiple": ("model.image_size", 50, ["image_size 50", "patch_size 8", "48 and 56"]),
+    "image smaller than a patch": ("model.image_size", 5, ["image_size 5", "8 and 16"]),
+    "crop size no multiple": ("segment.crop_size", 50, ["segment.crop_size 50"]),
+    "heads that do not divide": ("model.encoder.num_heads", 3, ["embed_dim 128", "num_heads 3"]),
+    "word for a number": ("pretrain.epochs", "many", ["pretrain:epochs", "'many' is no number"]),
+    "list for a number": ("pretrain.epochs", [1], ["pretrain:epochs", "expected float", "[1]"]),
+    "fraction for an int": ("pretrain.batch_size", 64.5, ["pretrain:batch_size", "expected int", "64.5"]),
+    "bool for an int": ("compute.processes", True, ["compute:processes", "expected int", "True"]),
+    "bool for a float": ("pretrain.lr", True, ["pretrain:lr", "expected float", "True"]),
+    "number for a bool": ("compute.deterministic", 1, ["compute:deterministic", "expected bool", "1"]),
+    "number for a list": ("pretrain.betas", 0.9, ["pretrain:betas", "0.9"]),
+    "word in a list": ("seeds", [0, "x"], ["seeds[1]", "'x'"]),
+    "number for a section": ("model", 3, ["model", "expected a section", "image_size"]),
+    "null where it is needed": ("pretrain.epochs", None, ["pretrain:epochs", "None"]),
+    "not a number": ("pretrain.lr", float("nan"), ["pretrain:lr", "no finite number"]),
+    "infinity": ("pretrain.lr", "1e300 * 1e300", ["pretrain:lr", "no finite number"]),
+    "unknown word": ("compute.precision", "bf61", ["compute:precision", "'bf61'", "fp32", "did you mean 'bf16'"]),
+    "unknown variant": ("variants", ["milan", "milano"], ["'milano' has no recipe", "did you mean 'milan'"]),
+    "batch no multiple of the micro-batch": ("pretrain.micro_batch", 48, ["batch_size 128", "micro_batch 48"]),
+    "warm-up longer than training": ("pretrain.warmup_epochs", 99, ["warmup_epochs 99", "fewer than epochs"]),
+    "prompting decoder on pixels": ("pretrain.recipes.milan.target", "pixels", ["recipes.milan", "prompting decoder"]),
+    "half a recipe": ("pretrain.recipes.milan.target", "none", ["recipes.milan", "all `none`"]),
+    "block that is not there": ("segment.out_blocks", [0, 4], ["segment.out_blocks [0, 4]", "4 blocks"]),
+    "two teachers": ("teacher.pretrained", {"model": "m", "tag": None, "file": None, "sha256": None}, ["teacher", "not both"]),
+    "no teacher": ("teacher.tiny", None, ["teacher", "either tiny"]),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_value_is_named(case, tree):
+    place, value, words = WRONG[case]
+    change(tree, place, value)
+    said = refusal(tree)
+    assert [word for word in words if word not in said] == [], said
+
+
+@pytest.mark.parametrize("place", ["pretrain.mask_ratio", "model.decoder.depth", "report.published", "seeds"])
+def test_a_missing_key_is_named(place, tree):
+    *sections, last = place.split(".")
+    section = tree
+    for name in sections:
+        section = section[name]
+    del section[last]
+    assert f"missing key {last}" in refusal(tree)
+
+
+@pytest.mark.parametrize("whole", [None, [], 3, "text"])
+def test_a_tree_that_is_none(whole):
+    assert "expected a section" in refusal(whole)
+
+
+SUMS = {"1.5e-4 * 4096 / 256": 2.4e-3, "160000 / 1263": 160000 / 1263, "-(1 + 2) * 3": -9, "2 - 3 - 4": -5, "7": 7, "1e-3": 0.001}
+
+
+@pytest.mark.parametrize("text", SUMS)
+def test_sums_are_worked_out(text):
+    assert arithmetic(text, "here") == pytest.approx(SUMS[text], rel=1e-15)
+
+
+CODE = ["__import__('os')", "__import__('os').system('touch /tmp/x')", "open('params.yaml')", "(1).__class__", "[1][0]", "10 ** 9", "1 if 1 else 2"]
+NOT_SUMS = ["", "1 +", "1 / 0", "'a' * 3", "True + 1", "x", "1; 2", "1 < 2", "\0", "1 // 2", "lambda: 1", "1j", "(" * 500 + "1", "-" * 20000 + "1"]
+
+
+@pytest.mark.parametrize("text", CODE + NOT_SUMS, ids=lambda text: text[:30])
+def test_all_else_is_refused(text, tree):
+    change(tree, "pretrain.lr", text)
+    assert "is no number" in refusal(tree)
+
+
+def test_a_sum_counts_as_an_int_only_when_it_is_one(tree):
+    change(tree, "pretrain.batch_size", "2 * 64")
+    assert build(Params, tree, "p").pretrain.batch_size == 128
+    change(tree, "pretrain.batch_size", "127 / 2")
+    assert "expected int" in refusal(tree)
+    change(tree, "pretrain.batch_size", "1e200 * 1e200")
+    assert "expected int" in refusal(tree)
+
+
+def test_the_largest_whole_number_in_a_division(tree):
+    change(tree, "pretrain.lr", f"{10**400} / 3")
+    assert "pretrain:lr" in refusal(tree)
+
+
+def test_a_built_section_is_frozen(committed_tree):
+    model = build(Model, committed_tree["model"], "model")
+    with pytest.raises(AttributeError):
+        model.image_size = 1
+
+
+BROKEN_FILES = {"not YAML": b"a: [1\n", "not text": b"\xff\xfe\x00\x81", "a tag that runs code": b"!!python/object/apply:os.system ['false']\n", "empty": b""}
+
+
+@pytest.mark.parametrize("case", BROKEN_FILES)
+def test_a_broken_file_is_named(case, tmp_path):
+    path = tmp_path / "params.yaml"
+    path.write_bytes(BROKEN_FILES[case])
+    with pytest.raises(UserError, match="params.yaml"):
+        read_params(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match="nowhere.yaml is missing"):
+        read_params(tmp_path / "nowhere.yaml")
+
+
+def test_read_params_reads(tmp_path, committed_tree):
+    path = tmp_path / "p.yaml"
+    path.write_text(yaml.safe_dump({**committed_tree, "scale": "mine"}))
+    assert read_params(Path(path)).scale == "mine"
