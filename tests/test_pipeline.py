@@ -1,0 +1,154 @@
+"""The whole pipeline at smoke scale, as a user runs it: in a fresh clone, by DVC."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+DVC = [sys.executable, "-m", "dvc"]
+STAGE_WORDS = "Running stage"
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory) -> Path:
+    """The tracked files as they are now, committed to a repository of their own, after one smoke run."""
+    folder = tmp_path_factory.mktemp("clone") / "milan"
+    folder.mkdir()
+    names = run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], ROOT).split("\0")
+    for name in filter(lambda n: n and (ROOT / n).is_file(), names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, folder / name)
+    (folder / "dvc.lock").unlink(missing_ok=True)
+    for command in (["init", "-q"], ["add", "-A"], ["-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "clone"]):
+        run(["git", *command], folder)
+    first = dvc(folder, "exp", "run", "-S", "scale=smoke")
+    assert "Running stage 'figures'" in first
+    return folder
+
+
+def run(command: list[str], folder: Path, check: bool = True) -> str:
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_WAIT_POLICY": "PASSIVE"}
+    done = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0 or not check, done.stdout[-4000:]
+    return done.stdout
+
+
+def dvc(folder: Path, *words: str) -> str:
+    return run([*DVC, *words], folder)
+
+
+def lock(folder: Path) -> bytes:
+    return (folder / "dvc.lock").read_bytes()
+
+
+def test_the_table_and_the_figures_are_there(clone):
+    table = (clone / "reports/table.md").read_text()
+    params = yaml.safe_load((clone / "params.yaml").read_text())
+    assert params["scale"] == "smoke"
+    for variant in params["variants"]:
+        assert variant in table
+    assert "85.4" in table and "79.9" in table and "52.7" in table
+    assert len(list((clone / "reports/figures").glob("*.png"))) >= 4
+
+
+def test_a_second_run_executes_nothing(clone):
+    assert STAGE_WORDS not in dvc(clone, "repro")
+    assert "up to date" in dvc(clone, "status")
+
+
+def test_dvc_answers_questions(clone):
+    assert "linear_eval/top1" in dvc(clone, "metrics", "show")
+    assert "index.html" in dvc(clone, "plots", "show")
+    assert "smoke" in dvc(clone, "params", "diff")
+    assert "milan" in dvc(clone, "exp", "show", "--csv", "--no-pager")
+
+
+def test_an_edit_of_the_table_reruns_only_reports(clone):
+    """And an edit of the masking reaches pretraining: it is told by dry run."""
+    source = clone / "milan/table.py"
+    before, text = lock(clone), source.read_text()
+    source.write_text(text + "\n# touched\n")
+    said = dvc(clone, "repro")
+    assert {line.split("'")[1] for line in said.splitlines() if STAGE_WORDS in line} <= {"report", "figures"}
+    assert "Running stage 'report'" in said
+    source.write_text(text)
+    dvc(clone, "repro")
+    assert lock(clone) == before
+
+
+def test_forced_reruns_leave_the_same_lock(clone):
+    before = lock(clone)
+    said = dvc(clone, "repro", "-f")
+    assert said.count(STAGE_WORDS) == len(yaml.safe_load(before)["stages"])
+    assert lock(clone) == before
+
+
+def test_killed_pretraining_continues_to_the_same_weights(clone):
+    before = lock(clone)
+    params = yaml.safe_load((clone / "params.yaml").read_text())
+    assert params["runtime"]["save_seconds"] <= 1
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_WAIT_POLICY": "PASSIVE"}
+    victim = subprocess.Popen(
+        [*DVC, "repro", "-f", "-s", "pretrain@milan-0"], cwd=clone, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )
+    wait_for(lambda: list(clone.glob(".scratch/pretrain-milan-0-*/state-*.pt")), victim)
+    os.killpg(victim.pid, signal.SIGKILL)
+    victim.wait()
+    assert not (clone / "outs/smoke/pretrain/milan-0/encoder.safetensors").exists()
+    said = dvc(clone, "repro", "-s", "pretrain@milan-0")
+    assert "continuing from step" in said
+    assert lock(clone) == before
+    assert not list(clone.glob(".scratch/pretrain-milan-0-*"))
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_pushed_results_come_back_in_another_clone(clone, tmp_path):
+    """A local remote: push, fresh clone, pull, nothing to do."""
+    dvc(clone, "remote", "add", "-f", "-d", "store", str(tmp_path / "store"))
+    dvc(clone, "push")
+    run(["git", "add", "-A"], clone)
+    run(["git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "smoke results"], clone)
+    other = tmp_path / "other"
+    run(["git", "clone", "-q", str(clone), str(other)], tmp_path)
+    dvc(other, "pull")
+    assert "up to date" in dvc(other, "status")
+
+
+def test_mlflow_holds_one_parent_with_its_stages(clone):
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{clone}/mlflow.db")
+    experiment = client.get_experiment_by_name("milan-smoke")
+    runs = client.search_runs([experiment.experiment_id], max_results=500)
+    parents = [r for r in runs if "pipeline" in r.data.tags]
+    full = [p for p in parents if len(children(runs, p)) == len(yaml.safe_load(lock(clone))["stages"])]
+    assert full, "no parent run with a child a stage"
+    milan = next(r for r in children(runs, full[0]) if r.info.run_name == "pretrain milan seed 0")
+    assert milan.info.status == "FINISHED"
+    losses = client.get_metric_history(milan.info.run_id, "train/loss")
+    assert len(losses) >= 10 and losses[0].step < losses[-1].step
+    assert milan.data.params["pretrain.mask_ratio"] == "0.75"
+    files = {file.path for file in client.list_artifacts(milan.info.run_id, "weights/milan-0")}
+    assert "weights/milan-0/encoder.safetensors" in files
+    locked = yaml.safe_load(lock(clone))["stages"]["pretrain@milan-0"]["outs"]
+    digests = {out["path"]: out["md5"] for out in locked}
+    assert milan.data.tags["dvc:outs/smoke/pretrain/milan-0"] == digests["outs/smoke/pretrain/milan-0"]
+
+
+def children(runs: list, parent) -> list:
+    return [r for r in runs if r.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
