@@ -339,7 +339,7 @@ def build_plain(kind, value, where: str):
     if kind in (int, float) and isinstance(value, str):
         value = arithmetic(value, where)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        value = float(value) if abs(value) < 1e308 else float("inf")
     if kind is int and isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, kind if isinstance(kind, type) else object) or (isinstance(value, bool) and kind is not bool):

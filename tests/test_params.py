@@ -74,6 +74,7 @@ WRONG = {
     "null where it is needed": ("pretrain.epochs", None, ["pretrain:epochs", "None"]),
     "not a number": ("pretrain.lr", float("nan"), ["pretrain:lr", "no finite number"]),
     "infinity": ("pretrain.lr", "1e300 * 1e300", ["pretrain:lr", "no finite number"]),
+    "whole number beyond all floats": ("pretrain.lr", 10**400, ["pretrain:lr", "no finite number"]),
     "unknown word": ("compute.precision", "bf61", ["compute:precision", "'bf61'", "fp32", "did you mean 'bf16'"]),
     "unknown variant": ("variants", ["milan", "milano"], ["'milano' has no recipe", "did you mean 'milan'"]),
     "batch no multiple of the micro-batch": ("pretrain.micro_batch", 48, ["batch_size 128", "micro_batch 48"]),
