@@ -119,6 +119,11 @@ class Tokenizer:
         return torch.where(self.ids[places] == tokens, places, torch.zeros_like(places))
 
 
+def save_no_teacher(folder: Path) -> None:
+    """What stands in the teacher's place when a released student is only evaluated."""
+    (folder / "teacher.json").write_text(json.dumps({"kind": "none"}) + "\n")
+
+
 def save_teacher(folder: Path, model: CLIP, config: dict) -> None:
     """teacher.safetensors (image and text tower) and teacher.json, which says how to build the model."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -131,6 +136,8 @@ def load_teacher(folder: Path) -> tuple[CLIP, Tokenizer, dict]:
     """The frozen model in evaluation mode, its tokenizer and its config."""
     folder = Path(folder)
     config = json.loads((folder / "teacher.json").read_text())
+    if config["kind"] == "none":
+        raise UserError(f"{folder} holds no teacher: pretrain.weights was set when it was made. Set it to null and run `dvc repro`.")
     if config["kind"] == "tiny":
         tokenizer = Tokenizer(config["tiny"]["context_length"], config["token_ids"])
         model = build_tiny(TinyClip(**config["tiny"]), config["image_size"], config["patch_size"], len(tokenizer))

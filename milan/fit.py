@@ -146,7 +146,7 @@ class Loop:
     def steps(self) -> None:
         self.model.train()
         progress = Progress(self.run.name, self.order.total_steps, self.step, shown=self.rank == 0)
-        losses, self.saved_at = [], time.monotonic()
+        losses, self.saved_at, first = [], time.monotonic(), self.step
         batches = iter(self.loader())
         while self.step < self.order.total_steps:
             losses.append(self.one_step(batches))
@@ -155,8 +155,14 @@ class Loop:
                 self.check(losses)
                 losses = []
                 self.save_when_due()
-            progress.update(1, **({"loss": self.checked[-1]} if self.checked else {}))
+            progress.update(1, **({"loss": self.shown_loss()} if self.curve or self.checked else {}))
         progress.close()
+        if self.rank == 0 and self.step > first:
+            rate = (self.step - first) * self.order.batch_size / (time.monotonic() - progress.began)
+            self.run.log({"step": self.step, "images_per_second": rate})
+
+    def shown_loss(self) -> float:
+        return self.checked[-1] if self.checked else self.curve[-1]["loss"]
 
     def is_check(self) -> bool:
         return self.step % CHECK_STEPS == 0 or self.closes_point()

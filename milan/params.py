@@ -277,8 +277,35 @@ class Params:
                 raise ValueError(f"variants: {variant!r} has no recipe{nearest(variant, self.pretrain.recipes)}")
         if self.segment.crop_size % self.model.patch_size:
             raise ValueError(f"segment.crop_size {self.segment.crop_size} is no multiple of the patch size")
-        if max(self.segment.out_blocks) >= self.model.encoder.depth:
-            raise ValueError(f"segment.out_blocks {self.segment.out_blocks}: the encoder has {self.model.encoder.depth} blocks")
+        blocks = self.segment.out_blocks
+        if len(blocks) != 4 or sorted(set(blocks)) != blocks or not 0 <= blocks[0] <= blocks[3] < self.model.encoder.depth:
+            raise ValueError(f"segment.out_blocks {blocks} must be four increasing blocks of the encoder's {self.model.encoder.depth}, from 0")
+        for name in ("pretrain", "linear_eval", "finetune", "segment"):
+            self.check_shares(name, getattr(self, name))
+        if self.teacher.tiny and self.teacher.batch_size % self.world:
+            raise ValueError(f"teacher.batch_size {self.teacher.batch_size} cannot be shared by {self.world} processes")
+        if (self.finetune.mixup or self.finetune.cutmix) and self.finetune.micro_batch % 2:
+            raise ValueError(f"finetune.micro_batch {self.finetune.micro_batch} must be even: mixup mixes pairs")
+        if self.segment.micro_batch < 2:
+            raise ValueError("segment.micro_batch must be at least 2: its batch norm has no variance over one image")
+
+    @property
+    def world(self) -> int:
+        """Processes on all nodes."""
+        return self.compute.processes * self.compute.nodes
+
+    @property
+    def no_teacher(self) -> bool:
+        """A released student is only evaluated, so that nothing asks for the released teacher."""
+        return bool(self.pretrain.weights and self.teacher.pretrained)
+
+    def check_shares(self, name: str, training: Training) -> None:
+        micro_batches = training.batch_size // training.micro_batch
+        if micro_batches % self.world:
+            raise ValueError(
+                f"{name}.batch_size {training.batch_size} makes {micro_batches} micro-batches of {training.micro_batch}, which "
+                f"{self.world} processes cannot share evenly: change {name}.micro_batch or compute.processes"
+            )
 
 
 def read_params(path: str | Path = "params.yaml") -> Params:

@@ -12,7 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from milan.errors import UserError
 from milan.progress import track
@@ -112,12 +112,16 @@ def read_job(job: tuple[dict, int | None, int | None]) -> tuple[dict | None, str
     """(row, None), or (None, what is wrong with the file)."""
     item, short_side, classes = job
     row = {key: value for key, value in item.items() if key not in ("path", "mask_path")}
+    path = item["path"]
     try:
-        row["image"] = checked_image(item["path"], short_side)
+        row["image"] = checked_image(path, short_side)
         if "mask_path" in item:
-            row["mask"] = checked_mask(item["mask_path"], row["image"], classes)
+            path = item["mask_path"]
+            row["mask"] = checked_mask(path, row["image"], classes)
+    except UnidentifiedImageError:
+        return None, f"{path} (no image)"
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return None, f"{item['path']} ({error or type(error).__name__})"
+        return None, f"{path} ({error or type(error).__name__})"
     return row, None
 
 
@@ -139,6 +143,8 @@ def checked_image(path: Path, short_side: int | None) -> bytes:
 
 def checked_mask(path: Path, image: bytes, classes: int) -> bytes:
     data = path.read_bytes()
+    if not data:
+        raise ValueError("empty file")
     with Image.open(io.BytesIO(data)) as mask, Image.open(io.BytesIO(image)) as picture:
         if mask.mode not in ("L", "P"):
             raise ValueError(f"annotation of mode {mask.mode}, expected one 8-bit channel")

@@ -107,6 +107,8 @@ def tracked(stage: Stage, main: Callable[[Stage], None]) -> None:
     logger = tracking.Logger(stage.title, f"milan-{stage.params.scale}", tags, flat(stage.params))
     stage.tracker, status, began = logger.tracker, "FAILED", time.monotonic()
     try:
+        if hasattr(stage.args, "weights"):
+            stage.tracker.evaluates(present(stage.args.weights))
         main(stage)
         status = "FINISHED"
     finally:

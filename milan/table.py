@@ -1,4 +1,4 @@
-"""The table: metrics JSON -> rows in the paper's layout, beside the published numbers and never among them.
+"""The table: our rows in the paper's layout, beside the published numbers and never among them.
 
 Our rows are of this recipe's data (at demo scale the built-in world, which nothing published was measured on);
 published numbers and re-runs by others are ImageNet-1K and ADE20K figures, in tables of their own. What the text
@@ -6,136 +6,22 @@ says about the order of the variants is worked out from the numbers.
 """
 
 import io
-import json
 import re
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
-from typing import NamedTuple
 
 import pandas as pd
 
-from milan.errors import UserError
-from milan.params import Params
+from milan.results import KINDS, MEASURES, METHODS, TITLES, Results, in_words, method
 
-MEASURES = {  # column: (stage, name in its metrics file)
-    "linear": ("linear_eval", "linear_eval/top1"),
-    "knn": ("linear_eval", "linear_eval/knn_top1"),
-    "finetune": ("finetune", "finetune/top1"),
-    "miou": ("segment", "segment/miou"),
-}
-TITLES = {"linear": "Linear eval", "knn": "k-NN", "finetune": "Fine-tuning", "miou": "ADE20K mIoU"}
-METHODS = {  # in the order in which the paper adds its ingredients
-    "scratch": "No pretraining",
-    "mae": "MAE",
-    "clip_target": "MAE + CLIP target",
-    "prompt_decoder": "MAE + CLIP target + prompting decoder",
-    "milan": "MILAN",
-}
 CAPTIONS_CAVEAT = (
     "The CLIP teacher was trained on captions, which speak of the very things to be recognised. MILAN and every variant "
     "with a CLIP target draw on that extra information; MAE and no pretraining do not."
 )
-KINDS = {"published": "Published", "re-run": "Re-run by others"}
+TEACHER = {"zero-shot": "zero_shot_top1", "linear": "linear_top1", "k-NN": "knn_top1"}
 ELSEWHERE = "ImageNet-1K and ADE20K"
 DASH = "–"
-
-
-class Data(NamedTuple):
-    """What our numbers were measured on."""
-
-    name: str
-    classes: int
-    images: int  # for validation
-    scene_classes: int
-    scenes: int  # for validation
-    scenes_name: str
-
-    @property
-    def titles(self) -> dict[str, str]:
-        return {**TITLES, "miou": f"{self.scenes_name} mIoU"}
-
-
-class Results(NamedTuple):
-    """Everything that the writers need."""
-
-    params: Params
-    data: Data
-    runs: pd.DataFrame  # a row a variant and seed: variant, seed, linear, knn, finetune, miou
-    ours: pd.DataFrame  # a row a variant: the means, and the range as linear_low, linear_high, ...
-    published: pd.DataFrame
-    teacher: dict
-    importance: dict
-
-
-def read_results(metrics: Path, published: Path, p: Params) -> Results:
-    """metrics: the folder of one scale. Raises UserError naming the file or the entry that is missing."""
-    runs = read_runs(metrics, p)
-    reports = [read_metrics(metrics / f"{name}.json") for name in ("teacher", "extract_targets")]
-    return Results(p, read_data(metrics, p), runs, summary(runs), read_published(published), *reports)
-
-
-def read_metrics(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: an earlier stage writes it. Run `dvc repro`, which runs the stages in order.") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is no valid JSON ({error}). Delete it and run `dvc repro` again.") from None
-
-
-def value_of(path: Path, name: str):
-    found = read_metrics(path)
-    if name not in found:
-        raise UserError(f"{path} has no entry {name!r}; it has {', '.join(found)}. Delete it and run `dvc repro` again.")
-    return found[name]
-
-
-def read_runs(metrics: Path, p: Params) -> pd.DataFrame:
-    def numbers(variant: str, seed: int) -> dict:
-        return {column: value_of(metrics / stage / f"{variant}-{seed}.json", name) for column, (stage, name) in MEASURES.items()}
-
-    return pd.DataFrame([{"variant": v, "seed": s, **numbers(v, s)} for v in p.variants for s in p.seeds])
-
-
-def summary(runs: pd.DataFrame) -> pd.DataFrame:
-    """Mean over seeds, and the smallest and the largest, of each variant, in the order of the runs."""
-    found = runs.groupby("variant", sort=False)[list(MEASURES)].agg(["mean", "min", "max"])
-    found.columns = [column if how == "mean" else f"{column}_{ {'min': 'low', 'max': 'high'}[how] }" for column, how in found.columns]
-    return found.round(4)
-
-
-def read_data(metrics: Path, p: Params) -> Data:
-    imagenet, scenes = metrics / "prepare_imagenet.json", metrics / "prepare_ade20k.json"
-    return Data(
-        "the built-in world" if p.data.imagenet is None else "ImageNet-layout images",
-        value_of(imagenet, "prepare_imagenet/classes"),
-        value_of(imagenet, "prepare_imagenet/val"),
-        p.prepare_ade20k.classes,
-        value_of(scenes, "prepare_ade20k/val"),
-        "Segmentation" if p.data.ade20k is None else "ADE20K",
-    )
-
-
-def read_published(path: Path) -> pd.DataFrame:
-    if not path.exists():
-        raise UserError(f"{path} is missing: it holds the published numbers (git checkout -- {path} restores it).")
-    found = pd.read_csv(path, dtype={"epochs": "Int64", "batch_size": "Int64"})
-    strange = sorted(set(found["kind"]) - set(KINDS))
-    if strange:
-        raise UserError(f"{path}: kind must be {' or '.join(KINDS)}, not {strange[0]!r}.")
-    return found
-
-
-# ---------------------------------------------------------------------------------------------------------------- words
-
-
-def method(variant: str) -> str:
-    return METHODS.get(variant, variant)
-
-
-def in_words(variant: str) -> str:
-    return method(variant).replace("No pretraining", "no pretraining")
+URL = re.compile(r"https?://[^\s;,]+")
 
 
 def order_said(r: Results) -> list[str]:
@@ -146,9 +32,14 @@ def order_said(r: Results) -> list[str]:
 def lead_said(r: Results, column: str) -> str:
     """`MILAN: linear eval 36.9, 26.1 above MAE, 25.2 above no pretraining.`"""
     best = "milan" if "milan" in r.ours.index else r.ours.index[-1]
-    value = r.ours[column].round(1)
+    value = as_shown(r, column)
     others = [f"{difference(value[best] - value[v])} {in_words(v)}" for v in r.ours.index if v != best]
     return f"{method(best)}: {lower(r.data.titles[column])} {value[best]:.1f}" + "".join(f", {words}" for words in others) + "."
+
+
+def as_shown(r: Results, column: str) -> pd.Series:
+    """The means rounded as the table prints them, so that sentences and table agree to the last digit."""
+    return r.ours[column].map(lambda value: float(f"{value:.1f}"))
 
 
 def lower(title: str) -> str:
@@ -167,12 +58,12 @@ def expected_order_said(r: Results) -> list[str]:
     chain = [variant for variant in METHODS if variant in r.ours.index]
     if len(chain) < 2:
         return []
-    words = [f"In the paper each ingredient adds to the one before: {' < '.join(in_words(v) for v in chain)}."]
+    words = [f"The order to expect, each ingredient of the paper adding to the one before: {' < '.join(map(in_words, chain))}."]
     for column in ("linear", "finetune", "miou"):
-        value = r.ours[column].round(1)
+        value = as_shown(r, column)
         turned = [(a, b) for a, b in pairwise(chain) if value[b] < value[a]]
-        said = "; ".join(f"{in_words(b)} ({value[b]:.1f}) is below {in_words(a)} ({value[a]:.1f}){overlap(r, column, a, b)}" for a, b in turned)
-        words.append(f"{r.data.titles[column]}: " + (f"not the paper's order, {said}." if turned else "the same order here."))
+        said = [f"{in_words(b)} ({value[b]:.1f}) is below {in_words(a)} ({value[a]:.1f}){overlap(r, column, a, b)}" for a, b in turned]
+        words.append(f"{r.data.titles[column]}: " + (f"not that order, {'; '.join(said)}." if turned else "this order."))
     return words
 
 
@@ -186,13 +77,142 @@ def overlap(r: Results, column: str, first: str, second: str) -> str:
 
 def notes(r: Results) -> list[str]:
     """What a reader has to know to read our numbers."""
-    d, seeds, t = r.data, len(r.params.seeds), r.teacher
-    spread = f"Means over {seeds} seeds, the range in brackets" if seeds > 1 else "One seed, so no spread over seeds is known"
-    words = [f"{spread}; the sampling error of a top-1 over {d.images:,} images is up to {50 / d.images**0.5:.1f} points."]
-    if "teacher/linear_top1" in t:
-        numbers = {"zero-shot": "zero_shot_top1", "linear": "linear_top1", "k-NN": "knn_top1"}
-        words.append(f"The teacher itself: {', '.join(f'{k} {t[f'teacher/{v}']:.1f}' for k, v in numbers.items())}." if False else teacher_said(t, numbers))
+    seeds, n = len(r.params.seeds), r.data.images
+    spread = f"Means over {seeds} seeds, the range in brackets" if seeds > 1 else "One seed, so the spread over seeds is not known"
+    words = [f"{spread}; the sampling error of a top-1 over {n:,} images is up to {50 / n**0.5:.1f} points (one standard error)."]
+    if "teacher/linear_top1" in r.teacher:
+        scores = [f"{name} {r.teacher[f'teacher/{entry}']:.1f}" for name, entry in TEACHER.items()]
+        words.append(f"The teacher itself: {', '.join(scores)}.")
     if "extract_targets/importance_on_object" in r.importance:
         on, area = (r.importance[f"extract_targets/{name}"] for name in ("importance_on_object", "object_area"))
-        words.append(f"Of the teacher's patch importance {on:.1f} % falls on the object, which covers {area:.1f} % of the image.")
+        words.append(f"{on:.1f} % of the teacher's patch importance falls on the object, which covers {area:.1f} % of the image.")
     return [*words, CAPTIONS_CAVEAT]
+
+
+def heading(r: Results) -> str:
+    return f"Ours, on {r.data.name}" + ("" if r.params.data.imagenet else ": not comparable with the published numbers")
+
+
+def measured(r: Results) -> str:
+    d = r.data
+    return (
+        f"Top-1 in % over {d.images:,} validation images of {d.classes} classes (chance {100 / d.classes:.1f} %); "
+        f"mIoU in % over {d.scenes:,} scenes with {d.scene_classes} classes."
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------------- rows
+
+
+def our_rows(r: Results, link: Callable[[str, str], str]) -> list[dict[str, str]]:
+    """Cells of our table; link(text, path from the repository's root) spells a link."""
+    return [our_row(r, variant, link) for variant in r.ours.index]
+
+
+def our_row(r: Results, variant: str, link: Callable[[str, str], str]) -> dict[str, str]:
+    p, trained = r.params, r.params.pretrain.recipes[variant].target != "none"
+    own = trained and not p.pretrain.weights
+
+    def links(path: str) -> str:
+        return ", ".join(link(f"seed {s}", path.format(s)) for s in p.seeds)
+
+    return {
+        "Algorithm": method(variant),
+        "Backbone": p.model.name,
+        "Epochs": f"{p.pretrain.epochs:g}" if own else DASH,
+        "Batch size": str(p.pretrain.batch_size) if own else DASH,
+        **{title: spread_cell(r.ours.loc[variant], column, len(p.seeds)) for column, title in r.data.titles.items()},
+        "Recipe": link(p.scale, f"conf/scale/{p.scale}.yaml"),
+        "Weights": links(f"outs/{p.scale}/pretrain/{variant}-{{}}"),
+        "Curve": links(f"reports/curves/{p.scale}/pretrain/{variant}-{{}}.csv") if own else DASH,
+    }
+
+
+def spread_cell(row: pd.Series, column: str, seeds: int) -> str:
+    mean = f"{row[column]:.1f}"
+    return mean if seeds < 2 else f"{mean} ({row[f'{column}_low']:.1f}{DASH}{row[f'{column}_high']:.1f})"
+
+
+def published_rows(published: pd.DataFrame, kind: str, source: Callable[[str], str]) -> list[dict[str, str]]:
+    """Cells of one kind's table; source(text with URLs) spells where a row comes from."""
+
+    def cell(value, spec: str = "") -> str:
+        return DASH if pd.isna(value) else format(value, spec)
+
+    return [
+        {
+            "Algorithm": row.method,
+            "Backbone": row.backbone,
+            "Epochs": cell(row.epochs),
+            "Batch size": cell(row.batch_size),
+            "Teacher": row.teacher,
+            **{TITLES[column]: cell(getattr(row, column), ".1f") for column in ("linear", "finetune", "miou")},
+            "Source": source(row.source),
+        }
+        for row in published[published["kind"] == kind].itertuples()
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------- writers
+
+
+def markdown(r: Results) -> str:
+    """reports/table.md, its links relative to that file."""
+    parts = [f"# Results at scale {r.params.scale}", f"## {heading(r)}", measured(r), markdown_table(our_rows(r, markdown_link))]
+    parts += ["\n".join(f"- {sentence}" for sentence in [*order_said(r), *notes(r)])]
+    parts += ["![Bars of linear evaluation, fine-tuning and segmentation by variant](plots/bars.png)", "![Loss curves](plots/curves.png)"]
+    for kind, title in KINDS.items():
+        parts += [f"## {title}: {ELSEWHERE}, 224 px", markdown_table(published_rows(r.published, kind, markdown_source))]
+    return "\n\n".join(parts) + "\n"
+
+
+def markdown_table(rows: list[dict[str, str]]) -> str:
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def markdown_link(text: str, path: str) -> str:
+    return f"[{text}]({path.removeprefix('reports/') if path.startswith('reports/') else f'../{path}'})"
+
+
+def markdown_source(text: str) -> str:
+    return URL.sub(lambda url: f"[{url[0].split('/')[2]}]({url[0]})", text)
+
+
+def frame(r: Results) -> pd.DataFrame:
+    """All rows as numbers: ours first; `kind` and `data` say which is which."""
+    titles = {"Algorithm": "method", "Backbone": "backbone", "Epochs": "epochs", "Batch size": "batch_size"}
+    paths = {name: name.lower() for name in ("Recipe", "Weights", "Curve")}
+    rows = pd.DataFrame(our_rows(r, lambda text, path: path)).rename(columns={**titles, **paths})[[*titles.values(), *paths.values()]]
+    ours = pd.concat([rows.replace(DASH, ""), r.ours.reset_index()], axis=1)
+    ours = ours.assign(kind="ours", data=r.data.name, seeds=len(r.params.seeds))
+    theirs = r.published.assign(data=ELSEWHERE)
+    both = pd.concat([ours.astype(object), theirs.astype(object)], ignore_index=True)
+    first = ["kind", "data", "method", "variant", "backbone", "epochs", "batch_size", "teacher", *MEASURES]
+    return both[[*first, *(name for name in both.columns if name not in first)]]
+
+
+def csv(r: Results) -> str:
+    buffer = io.StringIO()
+    frame(r).to_csv(buffer, index=False, lineterminator="\n")
+    return buffer.getvalue()
+
+
+def latex(r: Results) -> str:
+    """Two or three floats for a paper (booktabs), without links."""
+    without = ("Recipe", "Weights", "Curve", "Source")
+    tables = [(f"{heading(r)}. {measured(r)}", our_rows(r, lambda text, path: text))]
+    tables += [(f"{title}: {ELSEWHERE}, 224 px", published_rows(r.published, kind, str)) for kind, title in KINDS.items()]
+    return "\n".join(latex_table(title, [{k: v for k, v in row.items() if k not in without} for row in rows]) for title, rows in tables)
+
+
+def latex_table(caption: str, rows: list[dict[str, str]]) -> str:
+    titles = list(rows[0])
+    columns = "".join("r" if title in (*TITLES.values(), "Epochs", "Batch size") or title.endswith("mIoU") else "l" for title in titles)
+    lines = [r"\begin{table}", r"\centering", rf"\caption{{{escaped(caption)}}}", rf"\begin{{tabular}}{{{columns}}}", r"\toprule"]
+    body = [" & ".join(map(escaped, cells)) + r" \\" for cells in (titles, *(row.values() for row in rows))]
+    return "\n".join([*lines, body[0], r"\midrule", *body[1:], r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
+
+
+def escaped(text: str) -> str:
+    return re.sub(r"([%&_#$])", r"\\\1", text).replace(DASH, "--")

@@ -17,13 +17,15 @@ from pathlib import Path
 
 import psutil
 
+from milan.files import dvc_hash
+
 SPOOLS = Path(".scratch/tracking")
 LOG = SPOOLS / "log"
 PATIENCE = 120.0  # seconds that the last stage waits for the loggers
 
 
 class Tracker:
-    """The stage's side. Event kinds: start, params, metrics, tags, artifact, end."""
+    """The stage's side. Event kinds: start, params, metrics, tags, artifact, model, evaluates, end."""
 
     def __init__(self, spool: Path):
         self.spool = spool
@@ -40,6 +42,15 @@ class Tracker:
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
         self.event("artifact", path=str(path), folder=folder)
+
+    def model(self, folder: Path, name: str) -> None:
+        """Register the weights in a folder as this run's model, known by their DVC hash."""
+        self.artifact(folder, "weights")
+        self.event("model", name=name, digest=dvc_hash(folder))
+
+    def evaluates(self, folder: Path) -> None:
+        """Link this run, and the metrics that follow, to the model whose weights lie in a folder."""
+        self.event("evaluates", digest=dvc_hash(folder))
 
 
 class Logger:
@@ -112,8 +123,8 @@ def owner_alive(spool: Path) -> bool:
 def forward(spool: Path) -> None:
     """Send a spool's events until its stage ends; its place and run are kept beside it, so that nothing is sent twice."""
     place = spool.with_suffix(".place")
-    state = json.loads(place.read_text()) if place.exists() else {"offset": 0, "run_id": None}
-    sender = Sender(state["run_id"])
+    state = json.loads(place.read_text()) if place.exists() else {"offset": 0, "run_id": None, "model_id": None}
+    sender = Sender(state["run_id"], state["model_id"])
     with open(spool, "rb") as file:
         file.seek(state["offset"])
         while True:
@@ -126,7 +137,7 @@ def forward(spool: Path) -> None:
                     time.sleep(0.5)
                     continue
             sender.send(events)
-            state = {"offset": file.tell(), "run_id": sender.run_id}
+            state = {"offset": file.tell(), "run_id": sender.run_id, "model_id": sender.model_id}
             place.write_text(json.dumps(state))
             if events[-1]["kind"] == "end":
                 break
@@ -137,13 +148,12 @@ def forward(spool: Path) -> None:
 class Sender:
     """Events -> MLflow calls on one run."""
 
-    def __init__(self, run_id: str | None):
+    def __init__(self, run_id: str | None, model_id: str | None):
         os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         import mlflow
-        from mlflow.entities import Metric, Param, RunTag
 
-        self.mlflow, self.kinds, self.run_id, self.monitor = mlflow, (Metric, Param, RunTag), run_id, None
+        self.mlflow, self.entities, self.run_id, self.model_id, self.monitor = mlflow, mlflow.entities, run_id, model_id, None
         self.client = mlflow.MlflowClient(os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db"))
 
     def send(self, events: list[dict]) -> None:
@@ -151,11 +161,29 @@ class Sender:
         for event in events:
             kind = event["kind"]
             if kind == "metrics":
-                metrics += [self.kinds[0](k, float(v), event["time"], event["step"]) for k, v in event["values"].items()]
+                metrics += [self.metric(event, *item) for item in event["values"].items()]
             else:
                 getattr(self, f"send_{kind}")(event)
         for first in range(0, len(metrics), 1000):
             self.client.log_batch(self.run_id, metrics=metrics[first : first + 1000])
+
+    def metric(self, event: dict, name: str, value: float):
+        return self.entities.Metric(name, float(value), event["time"], event["step"], model_id=self.model_id)
+
+    def send_model(self, event: dict) -> None:
+        experiment = self.client.get_run(self.run_id).info.experiment_id
+        tags = {"dvc": event["digest"] or "", "weights": f"runs:/{self.run_id}/weights"}
+        model = self.client.create_logged_model(experiment, event["name"], self.run_id, tags)
+        self.client.finalize_logged_model(model.model_id, "READY")
+        self.client.log_outputs(self.run_id, [self.entities.LoggedModelOutput(model.model_id, 0)])
+
+    def send_evaluates(self, event: dict) -> None:
+        experiment = self.client.get_run(self.run_id).info.experiment_id
+        newest = [{"field_name": "creation_timestamp", "ascending": False}]
+        found = self.client.search_logged_models([experiment], f"tags.dvc = '{event['digest']}'", max_results=1, order_by=newest)
+        if found:
+            self.model_id = found[0].model_id
+            self.client.log_inputs(self.run_id, models=[self.entities.LoggedModelInput(self.model_id)])
 
     def send_start(self, event: dict) -> None:
         experiment = self.experiment(event["experiment"])
@@ -190,12 +218,12 @@ class Sender:
         self.monitor.start()
 
     def send_params(self, event: dict) -> None:
-        params = [self.kinds[1](k, str(v)[:6000]) for k, v in event["values"].items()]
+        params = [self.entities.Param(k, str(v)[:6000]) for k, v in event["values"].items()]
         for first in range(0, len(params), 100):
             self.client.log_batch(self.run_id, params=params[first : first + 100])
 
     def send_tags(self, event: dict) -> None:
-        self.client.log_batch(self.run_id, tags=[self.kinds[2](k, str(v)) for k, v in event["values"].items()])
+        self.client.log_batch(self.run_id, tags=[self.entities.RunTag(k, str(v)) for k, v in event["values"].items()])
 
     def send_artifact(self, event: dict) -> None:
         if os.path.exists(event["path"]):

@@ -30,9 +30,11 @@ def decode(data: bytes, name: str = "image") -> Tensor:
     Raises UserError naming the image when it cannot be read."""
     buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
     try:
-        return decode_image(buffer, mode=ImageReadMode.RGB)
+        image = decode_image(buffer, mode=ImageReadMode.RGB)
     except RuntimeError:
         return decode_with_pil(data, name)
+    # Files of 16 bits a channel come as uint16, animations with a dimension more.
+    return image if image.dtype == torch.uint8 and image.ndim == 3 else decode_with_pil(data, name)
 
 
 def decode_with_pil(data: bytes, name: str) -> Tensor:
@@ -92,7 +94,7 @@ def draw_simple_crop(height: int, width: int, scale: list[float], generator: tor
     area, log_ratio, top, left, flip = torch.rand(5, generator=generator).tolist()
     target = height * width * (scale[0] + (scale[1] - scale[0]) * area)
     ratio = math.exp(math.log(3 / 4) + (math.log(4 / 3) - math.log(3 / 4)) * log_ratio)
-    w, h = min(round(math.sqrt(target * ratio)), width), min(round(math.sqrt(target / ratio)), height)
+    w, h = (max(1, min(round(side), room)) for side, room in ((math.sqrt(target * ratio), width), (math.sqrt(target / ratio), height)))
     return int(top * (height - h + 1)), int(left * (width - w + 1)), h, w, flip < 0.5
 
 

@@ -25,11 +25,18 @@ from milan.stage import Stage, run
 
 def main(stage: Stage) -> None:
     p, a = stage.params, stage.args
-    inputs = [a.records / "manifest.json", a.teacher / "teacher.safetensors"]
+    inputs = [a.records / "manifest.json", a.teacher / ("teacher.json" if p.no_teacher else "teacher.safetensors")]
     recipe = stage.fingerprint(p.extract_targets, p.model, p.compute, p.pretrain.crop_scale, inputs=inputs)
     with whole_folder(a.out, recipe) as folder:
-        result = distributed.launch(extract, p.compute, p, a.records, a.teacher, folder)
+        result = nothing(p, folder) if p.no_teacher else distributed.launch(extract, p.compute, p, a.records, a.teacher, folder)
     stage.write_metrics(result, recipe)
+
+
+def nothing(p: Params, folder: Path) -> dict:
+    """A bank without views and no probe set: a released student is only evaluated."""
+    print("pretrain.weights is set: no teacher is needed, and no targets.", flush=True)
+    targets.finish(folder, views=0, shard_images=p.extract_targets.shard_images, feature_dim=0, images=0)
+    return {}
 
 
 def extract(p: Params, records: Path, teacher: Path, folder: Path) -> dict:

@@ -26,8 +26,7 @@ from milan.targets import Bank
 
 def main(stage: Stage) -> None:
     p, a = stage.params, stage.args
-    inputs = [a.records / "manifest.json", a.teacher / "teacher.safetensors", a.bank / "bank.json"]
-    recipe = stage.fingerprint(p.pretrain, p.model, p.compute, p.extract_targets, inputs=inputs)
+    recipe = stage.fingerprint(p.pretrain, p.model, p.compute, p.extract_targets, inputs=inputs(p, a))
     scratch = Scratch(f"pretrain-{a.variant}-{a.seed}", recipe)
     about = {"fingerprint": recipe, "variant": a.variant, "seed": a.seed, "model": p.model.name}
     if p.pretrain.weights or p.pretrain.recipes[a.variant].target == "none":
@@ -37,8 +36,15 @@ def main(stage: Stage) -> None:
         curve = distributed.launch(train, p.compute, p, a, scratch, stage, about)["curve"]
     stage.write_curve(curve)
     stage.write_metrics({"pretrain/loss": curve[-1]["loss"]} if curve else {}, recipe)
-    stage.tracker.artifact(a.out, "weights")
+    stage.tracker.model(a.out, f"{a.variant}-{a.seed}")
     scratch.clean()
+
+
+def inputs(p: Params, a: Namespace) -> list[Path]:
+    """The files that the result follows from."""
+    given = [Path(p.pretrain.weights)] if p.pretrain.weights and Path(p.pretrain.weights).is_file() else []
+    teacher = a.teacher / ("teacher.json" if p.no_teacher else "teacher.safetensors")
+    return [a.records / "manifest.json", teacher, a.bank / "bank.json", *given]
 
 
 def given_encoder(p: Params, seed: int) -> dict[str, torch.Tensor]:
@@ -59,13 +65,13 @@ def train(p: Params, a: Namespace, scratch: Scratch, stage: Stage, about: dict) 
     optimizer = optim.adamw(optim.decay_groups(model, p.pretrain.weight_decay), p.pretrain.betas)
     settings = Run(stage.title, p.pretrain, p.compute, p.runtime, a.seed, scratch, stage.tracker.point)
 
-    def inputs(batch: dict) -> tuple:
+    def to_inputs(batch: dict) -> tuple:
         images = transforms.normalise(batch["image"])
         if tower is None:
             return images, batch["noise"], batch.get("features"), batch.get("importance")
         return images, batch["noise"], *teach(p, tower, batch["image"])
 
-    curve = fit(model, samples, optimizer, settings, inputs)
+    curve = fit(model, samples, optimizer, settings, to_inputs)
     if distributed.rank() == 0:
         save_weights(a.out / "encoder.safetensors", model.encoder.vit.state_dict(), **about)
         save_weights(a.out / "decoder.safetensors", model.decoder.state_dict(), **about)

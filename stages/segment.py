@@ -37,6 +37,7 @@ def main(stage: Stage) -> None:
     result = distributed.launch(train, p.compute, p, a, scratch, stage, recipe)
     stage.write_curve(result["curve"])
     stage.write_metrics(result["metrics"], recipe)
+    stage.tracker.model(a.out, f"segmenter-{a.variant}-{a.seed}")
     scratch.clean()
 
 

@@ -1,7 +1,8 @@
 """The teacher: a frozen CLIP. Trained here on captions of the built-in world, or taken from a release.
 
 At demo scale a tiny CLIP learns from captioned images that no student sees (so MILAN's edge over MAE includes
-what those captions tell). At paper scale: OpenAI's ViT-B/16 (paper section 4.1).
+what those captions tell). At paper scale: OpenAI's ViT-B/16 (paper section 4.1); none when pretrain.weights
+names a released student, which is only evaluated.
 Costs: demo about 5 minutes. Expect a zero-shot accuracy of 50 to 75 % on the 20 classes (chance 5 %).
 """
 
@@ -11,7 +12,7 @@ import torch
 
 from milan import contrast, distributed, evaluate, optim, rng, transforms, world
 from milan.checkpoint import Scratch
-from milan.clip import Tokenizer, build_tiny, save_teacher, text_classifier
+from milan.clip import Tokenizer, build_tiny, save_no_teacher, save_teacher, text_classifier
 from milan.files import whole_folder
 from milan.fit import Run, fit
 from milan.params import Params
@@ -24,16 +25,21 @@ from milan.stage import Stage, run
 
 def main(stage: Stage) -> None:
     p, a = stage.params, stage.args
-    recipe = stage.fingerprint(p.teacher, p.model, p.compute, inputs=[a.records / "manifest.json"])
+    sections = [p.teacher, p.model, p.compute, *(["none"] if p.no_teacher else [])]
+    recipe = stage.fingerprint(*sections, inputs=[a.records / "manifest.json"])
     scratch = Scratch(stage.name, recipe)
+    result = {"curve": [], "metrics": {}}
     with whole_folder(a.out, recipe) as folder:
         if p.teacher.tiny:
             result = distributed.launch(train, p.compute, p, a.records, folder, scratch, stage.tracker)
+        elif p.no_teacher:
+            print("pretrain.weights is set: no teacher is needed.", flush=True)
+            save_no_teacher(folder)
         else:
             fetch_teacher(p.teacher.pretrained, folder)
-            result = {"curve": [], "metrics": {}}
     stage.write_curve(result["curve"])
     stage.write_metrics(result["metrics"], recipe)
+    stage.tracker.model(a.out, "teacher")
     scratch.clean()
 
 

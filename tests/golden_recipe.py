@@ -101,16 +101,12 @@ def values(p: params.Params) -> dict:
 
 
 def large_values() -> dict:
-    """What ViT-L has otherwise, where there is a recipe for it."""
-    if not (CONF / "scale" / "paper_large.yaml").exists():
-        paths = ("finetune.large.drop_path", "finetune.large.layer_decay", "linprobe.blr_large")
-        return dict.fromkeys(paths, lambda stated: (None, None, "no recipe for ViT-L here"))
+    """What ViT-L has otherwise."""
     p = composed("paper_large")
-    blr = p.linear_eval.lr * 256 / p.linear_eval.batch_size
     return {
         "finetune.large.drop_path": p.finetune.drop_path,
         "finetune.large.layer_decay": p.finetune.layer_decay,
-        "linprobe.blr_large": blr,
+        "linprobe.blr_large": p.linear_eval.lr * 256 / p.linear_eval.batch_size,
     }
 
 

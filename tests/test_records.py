@@ -170,7 +170,7 @@ def test_all_broken_files_are_listed_at_once_after_the_good_ones(tmp_path):
     for name in ["n01/zero.JPEG", *(f"n02/{name}" for name in BAD)]:
         assert said.count(name) == 1
     assert "ok.png" not in said and "a_plain" not in said
-    assert "zero.JPEG (empty file)" in said
+    assert "zero.JPEG (empty file)" in said and "text.JPEG (no image)" in said
 
 
 def test_a_long_list_of_broken_files_is_cut(tmp_path):
@@ -179,6 +179,7 @@ def test_a_long_list_of_broken_files_is_cut(tmp_path):
         list(sources.rows(sources.image_folder(root, "train"), "packing", 2))
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "BMP", "JPEG"])
 def test_no_damage_of_any_kind_is_a_traceback(tmp_path, kind):
     """Each prefix of a file and each of 200 flipped bytes: a row or a fault, never an exception."""
@@ -275,7 +276,8 @@ def test_every_wrong_annotation_is_listed_with_its_fault(tmp_path):
         list(sources.rows(sources.scene_folder(root, "training"), "packing", 2, classes=11))
     said = str(error.value)
     assert said.startswith("5 of 6 files cannot be used")
-    assert all(f"images/training/{name}.jpg" in said for name in bad)
+    assert all(f"annotations/training/{name}.png" in said for name in bad)
+    assert "empty.png (empty file)" in said
     assert "annotation value 12 with 11 classes" in said
     assert "annotation of (9, 6) for an image of (8, 6)" in said
     assert "annotation of mode RGB" in said

@@ -1,0 +1,341 @@
+"""Image transforms: boxes by their rules, pixels beside PIL's, labels that move with their image."""
+
+import io
+import math
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms as pil_transforms
+
+from milan import rng, transforms
+from milan.errors import UserError
+
+DRAWS = 1500
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Smooth shapes, sharp edges and noise."""
+    generator = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width]
+    base = np.stack([x * 255 / width, y * 255 / height, 127 + 127 * np.sin(x / 7) * np.cos(y / 5)], axis=-1)
+    base[height // 4 : height // 2, width // 4 : width // 2] = (255, 0, 128)
+    noisy = base + generator.normal(0, 12, base.shape)
+    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+
+
+def tensor(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
+
+
+def grey_levels(ours: torch.Tensor, theirs: Image.Image) -> int:
+    """The largest difference."""
+    assert ours.shape[1:] == theirs.size[::-1]
+    return (ours.int() - tensor(theirs).int()).abs().max().item()
+
+
+def boxes(draw, height: int, width: int, scale: list[float]) -> list[tuple]:
+    return [draw(height, width, scale, rng.generator(0, "crop", 0, i)) for i in range(DRAWS)]
+
+
+@pytest.mark.parametrize("draw", [transforms.draw_crop, transforms.draw_simple_crop])
+@pytest.mark.parametrize("height, width", [(375, 500), (48, 48), (30, 200), (200, 30), (1, 1)])
+def test_a_drawn_crop_lies_inside(draw, height, width):
+    for top, left, h, w, flip in boxes(draw, height, width, [0.2, 1.0]):
+        assert 0 <= top and 0 <= left and 0 < h and 0 < w and top + h <= height and left + w <= width
+        assert isinstance(flip, bool)
+
+
+def test_crops_fill_the_scale_and_the_ratio_evenly():
+    """Area uniform in the scale, ratio uniform in its logarithm, half of them flipped; where every draw fits."""
+    found = boxes(transforms.draw_crop, 4000, 4000, [0.2, 0.5])
+    area = np.array([h * w / 4000**2 for _, _, h, w, _ in found])
+    ratio = np.array([math.log(w / h) for _, _, h, w, _ in found])
+    assert area.min() > 0.199 and area.max() < 0.501
+    assert abs(ratio).max() < math.log(4 / 3) + 1e-3
+    # Uniform: mean at the middle, standard deviation the width over the root of 12; within 5 standard errors.
+    for values, low, high in ((area, 0.2, 0.5), (ratio, -math.log(4 / 3), math.log(4 / 3))):
+        spread = (high - low) / 12**0.5
+        assert values.mean() == pytest.approx((low + high) / 2, abs=5 * spread / DRAWS**0.5)
+        assert values.std() == pytest.approx(spread, rel=0.08)
+    assert np.mean([flip for *_, flip in found]) == pytest.approx(0.5, abs=5 * 0.5 / DRAWS**0.5)
+
+
+def test_crops_reach_every_corner():
+    found = boxes(transforms.draw_crop, 20, 20, [0.5, 0.5])
+    assert {top for top, *_ in found} >= {0, 1, 2, 3, 4, 5} and min(20 - top - h for top, _, h, *_ in found) == 0
+    assert min(left for _, left, *_ in found) == 0 and min(20 - left - w for _, left, _, w, _ in found) == 0
+
+
+@pytest.mark.parametrize("height, width, expected", [(100, 1000, (0, 434, 100, 133)), (1000, 100, (434, 0, 133, 100))])
+def test_an_extreme_aspect_takes_the_largest_central_crop(height, width, expected):
+    """No crop of 90 % of it has a ratio within 3/4 and 4/3, so: 4/3 of 100 is 133, and (1000 - 133) // 2 = 433."""
+    expected = tuple(433 if side == 434 else side for side in expected)
+    for *box, _ in boxes(transforms.draw_crop, height, width, [0.9, 1.0])[:50]:
+        assert tuple(box) == expected
+
+
+def test_the_simple_crop_is_cut_to_the_image():
+    """Of a 10 x 1000 image every wanted height is above 10: BYOL's crop takes all 10 rows and does not try again."""
+    for top, _, h, w, _ in boxes(transforms.draw_simple_crop, 10, 1000, [0.5, 1.0])[:200]:
+        assert (top, h) == (0, 10)
+        assert math.sqrt(10 * 1000 * 0.5 * 3 / 4) - 1 <= w <= math.sqrt(10 * 1000 * 4 / 3) + 1
+
+
+def test_a_draw_is_its_key_s():
+    again = [transforms.draw_crop(375, 500, [0.2, 1.0], rng.generator(3, "crop", e, i)) for e, i in ((1, 2), (1, 2), (1, 3), (2, 2))]
+    assert again[0] == again[1] and len(set(again)) == 3
+
+
+@pytest.mark.parametrize("box", [(17, 33, 301, 402), (0, 0, 375, 500), (100, 100, 60, 70), (200, 10, 150, 200)])
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_crop_is_pil_s_bicubic(box, flip):
+    image = picture(500, 375)
+    top, left, height, width = box
+    theirs = image.crop((left, top, left + width, top + height)).resize((224, 224), Image.BICUBIC)
+    theirs = theirs.transpose(Image.FLIP_LEFT_RIGHT) if flip else theirs
+    assert grey_levels(transforms.crop(tensor(image), (*box, flip), 224), theirs) <= 2
+
+
+def test_a_crop_moves_pixels_where_they_belong():
+    """Without a change of size a crop is a cut: pixel (y, x) holds 10 y + x."""
+    image = (torch.arange(10)[:, None] * 10 + torch.arange(10)).to(torch.uint8).expand(3, -1, -1)
+    cut = transforms.crop(image, (2, 3, 2, 2, False), 2)
+    assert cut[0].tolist() == [[23, 24], [33, 34]]
+    assert transforms.crop(image, (2, 3, 2, 2, True), 2)[2].tolist() == [[24, 23], [34, 33]]
+
+
+@pytest.mark.parametrize("size", [(500, 375), (375, 500), (300, 256), (1024, 300), (200, 180)])
+def test_the_central_crop_is_torchvision_s(size):
+    image = picture(*size)
+    pipeline = pil_transforms.Compose([pil_transforms.Resize(256, pil_transforms.InterpolationMode.BICUBIC), pil_transforms.CenterCrop(224)])
+    assert grey_levels(transforms.centre(tensor(image), 256, 224), pipeline(image)) <= 2
+
+
+def test_normalise_by_hand():
+    images = torch.tensor([0, 255, 51], dtype=torch.uint8).view(1, 1, 1, 3).expand(2, 3, 1, 3)
+    found = transforms.normalise(images)
+    assert found[1, 0, 0].tolist() == pytest.approx([-0.485 / 0.229, 0.515 / 0.229, -0.285 / 0.229], abs=1e-6)
+    assert found[0, 2, 0].tolist() == pytest.approx([-0.406 / 0.225, 0.594 / 0.225, -0.206 / 0.225], abs=1e-6)
+    clip = transforms.normalise(images, "clip")
+    assert clip[0, 1, 0, 1].item() == pytest.approx((1 - 0.4578275) / 0.26130258, abs=1e-6)
+
+
+def test_renormalise_is_normalise_the_other_way_and_its_own_inverse():
+    images = torch.arange(2 * 3 * 4 * 4).view(2, 3, 4, 4).to(torch.uint8)
+    ours, clip = transforms.normalise(images), transforms.normalise(images, "clip")
+    torch.testing.assert_close(transforms.renormalise(ours, "imagenet", "clip"), clip, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(transforms.renormalise(clip, "clip", "imagenet"), ours, atol=1e-6, rtol=1e-6)
+    assert transforms.renormalise(ours, "imagenet", "imagenet") is ours
+
+
+# Scenes.
+
+
+def sentinel_scene(height: int, width: int, block: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    """Labels in blocks, and an image that says 10 times the label, plus 5, in every channel."""
+    rows, columns = torch.arange(height)[:, None] // block, torch.arange(width) // block
+    labels = ((rows * 7 + columns * 3) % 23).to(torch.uint8)
+    return (labels * 10 + 5).expand(3, -1, -1).clone(), labels
+
+
+def crop_scene(image, labels, seed: int, **changes):
+    rng.seed_globals(seed, "scene")
+    options = dict(crop_size=24, resize=[192, 48], ratio=[1.0, 1.0], max_share=0.75, photometric=False)
+    return transforms.scene_crop(image, labels, **(options | changes))
+
+
+def test_image_and_labels_move_together():
+    image, labels = sentinel_scene(48, 64)
+    flips, places = 0, set()
+    for seed in range(60):
+        cut, cut_labels = crop_scene(image, labels, seed)
+        assert cut.shape == (3, 24, 24) and cut_labels.shape == (24, 24)
+        assert torch.equal(cut, (cut_labels * 10 + 5).expand(3, -1, -1))
+        found = [(t, l, f) for t in range(25) for l in range(41) for f in (0, 1) if torch.equal(flipped(labels[t : t + 24, l : l + 24], f), cut_labels)]
+        assert found
+        flips += found[0][2]
+        places.add(found[0][:2])
+    assert 15 <= flips <= 45
+    assert len(places) > 40
+
+
+def flipped(labels: torch.Tensor, flip: int) -> torch.Tensor:
+    return labels.flip(-1) if flip else labels
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.8, 1.7, 2.0])
+def test_image_and_labels_are_scaled_together(ratio):
+    """Away from the edges between labels, where the image is blended, the image says its label."""
+    image, labels = sentinel_scene(48, 64, block=16)
+    cut, cut_labels = crop_scene(image, labels, 3, ratio=[ratio, ratio])
+    around = cut_labels.float().view(1, 1, 24, 24)
+    highest, lowest = (sign * torch.nn.functional.max_pool2d(sign * around, 5, 1, 2)[0, 0] for sign in (1, -1))
+    inside = highest == lowest
+    assert inside.float().mean() > 0.1
+    assert torch.equal(cut[:, inside], (cut_labels[inside] * 10 + 5).expand(3, -1))
+
+
+def test_a_small_scene_is_padded_below_and_to_the_right():
+    image, labels = sentinel_scene(48, 64)
+    cut, cut_labels = crop_scene(image, labels, 0, crop_size=80, max_share=1.0)
+    assert (cut_labels[:48, :64] < 23).all()
+    assert (cut_labels[48:] == 255).all() and (cut_labels[:, 64:] == 255).all()
+    assert (cut[:, 48:] == 0).all() and (cut[:, :, 64:] == 0).all()
+    assert torch.equal(cut[:, :48, :64], (cut_labels[:48, :64] * 10 + 5).expand(3, -1, -1))
+
+
+def largest_share(labels: torch.Tensor) -> float:
+    counts = labels[labels != 255].bincount()
+    return (counts.max() / counts.sum()).item()
+
+
+def test_no_class_fills_more_than_its_share_when_that_can_be():
+    """A third of the scene is class 0, the rest classes 1 and 2 and ignored: a quarter of the windows hold class 0 alone.
+    Without the limit they are taken."""
+    labels = torch.zeros(48, 120, dtype=torch.uint8)
+    labels[:, 40:] = torch.where(torch.arange(80) // 4 % 2 == 0, 1, 255).to(torch.uint8)
+    labels[:, 40::3] = 2
+    image = labels.expand(3, -1, -1).clone()
+    limited = [largest_share(crop_scene(image, labels, seed, max_share=0.75)[1]) for seed in range(60)]
+    free = [largest_share(crop_scene(image, labels, seed, max_share=1.1)[1]) for seed in range(60)]
+    assert max(limited) < 0.75 < max(free)
+
+
+def test_ignored_pixels_count_for_no_class():
+    """Label 255 fills nine tenths; of what is labelled no class has more than half."""
+    labels = torch.full((48, 48), 255, dtype=torch.uint8)
+    labels[:, ::20], labels[:, 1::20] = 3, 4
+    _, cut = crop_scene(labels.expand(3, -1, -1).clone(), labels, 0, crop_size=48)
+    assert sorted(cut.unique().tolist()) == [3, 4, 255] and largest_share(cut) == 0.5
+
+
+def test_a_scene_of_one_class_still_gives_a_crop():
+    labels = torch.full((48, 48), 7, dtype=torch.uint8)
+    cut, cut_labels = crop_scene(labels.expand(3, -1, -1).clone(), labels, 0)
+    assert (cut_labels == 7).all() and (cut == 7).all()
+
+
+@pytest.mark.parametrize("size, resize, ratio, expected", [
+    ((375, 500), [2048, 512], 1.0, (512, 683)),  # 512 / 375 = 1.3653; 682.67 rounds to 683
+    ((100, 1000), [2048, 512], 1.0, (205, 2048)),  # the long side binds: 2.048
+    ((375, 500), [2048, 512], 0.5, (256, 341)),  # 256 / 375 x 500 = 341.3
+    ((48, 48), [192, 48], 1.0, (48, 48)),
+    ((48, 64), [48, 192], 1.5, (72, 96)),
+])  # fmt: skip
+def test_the_rescale_rule_by_hand(size, resize, ratio, expected):
+    image, labels = transforms.resize_scene(torch.zeros(3, *size, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8), resize, ratio)
+    assert image.shape[1:] == labels.shape == expected
+    assert transforms.resize_scene(torch.zeros(3, *size, dtype=torch.uint8), None, resize, ratio)[1] is None
+
+
+def test_colour_changes_the_image_and_never_the_labels():
+    image, labels = sentinel_scene(48, 64)
+    plain, coloured = (crop_scene(image, labels, 5, photometric=p) for p in (False, True))
+    assert torch.equal(plain[1], coloured[1])
+    changed = [not torch.equal(crop_scene(image, labels, s)[0], crop_scene(image, labels, s, photometric=True)[0]) for s in range(20)]
+    assert sum(changed) >= 15
+
+
+# Decoding.
+
+
+def file(image: Image.Image, kind: str, **options) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+def sixteen_bit_png(channels: int) -> bytes:
+    """A PNG of 16 bits a channel, its pixels the small picture's in the high bytes; PIL writes none in colour."""
+    pixels = np.asarray(SMALL)[..., :channels].astype(np.uint16) << 8
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    parts = (b"IHDR", struct.pack(">IIBBBBB", 48, 40, 16, {1: 0, 3: 2}[channels], 0, 0, 0)), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")
+    chunks = [struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+SMALL = picture(48, 40)
+FILES = {
+    "rgb jpeg": file(SMALL, "JPEG", quality=95),
+    "progressive jpeg": file(SMALL, "JPEG", progressive=True),
+    "subsampled jpeg": file(SMALL, "JPEG", subsampling=2),
+    "grey jpeg": file(SMALL.convert("L"), "JPEG"),
+    "cmyk jpeg": file(SMALL.convert("CMYK"), "JPEG"),
+    "jpeg with an orientation": file(SMALL, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"),
+    "rgb png": file(SMALL, "PNG"),
+    "grey png": file(SMALL.convert("L"), "PNG"),
+    "palette png": file(SMALL.convert("P", palette=Image.ADAPTIVE), "PNG"),
+    "rgba png": file(SMALL.convert("RGBA"), "PNG"),
+    "see-through png": file(Image.merge("RGBA", (*SMALL.split(), SMALL.convert("L"))), "PNG"),
+    "grey and alpha png": file(SMALL.convert("LA"), "PNG"),
+    "one-bit png": file(SMALL.convert("1"), "PNG"),
+    "palette png with transparency": file(SMALL.convert("P", palette=Image.ADAPTIVE), "PNG", transparency=3),
+    "webp": file(SMALL, "WEBP", quality=90),
+    "bmp": file(SMALL, "BMP"),
+    "gif": file(SMALL.convert("P", palette=Image.ADAPTIVE), "GIF"),
+    "animated gif": file(SMALL.convert("P", palette=Image.ADAPTIVE), "GIF", save_all=True, append_images=[picture(48, 40, 1).convert("P")]),
+    "animated webp": file(SMALL, "WEBP", save_all=True, append_images=[picture(48, 40, 1)], quality=90),
+    "sixteen-bit colour png": sixteen_bit_png(3),
+    "sixteen-bit grey png": sixteen_bit_png(1),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_decoding_is_pil_s(name):
+    found = transforms.decode(FILES[name], name)
+    with Image.open(io.BytesIO(FILES[name])) as image:
+        theirs = image.convert("RGB")
+    assert found.dtype == torch.uint8 and found.shape[0] == 3
+    assert grey_levels(found, theirs) <= 4
+
+
+@pytest.mark.parametrize("data", [b"", b"a note", FILES["rgb jpeg"][:50], FILES["rgb png"][:60]], ids=["empty", "text", "cut jpeg", "cut png"])
+def test_what_cannot_be_decoded_is_named(data):
+    with pytest.raises(UserError, match="n01/x.JPEG is no readable image"):
+        transforms.decode(data, "n01/x.JPEG")
+
+
+def test_annotations_keep_their_values():
+    values = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5
+    for mode in ("L", "P"):
+        image = Image.fromarray(values)
+        if mode == "P":
+            image = Image.fromarray(values, "L").copy()
+            image.putpalette([255 - i // 3 for i in range(768)])
+        assert transforms.decode_annotation(file(image, "PNG")).tolist() == values.tolist()
+
+
+@pytest.mark.parametrize("data", [b"", b"x", file(SMALL, "PNG")], ids=["empty", "text", "three channels"])
+def test_a_wrong_annotation_is_named(data):
+    with pytest.raises(UserError, match="scene 7: its annotation is no readable label image"):
+        transforms.decode_annotation(data, "scene 7")
+
+
+# Fine-tuning's.
+
+
+def test_random_erasing_takes_a_share_of_the_images():
+    torch.manual_seed(0)
+    import random
+
+    random.seed(0)
+    images = torch.full((400, 3, 16, 16), 9.0)
+    erased = (transforms.random_erasing(images.clone(), 0.25) != 9).any(dim=3).any(dim=2).any(dim=1)
+    assert erased.float().mean().item() == pytest.approx(0.25, abs=0.1)
+    assert torch.equal(transforms.random_erasing(images.clone(), 0.0), images)
+
+
+def test_rand_augment_draws_from_the_keyed_generators():
+    augment = transforms.FinetuneAugment("rand-m9-mstd0.5-inc1", 48)
+    image = tensor(SMALL)
+    found = []
+    for key in (1, 1, 2, 3, 4):
+        rng.seed_globals(0, "augment", key)
+        found.append(augment(image))
+    assert torch.equal(found[0], found[1])
+    assert any(not torch.equal(found[0], other) for other in found[2:])
+    assert transforms.FinetuneAugment(None, 48)(image) is image
