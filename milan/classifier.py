@@ -7,6 +7,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from milan.encoder import build_vit
+from milan.errors import UserError
 from milan.params import Finetune, Model
 
 POOLS = {"mean": "avg", "cls": "token"}
@@ -17,7 +18,10 @@ def build_classifier(model: Model, finetune: Finetune, classes: int, encoder: di
     follows the pool and the encoder's final one is not used (models_vit.py, global_pool). Head N(0, 0.02)."""
     vit = build_vit(model, num_classes=classes, global_pool=POOLS[finetune.pooling], drop_path_rate=finetune.drop_path)
     fresh = {"head.weight", "head.bias", "fc_norm.weight", "fc_norm.bias"}
-    wanted = set(vit.state_dict()) - fresh
+    wanted = {name: tensor.shape for name, tensor in vit.state_dict().items() if name not in fresh}
+    if wrong := sorted(name for name, shape in wanted.items() if name not in encoder or encoder[name].shape != shape):
+        words = "Was it made with another model section of params.yaml?"
+        raise UserError(f"The encoder lacks, or has of another shape: {', '.join(wrong)}. {words}")
     vit.load_state_dict({name: tensor for name, tensor in encoder.items() if name in wanted}, strict=False)
     nn.init.trunc_normal_(vit.head.weight, std=0.02)
     nn.init.zeros_(vit.head.bias)

@@ -1,7 +1,7 @@
 """The frozen CLIP image tower: images -> features of all tokens and the importance of each patch.
 
 open_clip's own model does the work; this file only reads two things out of it that it does not return:
-the projected features of every token, and the last block's class-token attention (paper section 3.3).
+the projected features of every token, and the last block's class-token attention (clip_demo.py).
 """
 
 import json

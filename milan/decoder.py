@@ -41,7 +41,7 @@ class Decoder(nn.Module):
 
 
 class PromptingDecoder(Decoder):
-    """Paper section 3.2: the encoder's tokens are a fixed prompt; only mask tokens are updated."""
+    """MILAN's own (models_milan.py): the encoder's tokens are a fixed prompt; only mask tokens are updated."""
 
     block = staticmethod(lambda dim, heads: PromptingBlock(dim, heads))
 

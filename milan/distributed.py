@@ -107,13 +107,20 @@ def in_process(folder: str, function: Callable[..., dict], compute: Compute, arg
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         return function(*arguments)
     except BaseException as error:
-        kind = "user" if isinstance(error, UserError) else "crash"
-        text = str(error) if kind == "user" else traceback.format_exc()
+        kind = kind_of(error)
+        text = traceback.format_exc() if kind == "crash" else str(error)
         Path(folder, f"{kind}-{os.environ['RANK']}.json").write_text(json.dumps(text))
         raise SystemExit(1) from None
     finally:
         with contextlib.suppress(Exception):
             dist.destroy_process_group()
+
+
+def kind_of(error: BaseException) -> str:
+    """user: to be said as it is; lost: the end of another process, as this one sees it; crash: a fault of this program."""
+    if isinstance(error, UserError):
+        return "user"
+    return "lost" if isinstance(error, dist.DistError) or "/gloo/" in str(error) else "crash"
 
 
 def end_with(parent: int) -> None:
@@ -128,9 +135,10 @@ def failure_of(folder: Path, error: Exception) -> Exception:
     for kind, wrap in (("user", UserError), ("crash", RuntimeError)):
         for path in sorted(folder.glob(f"{kind}-*.json")):
             return wrap(json.loads(path.read_text()))
+    seen = [json.loads(path.read_text())[:150] for path in sorted(folder.glob("lost-*.json"))]
     return UserError(
-        f"A training process was lost ({type(error).__name__}): it may have been killed, for instance for want of memory. "
-        "What was saved is kept; run `dvc repro` again and it continues."
+        f"A training process was lost ({seen[0] if seen else type(error).__name__}): it may have been killed, for "
+        "instance for want of memory. What was saved is kept; run `dvc repro` again and it continues."
     )
 
 

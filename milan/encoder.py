@@ -20,7 +20,7 @@ def build_vit(model: Model, **options) -> VisionTransformer:
 
 
 class Encoder(nn.Module):
-    """ViT over visible patches, with a fixed sin-cos position embedding (paper section 3.1; MAE)."""
+    """ViT over visible patches, with a fixed sin-cos position embedding (models_milan.py, after MAE)."""
 
     def __init__(self, model: Model):
         super().__init__()

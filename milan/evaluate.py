@@ -30,7 +30,7 @@ def outputs(logits_of: Callable[[Tensor], Tensor], dataset: Dataset, batch_size:
     for batch in batches(dataset, batch_size, device, name, workers):
         found.append(logits_of(transforms.normalise(batch["image"])).float().cpu())
         labels.append(batch["label"].cpu())
-    return gathered(torch.cat(found), len(dataset)), gathered(torch.cat(labels), len(dataset))
+    return tuple(gathered(torch.cat(parts) if parts else torch.empty(0), len(dataset)) for parts in (found, labels))
 
 
 def gathered(part: Tensor, n: int) -> Tensor:
@@ -39,8 +39,8 @@ def gathered(part: Tensor, n: int) -> Tensor:
         return part
     parts: list = [None] * distributed.world_size()
     torch.distributed.all_gather_object(parts, part)
-    whole = part.new_empty(n, *part.shape[1:])
-    for rank, rows in enumerate(parts):
+    whole = parts[0].new_empty(n, *parts[0].shape[1:])
+    for rank, rows in enumerate(parts[:n]):
         whole[rank :: len(parts)] = rows
     return whole
 

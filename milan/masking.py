@@ -1,6 +1,6 @@
 """Which patches stay visible: pure functions on indices. Shapes: B images, N patches, K kept.
 
-Paper section 3.3: "semantic aware sampling" keeps patch j with a probability that grows with the
+The paper's "semantic aware" sampling (models_milan.py, attn_mask) keeps patch j with a probability that grows with the
 teacher's class-token attention to it. The release draws torch.multinomial(importance, N) without
 replacement; the same distribution is a Gumbel top-k on log importance (Efraimidis & Spirakis 2006;
 Kool et al. 2019), which takes its noise as an argument and does not fail on zero probabilities.

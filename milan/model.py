@@ -46,7 +46,7 @@ class MaskedPretraining(nn.Module):
 
 
 def feature_loss(predictions: Tensor, targets: Tensor) -> Tensor:
-    """(B, T, D) twice -> (B, T): 2 - 2 cos, the squared distance of unit vectors (paper equation 4); every token
+    """(B, T, D) twice -> (B, T): 2 - 2 cos, the squared distance of unit vectors (models_milan.py, forward_loss); every token
     counts, class token and visible ones included; float32 whatever the autocast."""
     predictions, targets = predictions.float(), targets.float()
     predictions = predictions / predictions.norm(dim=-1, keepdim=True)

@@ -19,8 +19,8 @@ TITLES = {"linear": "Linear eval", "knn": "k-NN", "finetune": "Fine-tuning", "mi
 METHODS = {  # in the order in which the paper adds its ingredients
     "scratch": "No pretraining",
     "mae": "MAE",
-    "clip_target": "MAE + CLIP target",
-    "prompt_decoder": "MAE + CLIP target + prompting decoder",
+    "clip_target": "CLIP target",
+    "prompt_decoder": "CLIP target, prompting decoder",
     "milan": "MILAN",
 }
 KINDS = {"published": "Published", "re-run": "Re-run by others"}

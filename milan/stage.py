@@ -15,7 +15,7 @@ from pathlib import Path
 from milan import tracking
 from milan.errors import UserError
 from milan.files import SCRATCH, dvc_hash, file_digest, fingerprint, write_json, write_whole
-from milan.params import Params, read_params
+from milan.params import Params, nearest, read_params
 
 LAST_STAGE = "figures"
 
@@ -27,6 +27,9 @@ class Stage:
         self.name, self.args, self.params = name, args, params
         self.tracker: tracking.Tracker = None
         self.metrics: dict[str, float] = {}
+        variant, recipes = getattr(args, "variant", None), params.pretrain.recipes
+        if variant is not None and variant not in recipes:
+            raise UserError(f"--variant {variant!r} has no recipe{nearest(variant, recipes)}. pretrain.recipes has {', '.join(recipes)}.")
 
     @property
     def title(self) -> str:

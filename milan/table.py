@@ -114,7 +114,7 @@ def our_row(r: Results, variant: str, link: Callable[[str, str], str]) -> dict[s
     own = trained and not p.pretrain.weights
 
     def links(path: str) -> str:
-        return ", ".join(link(f"seed {s}", path.format(s)) for s in p.seeds)
+        return ", ".join(link(str(s), path.format(s)) for s in p.seeds)
 
     return {
         "Algorithm": method(variant),
@@ -123,8 +123,8 @@ def our_row(r: Results, variant: str, link: Callable[[str, str], str]) -> dict[s
         "Batch size": str(p.pretrain.batch_size) if own else DASH,
         **{title: spread_cell(r.ours.loc[variant], column, len(p.seeds)) for column, title in r.data.titles.items()},
         "Recipe": link(p.scale, f"conf/scale/{p.scale}.yaml"),
-        "Weights": links(f"outs/{p.scale}/pretrain/{variant}-{{}}"),
-        "Curve": links(f"reports/curves/{p.scale}/pretrain/{variant}-{{}}.csv") if own else DASH,
+        "Weights of seed": links(f"outs/{p.scale}/pretrain/{variant}-{{}}"),
+        "Curve of seed": links(f"reports/curves/{p.scale}/pretrain/{variant}-{{}}.csv") if own else DASH,
     }
 
 
@@ -182,7 +182,7 @@ def markdown_source(text: str) -> str:
 def frame(r: Results) -> pd.DataFrame:
     """All rows as numbers: ours first; `kind` and `data` say which is which."""
     titles = {"Algorithm": "method", "Backbone": "backbone", "Epochs": "epochs", "Batch size": "batch_size"}
-    paths = {name: name.lower() for name in ("Recipe", "Weights", "Curve")}
+    paths = {"Recipe": "recipe", "Weights of seed": "weights", "Curve of seed": "curve"}
     rows = pd.DataFrame(our_rows(r, lambda text, path: path)).rename(columns={**titles, **paths})[[*titles.values(), *paths.values()]]
     ours = pd.concat([rows.replace(DASH, ""), r.ours.reset_index()], axis=1)
     ours = ours.assign(kind="ours", data=r.data.name, seeds=len(r.params.seeds))
@@ -200,7 +200,7 @@ def csv(r: Results) -> str:
 
 def latex(r: Results) -> str:
     """Two or three floats for a paper (booktabs), without links."""
-    without = ("Recipe", "Weights", "Curve", "Source")
+    without = ("Recipe", "Weights of seed", "Curve of seed", "Source")
     tables = [(f"{heading(r)}. {measured(r)}", our_rows(r, lambda text, path: text))]
     tables += [(f"{title}: {ELSEWHERE}, 224 px", published_rows(r.published, kind, str)) for kind, title in KINDS.items()]
     return "\n".join(latex_table(title, [{k: v for k, v in row.items() if k not in without} for row in rows]) for title, rows in tables)

@@ -84,7 +84,7 @@ class Bank:
             path = self.folder / f"{name}-{number:05d}.npy"
             try:
                 self._arrays[name, number] = np.load(path, mmap_mode="r", allow_pickle=False)
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, EOFError) as error:
                 raise UserError(f"{path} cannot be read ({error}). Delete {self.folder} and run `dvc repro` again.") from None
         return self._arrays[name, number]
 

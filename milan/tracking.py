@@ -128,8 +128,10 @@ def forward(spool: Path) -> None:
     with open(spool, "rb") as file:
         file.seek(state["offset"])
         while True:
-            lines = [line for line in file.readlines() if line.endswith(b"\n")]
-            events = [json.loads(line) for line in lines]
+            found = file.read()
+            whole = found[: found.rfind(b"\n") + 1]
+            file.seek(len(whole) - len(found), os.SEEK_CUR)  # a line that is still being written is read again
+            events = [json.loads(line) for line in whole.splitlines()]
             if not events:
                 if not owner_alive(spool):
                     events = [{"kind": "end", "status": "KILLED", "time": int(time.time() * 1000)}]

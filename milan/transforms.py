@@ -33,8 +33,9 @@ def decode(data: bytes, name: str = "image") -> Tensor:
         image = decode_image(buffer, mode=ImageReadMode.RGB)
     except RuntimeError:
         return decode_with_pil(data, name)
-    # Files of 16 bits a channel come as uint16, animations with a dimension more.
-    return image if image.dtype == torch.uint8 and image.ndim == 3 else decode_with_pil(data, name)
+    if image.ndim != 3:  # an animation
+        return decode_with_pil(data, name)
+    return image if image.dtype == torch.uint8 else (image.int() >> 8).to(torch.uint8)  # 16 bits a channel
 
 
 def decode_with_pil(data: bytes, name: str) -> Tensor:

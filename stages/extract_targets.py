@@ -2,8 +2,7 @@
 validation images (the probe set).
 
 The published recipe is views: 0, a new crop every epoch with the teacher running inside pretraining; a bank trades
-disk for the teacher's share of every step, and is shared by all variants and seeds (paper section 3.3 for the
-importance, section 3.1 for the targets).
+disk for the teacher's share of every step, and is shared by all variants and seeds (features and importance as in the release's clip_demo.py).
 Costs: demo about 20 s; ImageNet 260 GB a view, teacher speed.
 """
 

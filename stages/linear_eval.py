@@ -1,4 +1,4 @@
-"""Linear evaluation (paper section 4.2): one linear layer on the frozen encoder's class token.
+"""Linear evaluation (main_linprobe.py of the release): one linear layer on the frozen encoder's class token.
 
 As published: 100 epochs, LARS, a global batch of 16,384, a new crop every epoch (views: 0). With views: V the
 features of V fixed crops are extracted once and the layer trains on them in memory.

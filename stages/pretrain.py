@@ -1,4 +1,4 @@
-"""Masked pretraining of one variant and seed (paper section 3): MILAN, or a row of its ablation.
+"""Masked pretraining of one variant and seed (the paper's method): MILAN, or a row of its ablation.
 
 A variant is a row of pretrain.recipes: which target (pixels, CLIP features), which decoder (MAE's, prompting) and
 which masking (random, semantic aware). `scratch` is a random encoder. With pretrain.weights a released checkpoint

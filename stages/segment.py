@@ -1,4 +1,4 @@
-"""Transfer to semantic segmentation: UPerNet on the pretrained encoder (paper section 4.3).
+"""Transfer to semantic segmentation: UPerNet on the pretrained encoder (the paper's ADE20K column).
 
 The paper's own ADE20K recipe was not released; this is the MAE-style one (512 px crops, 160,000 steps, slide
 inference). Costs: demo about half a minute a variant. Expect 52.7 mIoU (paper) for MILAN ViT-B/16 on ADE20K.

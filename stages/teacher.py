@@ -1,7 +1,7 @@
 """The teacher: a frozen CLIP. Trained here on captions of the built-in world, or taken from a release.
 
 At demo scale a tiny CLIP learns from captioned images that no student sees (so MILAN's edge over MAE includes
-what those captions tell). At paper scale: OpenAI's ViT-B/16 (paper section 4.1); none when pretrain.weights
+what those captions tell). At paper scale: OpenAI's ViT-B/16 (as the release's main_pretrain.py); none when pretrain.weights
 names a released student, which is only evaluated.
 Costs: demo about 5 minutes. Expect a zero-shot accuracy of 50 to 75 % on the 20 classes (chance 5 %).
 """
@@ -39,7 +39,8 @@ def main(stage: Stage) -> None:
             fetch_teacher(p.teacher.pretrained, folder)
     stage.write_curve(result["curve"])
     stage.write_metrics(result["metrics"], recipe)
-    stage.tracker.model(a.out, "teacher")
+    if not p.no_teacher:
+        stage.tracker.model(a.out, "teacher")
     scratch.clean()
 
 

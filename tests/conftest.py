@@ -2,6 +2,7 @@
 here, so that a process to kill costs milliseconds and not the ten seconds of importing torch."""
 
 import copy
+import io
 import multiprocessing
 import os
 import runpy
@@ -27,13 +28,12 @@ def tree(committed_tree) -> dict:
     return copy.deepcopy(committed_tree)
 
 
-def change(tree: dict, place: str, value) -> dict:
+def change(tree: dict, place: str, value) -> None:
     """Set the dotted place of a tree."""
     *sections, last = place.split(".")
     for section in sections:
         tree = tree[section]
     tree[last] = value
-    return tree
 
 
 @pytest.fixture
@@ -66,9 +66,6 @@ def script(name: str, arguments: list[str], out: Path) -> None:
     with open(out, "wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+        sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(number, "w", closefd=False), write_through=True) for number in (1, 2))
         sys.argv = [f"stages/{name}.py", *map(str, arguments)]
-        try:
-            runpy.run_module(f"stages.{name}", run_name="__main__", alter_sys=True)
-        finally:
-            sys.stdout.flush(), sys.stderr.flush()
+        runpy.run_module(f"stages.{name}", run_name="__main__", alter_sys=True)

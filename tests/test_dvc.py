@@ -2,6 +2,7 @@
 
 import ast
 import configparser
+import json
 import re
 
 import pytest
@@ -15,7 +16,7 @@ STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 def imported(file: str) -> set[str]:
     """Files of milan/ and stages/ that a file names in its imports, inside functions too."""
     found = set()
-    for node in ast.walk(ast.parse((ROOT / file).read_text())):
+    for node in ast.walk(ast.parse(source(file))):
         if isinstance(node, ast.ImportFrom) and node.module and not node.level:
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Import):
@@ -26,9 +27,17 @@ def imported(file: str) -> set[str]:
     return {name for name in files if (ROOT / name).exists()}
 
 
-def closure(file: str) -> set[str]:
-    """The file and all that it imports, directly or through others."""
-    found, left = set(), {file}
+def source(file: str) -> str:
+    """Python text of a script, or of a notebook's code cells."""
+    text = (ROOT / file).read_text()
+    if not file.endswith(".ipynb"):
+        return text
+    return "\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "code")
+
+
+def closure(*files: str) -> set[str]:
+    """The files and all that they import, directly or through others."""
+    found, left = set(), set(files)
     while left:
         found.add(name := left.pop())
         left |= imported(name) - found
@@ -49,7 +58,8 @@ def test_the_closure_sees_what_is_imported():
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_depends_on_its_code_and_no_other(stage):
     listed = {dep for dep in entry(stage)["deps"] if re.fullmatch(r"(milan|stages)/\w+\.py", dep)}
-    needed = closure(f"stages/{stage}.py")
+    notebooks = {dep for dep in entry(stage)["deps"] if dep.endswith(".ipynb")}
+    needed = closure(f"stages/{stage}.py", *notebooks) - notebooks
     assert listed == needed, f"missing {sorted(needed - listed)}, unneeded {sorted(listed - needed)}"
 
 
@@ -79,7 +89,12 @@ def test_every_params_key_exists(stage):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_what_may_not_change_a_result_reruns_nothing(stage):
-    assert not {key.split(".")[0] for _, key in keys_of(stage)} & {"runtime", "scale"}
+    written = {"report", "figures"}  # which name the scale on the page
+    assert not {key.split(".")[0] for _, key in keys_of(stage)} & {"runtime", *([] if stage in written else ["scale"])}
+
+
+def test_the_figures_depend_on_every_notebook():
+    assert {path.relative_to(ROOT).as_posix() for path in ROOT.glob("notebooks/*.ipynb")} <= set(entry("figures")["deps"])
 
 
 def test_no_telemetry():

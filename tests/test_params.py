@@ -118,8 +118,31 @@ def test_sums_are_worked_out(text):
     assert arithmetic(text, "here") == pytest.approx(SUMS[text], rel=1e-15)
 
 
-CODE = ["__import__('os')", "__import__('os').system('touch /tmp/x')", "open('params.yaml')", "(1).__class__", "[1][0]", "10 ** 9", "1 if 1 else 2"]
-NOT_SUMS = ["", "1 +", "1 / 0", "'a' * 3", "True + 1", "x", "1; 2", "1 < 2", "\0", "1 // 2", "lambda: 1", "1j", "(" * 500 + "1", "-" * 20000 + "1"]
+CODE = [
+    "__import__('os')",
+    "__import__('os').system('touch /tmp/x')",
+    "open('params.yaml')",
+    "(1).__class__",
+    "[1][0]",
+    "10 ** 9",
+    "1 if 1 else 2",
+]
+NOT_SUMS = [
+    "",
+    "1 +",
+    "1 / 0",
+    "'a' * 3",
+    "True + 1",
+    "x",
+    "1; 2",
+    "1 < 2",
+    "\0",
+    "1 // 2",
+    "lambda: 1",
+    "1j",
+    "(" * 500 + "1",
+    "-" * 20000 + "1",
+]
 
 
 @pytest.mark.parametrize("text", CODE + NOT_SUMS, ids=lambda text: text[:30])
@@ -148,7 +171,12 @@ def test_a_built_section_is_frozen(committed_tree):
         model.image_size = 1
 
 
-BROKEN_FILES = {"not YAML": b"a: [1\n", "not text": b"\xff\xfe\x00\x81", "a tag that runs code": b"!!python/object/apply:os.system ['false']\n", "empty": b""}
+BROKEN_FILES = {
+    "not YAML": b"a: [1\n",
+    "not text": b"\xff\xfe\x00\x81",
+    "a tag that runs code": b"!!python/object/apply:os.system ['false']\n",
+    "empty": b"",
+}
 
 
 @pytest.mark.parametrize("case", BROKEN_FILES)

@@ -98,7 +98,9 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
-@pytest.mark.parametrize("damage", [cut, lambda path: path.write_bytes(b""), lambda path: path.write_bytes(b"not arrow at all"), Path.unlink])
+@pytest.mark.parametrize(
+    "damage", [cut, lambda path: path.write_bytes(b""), lambda path: path.write_bytes(b"not arrow at all"), Path.unlink]
+)
 def test_a_damaged_shard_is_named_when_it_is_touched(tmp_path, damage):
     found = Records(written(tmp_path), "train")
     damage(tmp_path / "train-00001.arrow")

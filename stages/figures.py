@@ -1,0 +1,95 @@
+"""The figures: executes the notebooks, headless, from the repository's root.
+
+    python -m stages.figures --notebooks notebooks --outs outs/demo --metrics reports/metrics/demo \
+        --curves reports/curves/demo --published reports/published.csv --out reports/figures
+
+All notebooks run in one kernel, so that libraries load once; each starts with an empty namespace and must run on
+its own. Costs half a minute at demo scale. Expect importance on the object, and a student whose colours follow the teacher's.
+"""
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import nbformat
+from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
+from jupyter_client.manager import AsyncKernelManager
+from jupyter_core.utils import run_sync
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, DeadKernelError
+
+from milan.errors import UserError
+from milan.files import SCRATCH
+from milan.stage import Stage, run
+
+FOLDERS = "MILAN_FIGURES"  # where milan.figures looks for its folders
+
+
+class OwnPython(KernelSpecManager):
+    """Kernels of the running Python, whatever other kernels this machine calls python3."""
+
+    def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
+        return KernelSpec(argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"], language="python")
+
+
+def main(stage: Stage) -> None:
+    a = stage.args
+    notebooks = sorted(a.notebooks.glob("*.ipynb"))
+    if not notebooks:
+        raise UserError(f"{a.notebooks} holds no notebook (git checkout -- {a.notebooks} restores them).")
+    SCRATCH.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=SCRATCH) as folder:
+        folders = {name: str(getattr(a, name)) for name in ("params", "outs", "metrics", "curves", "published")}
+        os.environ[FOLDERS] = json.dumps({**folders, "figures": f"{folder}/figures"})
+        execute_all(notebooks)
+        shutil.rmtree(a.out, ignore_errors=True)
+        shutil.copytree(f"{folder}/figures", a.out)
+    for picture in sorted(a.out.glob("*.png")):
+        stage.tracker.artifact(picture, "figures")
+
+
+def execute_all(notebooks: list[Path]) -> None:
+    """One after the other, in one kernel; a line each."""
+    kernel = AsyncKernelManager(kernel_spec_manager=OwnPython(), transport="ipc")
+    try:
+        for number, path in enumerate(notebooks, 1):
+            began = time.monotonic()
+            execute(path, kernel)
+            print(f"figures: {path.name} ({number} of {len(notebooks)}), {time.monotonic() - began:.0f} s", flush=True)
+    finally:
+        if kernel.has_kernel:
+            run_sync(kernel.shutdown_kernel)(now=True)
+
+
+def execute(path: Path, kernel: AsyncKernelManager) -> None:
+    """Run a notebook in an empty namespace. Raises UserError naming the cell that failed."""
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells.insert(0, nbformat.v4.new_code_cell("%reset -f"))
+    client = NotebookClient(notebook, km=kernel, timeout=None, resources={"metadata": {"path": str(Path.cwd())}})
+    try:
+        client.execute()
+    except CellExecutionError as error:
+        said = f"{path}, cell {failed_cell(notebook)}: {error.ename}: {last_line(error.evalue)}"
+        raise UserError(f"{said} (Open the notebook in Jupyter for the whole of it.)") from None
+    except DeadKernelError:
+        raise UserError(f"{path}: its Python process died, most likely for lack of memory. Free some and run `dvc repro` again.") from None
+    finally:
+        if client.kc:
+            client.kc.stop_channels()
+
+
+def failed_cell(notebook: nbformat.NotebookNode) -> int:
+    """Number of the cell that holds an error, counted from 1 in the notebook as committed."""
+    return next(i for i, cell in enumerate(notebook.cells) if any(o.output_type == "error" for o in cell.get("outputs", [])))
+
+
+def last_line(text: str) -> str:
+    return (text.strip().splitlines() or [""])[-1]
+
+
+if __name__ == "__main__":
+    run("figures", main, __doc__, notebooks=Path, outs=Path, metrics=Path, curves=Path, published=Path, out=Path)

@@ -1,0 +1,72 @@
+"""Evaluation: scores worked out by hand, and every sample once and in its place for any number of processes."""
+
+import math
+
+import pytest
+import torch
+
+from milan import evaluate
+from tests.test_fit import launched
+
+
+def test_top_1_and_top_5_by_hand():
+    """Six classes; the labels stand at places 1, 2, 5 and 6 of their rows."""
+    row = torch.tensor([0.1, 0.6, 0.5, 0.4, 0.3, 0.2])  # best to worst: 1 2 3 4 5 0
+    found = dict(evaluate.accuracy(row.expand(4, -1), torch.tensor([1, 2, 5, 0]), "here"))
+    assert found == {"here/top1": 25.0, "here/top5": 75.0}
+
+
+def test_fewer_than_five_classes():
+    found = dict(evaluate.accuracy(torch.tensor([[1.0, 2], [1, 2], [2, 1]]), torch.tensor([1, 0, 1]), "p"))
+    assert found["p/top1"] == pytest.approx(100 / 3) and found["p/top5"] == 100
+
+
+ANGLES = torch.tensor([0.0, 0.1, 0.3, 1.5, 1.6])
+POINTS = torch.stack([ANGLES.cos(), ANGLES.sin()], dim=1) * torch.tensor([[1.0], [5], [0.1], [3], [9]])  # lengths do not count
+LABELS = torch.tensor([0, 0, 1, 1, 1])
+
+
+@pytest.mark.parametrize("k, temperature, expected", [
+    (1, 0.07, 1),  # the nearest of 0.21 is the 1 at 0.3
+    (3, 0.07, 0),  # votes relative to exp(1 / T): 0.842 + 0.806 for 0, 0.944 for 1
+    (4, 0.07, 0),  # the one at 1.5 adds nearly nothing
+    (5, 100.0, 1),  # all count alike: two for 0, three for 1
+    (20, 100.0, 1),  # more neighbours than there are
+])  # fmt: skip
+def test_nearest_neighbours_by_hand(k, temperature, expected):
+    test = torch.tensor([[math.cos(0.21), math.sin(0.21)]]) * torch.tensor([[7.0], [0.2], [1]])
+    assert evaluate.knn_top1(POINTS, LABELS, test, torch.full((3,), expected), k, temperature) == 100
+    assert evaluate.knn_top1(POINTS, LABELS, test, torch.tensor([1 - expected] * 2 + [expected]), k, temperature) == pytest.approx(100 / 3)
+
+
+class Numbered:
+    """Item index -> an image of one pixel value, label 100 + index."""
+
+    def __init__(self, n: int):
+        self.n = n
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, index: int) -> dict:
+        return {"image": torch.full((3, 2, 2), index, dtype=torch.uint8), "label": torch.tensor(100 + index)}
+
+
+def read(n: int, batch_size: int) -> dict:
+    seen = []
+
+    def pixel(images: torch.Tensor) -> torch.Tensor:
+        """Undo normalise on one value: red is (x / 255 - 0.485) / 0.229."""
+        seen.append(len(images))
+        return ((images[:, 0, 0, 0] * 0.229 + 0.485) * 255)[:, None]
+
+    found, labels = evaluate.outputs(pixel, Numbered(n), batch_size, torch.device("cpu"), "reading")
+    return {"found": found[:, 0].tolist(), "labels": labels.tolist(), "seen": sum(seen)}
+
+
+@pytest.mark.parametrize("processes, n", [(1, 7), (2, 7), (3, 7), (2, 1)])
+def test_every_sample_once_and_in_order(workplace, processes, n):
+    result = launched(processes, read, n, 2)
+    assert result["found"] == pytest.approx(list(range(n)), abs=1e-3)
+    assert result["labels"] == [100 + i for i in range(n)]
+    assert result["seen"] == len(range(0, n, processes))

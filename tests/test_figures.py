@@ -1,0 +1,112 @@
+"""The notebooks as committed, how they are executed, and the figures' own arithmetic."""
+
+import json
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+import torch
+
+from milan import figures, plots
+from milan.errors import UserError
+from stages import figures as stage
+
+NOTEBOOKS = sorted(Path("notebooks").glob("*.ipynb"))
+
+
+def notebook(path: Path, *sources: str) -> Path:
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources]), path)
+    return path
+
+
+def test_there_are_four_notebooks():
+    assert [path.stem for path in NOTEBOOKS] == ["1_results", "2_masking", "3_features", "4_segmentation"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_is_committed_valid_and_without_outputs(path):
+    book = json.loads(path.read_text())
+    nbformat.validate(book)
+    assert book["metadata"]["kernelspec"]["name"] == "python3"
+    code = [cell for cell in book["cells"] if cell["cell_type"] == "code"]
+    assert code and all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
+
+
+def test_notebooks_run_in_order_each_in_an_empty_namespace(tmp_path, capfd):
+    first = notebook(tmp_path / "1.ipynb", "import os\nleft = 1")
+    second = notebook(tmp_path / "2.ipynb", "assert 'left' not in globals() and 'os' not in globals()")
+    failing = notebook(tmp_path / "3.ipynb", "fine = 1", "raise ValueError('on the way\\nthe reason')", "never = 1")
+    with pytest.raises(UserError, match=r"3\.ipynb, cell 2: ValueError: the reason"):
+        stage.execute_all([first, second, failing])
+    printed = capfd.readouterr().out
+    assert "1.ipynb (1 of 3)" in printed and "2.ipynb (2 of 3)" in printed and "3.ipynb (3" not in printed
+
+
+def test_stage_and_notebooks_agree_where_folders_are_told():
+    assert stage.FOLDERS == figures.FOLDERS
+
+
+def test_figures_follow_the_stages_folders(monkeypatch, tmp_path):
+    monkeypatch.setenv(figures.FOLDERS, json.dumps({"outs": "elsewhere", "figures": str(tmp_path)}))
+    project = figures.Project.open()
+    assert project.folders["outs"] == Path("elsewhere") and project.folders["metrics"] == Path("reports/metrics", project.params.scale)
+    with pytest.raises(UserError, match="elsewhere/targets"):
+        project.path("targets")
+
+
+def test_equal_figures_give_equal_bytes(tmp_path):
+    def drawn(name: str) -> bytes:
+        figure, axes = figures.grid_of(["a", "b"], 3)
+        for k, axis in enumerate(axes.flat):
+            figures.show(axis, np.arange(4).reshape(2, 2) * (k + 1))
+        figures.legend(figure, dict(zip("abcde", figures.class_colours(5), strict=False)))
+        return plots.save(figure, tmp_path / name).read_bytes()
+
+    data = drawn("one.png")
+    assert data == drawn("two.png") and b"Software" not in data and b"tIME" not in data
+
+
+def test_class_colours_differ():
+    colours = figures.class_colours(150)
+    assert colours.shape == (151, 3) and len(np.unique(colours.round(3), axis=0)) == 151
+
+
+def test_keep_probability_is_one_where_all_importance_is():
+    importance = torch.tensor([[0.5, 0.5, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
+    kept = figures.keep_probability(importance, 2)
+    assert kept[0].tolist() == [1, 1, 0, 0]
+    assert kept[1].sub(0.5).abs().max() < 0.08 and kept.sum(dim=1).tolist() == pytest.approx([2, 2])
+
+
+def test_principal_components_have_a_fixed_sign_and_tell_groups_apart():
+    features = torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(0)) * 0.05
+    features[:, :8, 0] += 1
+    features[:, 8:, 1] += 1
+    picture = figures.Colours(features)(features[0])
+    assert picture.shape == (4, 4, 3) and picture.min() >= 0 and picture.max() <= 1
+    assert abs(picture[:2, :, 0].mean() - picture[2:, :, 0].mean()) > 0.7
+    assert np.array_equal(picture, figures.Colours(features.clone())(features[0]))
+
+
+def test_nearest_neighbours_leave_out_the_query():
+    features = torch.tensor([[1.0, 0.0], [2.0, 0.1], [0.0, 1.0], [0.1, 3.0]])
+    assert figures.neighbours(features, 1).flatten().tolist() == [1, 0, 3, 2]
+
+
+def test_masked_patches_are_grey():
+    image = torch.full((3, 4, 4), 255, dtype=torch.uint8)
+    picture = figures.masked(image, torch.tensor([3]), 4)
+    assert picture[2:, 2:].min() == 1 and np.allclose(picture[:2], figures.UNKNOWN)
+
+
+def test_class_iou_by_hand():
+    truth = torch.tensor([[0, 0], [1, 255]], dtype=torch.uint8)
+    predicted = torch.tensor([[0, 1], [1, 0]])
+    scene = (torch.zeros(3, 2, 2), truth)
+    iou = figures.class_iou([predicted], [scene], 3)
+    assert iou[:2] == [50, 50] and np.isnan(iou[2])
+
+
+def test_spread_is_even_and_never_repeats():
+    assert figures.spread(256, 4).tolist() == [0, 85, 170, 255] and figures.spread(3, 10).tolist() == [0, 1, 2]

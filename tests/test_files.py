@@ -1,0 +1,224 @@
+"""Files that are whole or not there at all, and the digests that name what a result was made from."""
+
+import errno
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from milan import files
+from milan.checkpoint import Scratch, save_weights
+from milan.errors import UserError
+from milan.params import Tower
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def raising(error: OSError):
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
+def test_write_whole_makes_folders_and_replaces(tmp_path):
+    path = tmp_path / "a" / "b.json"
+    files.write_whole(path, b"one")
+    files.write_whole(path, b"two")
+    assert path.read_bytes() == b"two" and names(path.parent) == ["b.json"]
+
+
+@pytest.mark.parametrize("call", ["replace", "fsync"])
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, call):
+    path = tmp_path / "weights"
+    files.write_whole(path, b"old")
+    monkeypatch.setattr(os, call, raising(OSError(errno.EIO, "a broken disk")))
+    with pytest.raises(OSError, match="a broken disk"):
+        files.write_whole(path, b"new")
+    assert path.read_bytes() == b"old" and names(tmp_path) == ["weights"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("call", ["replace", "fsync"])
+def test_a_full_disk_is_said_and_leaves_the_old_file(tmp_path, monkeypatch, call, number):
+    path = tmp_path / "weights"
+    files.write_whole(path, b"old")
+    monkeypatch.setattr(os, call, raising(OSError(number, "full")))
+    with pytest.raises(UserError, match=r"disk that holds .*weights is full .*MB free"):
+        files.write_whole(path, b"new")
+    assert path.read_bytes() == b"old" and names(tmp_path) == ["weights"]
+
+
+def test_a_disk_that_is_full_from_the_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "mkdir", raising(OSError(errno.ENOSPC, "full")))
+    with pytest.raises(UserError, match="is full"):
+        files.write_whole(tmp_path / "not" / "yet" / "there", b"new")
+    assert names(tmp_path) == []
+
+
+def test_a_real_full_device():
+    """Linux's /dev/full refuses every byte."""
+    with pytest.raises(UserError, match="is full"), files.full_disk_said(Path("/dev/full")), open("/dev/full", "wb", buffering=0) as file:
+        file.write(b"x")
+
+
+def test_other_accidents_keep_their_name(tmp_path):
+    with pytest.raises(PermissionError), files.full_disk_said(tmp_path):
+        raise PermissionError(errno.EACCES, "no")
+
+
+def test_write_json_is_sorted(tmp_path):
+    files.write_json(tmp_path / "m.json", {"b": 1, "a": [2.5]})
+    assert (tmp_path / "m.json").read_text() == '{\n "a": [\n  2.5\n ],\n "b": 1\n}\n'
+
+
+def test_existing_parent(tmp_path):
+    assert files.existing_parent(tmp_path / "x" / "y") == tmp_path
+
+
+# A folder that is an out.
+
+
+def interrupted(target: Path, fingerprint: str) -> None:
+    with pytest.raises(KeyboardInterrupt), files.whole_folder(target, fingerprint) as folder:
+        (folder / "first").write_text(f"of {fingerprint}")
+        raise KeyboardInterrupt
+
+
+def test_a_folder_appears_only_at_the_end(tmp_path):
+    target = tmp_path / "out"
+    with files.whole_folder(target, "f1") as folder:
+        (folder / "x").write_text("1")
+        assert not target.exists()
+    assert names(tmp_path) == ["out"] and names(target) == ["x"]
+
+
+def test_what_was_there_is_continued_by_the_same_recipe(tmp_path):
+    target = tmp_path / "out"
+    interrupted(target, "f1")
+    assert not target.exists()
+    with files.whole_folder(target, "f1") as folder:
+        assert (folder / "first").read_text() == "of f1"
+        (folder / "second").touch()
+    assert names(target) == ["first", "second"] and names(tmp_path) == ["out"]
+
+
+def test_another_recipe_starts_afresh_and_drops_what_was_there(tmp_path):
+    target = tmp_path / "out"
+    interrupted(target, "f1")
+    with files.whole_folder(target, "f2") as folder:
+        assert names(folder) == []
+        (folder / "second").touch()
+    assert names(target) == ["second"] and names(tmp_path) == ["out"]
+
+
+def test_an_older_result_stands_until_the_new_one_is_whole(tmp_path):
+    target = tmp_path / "out"
+    with files.whole_folder(target, "f1") as folder:
+        (folder / "old").touch()
+    interrupted(target, "f2")
+    assert names(target) == ["old"]
+    with files.whole_folder(target, "f2") as folder:
+        (folder / "new").touch()
+    assert names(target) == ["first", "new"]
+
+
+def test_a_folder_beside_it_is_left_alone(tmp_path):
+    interrupted(tmp_path / "imagenet", "f1")
+    interrupted(tmp_path / "ade", "f1")
+    assert names(tmp_path) == [".ade.part-f1", ".imagenet.part-f1"]
+
+
+def test_a_disk_that_fills_up_inside_a_folder(tmp_path):
+    with pytest.raises(UserError, match="is full"), files.whole_folder(tmp_path / "out", "f1"):
+        raise OSError(errno.ENOSPC, "full")
+    assert not (tmp_path / "out").exists()
+
+
+# Digests.
+
+
+def test_file_digest(tmp_path):
+    data = bytes(range(256)) * 5000  # more than a block
+    (tmp_path / "x").write_bytes(data)
+    assert files.file_digest(tmp_path / "x") == hashlib.sha256(data).hexdigest()
+
+
+def test_a_fingerprint_follows_from_its_parts():
+    assert files.fingerprint("a", [1, 2], {"x": 1, "y": 2}) == files.fingerprint("a", [1, 2], {"y": 2, "x": 1})
+    known = hashlib.sha256(json.dumps(["a", 1]).encode()).hexdigest()[:16]
+    assert files.fingerprint("a", 1) == known
+    assert len({files.fingerprint(*parts) for parts in (("a", 1), ("a", 2), ("b", 1), ("a1",), (Tower(4, 1, 1),), (Tower(4, 2, 1),))}) == 6
+
+
+# Weights and states.
+
+
+def test_equal_weights_give_equal_bytes_and_metadata_is_kept(tmp_path):
+    one, two = torch.arange(6.0).view(2, 3), torch.ones(2)
+    save_weights(tmp_path / "a", {"x": one, "y": two}, fingerprint="f", seed=3)
+    save_weights(tmp_path / "b", {"y": two.clone(), "x": one.T.contiguous().T}, seed=3, fingerprint="f")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    with safe_open(tmp_path / "b", "pt") as file:
+        assert file.metadata() == {"fingerprint": "f", "seed": "3"}
+        assert file.get_tensor("x").tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_the_last_two_states_are_kept(workplace):
+    scratch = Scratch("stage", "recipe")
+    assert scratch.load() is None
+    for step in (5, 10, 1000):
+        scratch.save(step, {"step": step})
+    assert names(scratch.folder) == ["state-000000010.pt", "state-000001000.pt"]
+    assert scratch.load() == {"step": 1000}
+    scratch.clean()
+    assert scratch.load() is None and not scratch.folder.exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "one byte"])
+def test_a_damaged_state_is_named_and_passed_over(workplace, damage, capsys):
+    scratch = Scratch("stage", "recipe")
+    for step in (5, 10):
+        scratch.save(step, {"step": step, "w": torch.full((50,), float(step))})
+    newest = scratch.saves()[0]
+    data = newest.read_bytes()
+    middle = len(data) // 2
+    changed = {
+        "cut": data[:-7],
+        "flipped": data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :],
+        "empty": b"",
+        "one byte": data[:1],
+    }
+    newest.write_bytes(changed[damage])
+    assert scratch.load()["step"] == 5
+    said = capsys.readouterr().err
+    assert "state-000000010.pt is damaged" in said and "falling back" in said
+    scratch.saves()[1].write_bytes(b"")
+    assert scratch.load() is None
+
+
+def test_a_state_cannot_run_code(workplace, tmp_path):
+    class Malice:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "harm",))
+
+    scratch = Scratch("stage", "recipe")
+    scratch.save(1, {"step": Malice()})
+    with pytest.raises(Exception, match="[Ww]eights.only"):
+        scratch.load()
+    assert not (tmp_path / "harm").exists()
+
+
+def test_states_of_other_recipes_and_other_code_are_not_seen(workplace, monkeypatch):
+    Scratch("stage", "one").save(1, {"step": 1})
+    assert Scratch("stage", "one").load() == {"step": 1}
+    assert Scratch("stage", "two").load() is None
+    assert Scratch("other", "one").load() is None
+    monkeypatch.setattr("milan.checkpoint.code_digest", lambda: "edited")
+    assert Scratch("stage", "one").load() is None

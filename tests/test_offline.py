@@ -1,0 +1,94 @@
+"""Nothing at demo scale reaches for the network: not on import, not when the models and the tokenizer are built."""
+
+import os
+import subprocess
+import sys
+
+from tests.conftest import ROOT
+
+# Every way out is recorded and refused; a library that swallows the refusal is caught by the record.
+GUARD = """
+import socket
+
+tried = []
+
+def guarded(name):
+    real = getattr(socket.socket, name)
+
+    def call(self, address, *rest):
+        host = address[0] if isinstance(address, tuple) else address
+        if self.family != socket.AF_UNIX and str(host) not in ("127.0.0.1", "::1", "localhost"):
+            tried.append((name, address))
+            raise OSError(f"blocked: {address}")
+        return real(self, address, *rest)
+
+    setattr(socket.socket, name, call)
+
+for name in ("connect", "connect_ex"):
+    guarded(name)
+
+real_lookup = socket.getaddrinfo
+
+def lookup(host, *rest, **options):
+    if host not in (None, "127.0.0.1", "::1", "localhost", socket.gethostname()):
+        tried.append(("getaddrinfo", host))
+        raise OSError(f"blocked: {host}")
+    return real_lookup(host, *rest, **options)
+
+socket.getaddrinfo = lookup
+"""
+
+WORK = """
+from milan.params import read_params
+from milan.clip import ClipTower, Tokenizer, build_tiny
+from milan.classifier import build_classifier
+from milan.encoder import Encoder
+from milan.model import MaskedPretraining
+from milan import segmenter, world
+import stages.teacher, stages.extract_targets, stages.pretrain, stages.linear_eval, stages.finetune, stages.segment
+import torch
+
+p = read_params()
+tokenizer = Tokenizer.of_corpus([prompt.format("red disc") for prompt in world.PROMPTS], p.teacher.tiny.context_length)
+model = build_tiny(p.teacher.tiny, p.model.image_size, p.model.patch_size, len(tokenizer))
+model.encode_text(tokenizer(["a photo of a red disc"]))
+images = torch.zeros(2, 3, p.model.image_size, p.model.image_size)
+features, importance = ClipTower(model.visual)(images)
+encoder = Encoder(p.model)
+build_classifier(p.model, p.finetune, 20, encoder.vit.state_dict())(images)
+MaskedPretraining(p.model, p.pretrain.recipes["milan"], p.pretrain.mask_ratio, p.teacher.tiny.embed_dim)(
+    images, torch.zeros(2, p.model.n_patches), features, importance
+)
+stages.segment.build(p, p.prepare_ade20k.classes, encoder.vit.state_dict(), torch.device("cpu"))
+"""
+
+
+def run(code: str, tmp_path) -> str:
+    """In a process of its own, with empty caches and no switch that tells libraries to stay offline."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_", "TORCH_HOME", "XDG_CACHE"))}
+    environment |= {"HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hub"), "TORCH_HOME": str(tmp_path / "torch"), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_guard_guards(tmp_path):
+    """What reaches out is refused and recorded, also where the refusal is swallowed."""
+    reach = """
+import contextlib, urllib.request
+with contextlib.suppress(Exception):
+    urllib.request.urlopen("http://huggingface.co", timeout=5)
+with contextlib.suppress(OSError):
+    socket.create_connection(("192.0.2.1", 80), timeout=5)
+with contextlib.suppress(OSError):
+    socket.socket().connect(("192.0.2.1", 80))
+server = socket.create_server(("127.0.0.1", 0))
+socket.create_connection(server.getsockname()).close()
+print([name for name, _ in tried])
+"""
+    assert run(GUARD + reach, tmp_path).strip() == "['getaddrinfo', 'getaddrinfo', 'connect']"
+
+
+def test_nothing_reaches_for_a_hub(tmp_path):
+    assert run(f"{GUARD}{WORK}print('tried:', tried)", tmp_path).splitlines()[-1] == "tried: []"
+    assert not (tmp_path / "hub").exists() and not (tmp_path / "torch").exists()

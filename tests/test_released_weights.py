@@ -1,0 +1,128 @@
+"""pretrain.weights: with a released MILAN checkpoint and no CLIP at all, the evaluations run, and on exactly its weights."""
+
+import argparse
+import json
+from unittest import mock
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from milan.clip import load_teacher
+from milan.errors import UserError
+from milan.model import MaskedPretraining
+from milan.params import Model, Params, Recipe, build
+from milan.stage import Stage
+from stages import extract_targets, linear_eval, prepare_imagenet, pretrain, teacher
+from tests.conftest import change
+from tests.test_dvc import entry
+
+SETTINGS = {
+    "compute.processes": 1,
+    "compute.threads": 1,
+    "compute.precision": "fp32",
+    "variants": ["milan"],
+    "prepare_imagenet.train": 40,
+    "prepare_imagenet.val": 20,
+    "prepare_imagenet.pairs": 20,
+    "linear_eval.epochs": 2,
+    "linear_eval.batch_size": 20,
+    "linear_eval.micro_batch": 20,
+    "linear_eval.views": 1,
+    "teacher.tiny": None,
+    "teacher.pretrained": {"model": "ViT-B-16-quickgelu", "tag": "openai", "file": "absent.pt", "sha256": None},
+    "pretrain.weights": "milan.pth",
+}
+
+
+@pytest.fixture
+def recipe(tree, workplace):
+    def params(**others) -> Params:
+        for place, value in {**SETTINGS, **others}.items():
+            change(tree, place, value)
+        return build(Params, tree, "params.yaml")
+
+    return params
+
+
+def released(model: Model, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Encoder and decoder under official names, every value its own."""
+    whole = MaskedPretraining(model, Recipe("clip", "prompt", "semantic"), 0.75, 20).state_dict()
+    generator = torch.Generator().manual_seed(seed)
+    names = {name.removeprefix("encoder.vit.").removeprefix("decoder."): tensor.shape for name, tensor in whole.items()}
+    return {name: torch.randn(shape, generator=generator) for name, shape in names.items()}
+
+
+def run(module, p: Params, folder, **arguments) -> dict:
+    """The stage's main with a tracker that remembers nothing; its metrics."""
+    name = module.__name__.split(".")[-1]
+    paths = {"out": folder / name, "metrics": folder / f"{name}.json", "curve": folder / f"{name}.csv"}
+    stage = Stage(name, argparse.Namespace(**paths, **arguments), p)
+    stage.tracker = mock.Mock()
+    module.main(stage)
+    return json.loads(paths["metrics"].read_text())
+
+
+def up_to_pretrain(p: Params, folder) -> dict:
+    records = folder / "prepare_imagenet"
+    if not records.exists():
+        run(prepare_imagenet, p, folder)
+    run(teacher, p, folder, records=records)
+    run(extract_targets, p, folder, records=records, teacher=folder / "teacher")
+    given = {"teacher": folder / "teacher", "bank": folder / "extract_targets"}
+    return run(pretrain, p, folder, variant="milan", seed=0, records=records, **given)
+
+
+def test_a_released_checkpoint_is_evaluated_without_any_teacher(recipe, workplace, capsys):
+    p = recipe()
+    state = released(p.model)
+    torch.save({"model": state}, "milan.pth")
+    first = up_to_pretrain(p, workplace)
+
+    assert capsys.readouterr().out.count("pretrain.weights is set: no teacher is needed") == 2
+    assert {path.name for path in (workplace / "teacher").iterdir()} == {"teacher.json"}
+    assert json.loads((workplace / "teacher/teacher.json").read_text()) == {"kind": "none"}
+    assert {path.name for path in (workplace / "extract_targets").iterdir()} == {"bank.json"}
+    bank = json.loads((workplace / "extract_targets/bank.json").read_text())
+    assert (bank["views"], bank["feature_dim"]) == (0, 0)
+    with pytest.raises(UserError, match=r"holds no teacher: pretrain\.weights was set"):
+        load_teacher(workplace / "teacher")
+
+    written = load_file(workplace / "pretrain/encoder.safetensors")
+    assert written.keys() == {name for name in state if not name.startswith(("decoder_", "mask_token"))}
+    assert all(tensor.dtype == state[name].dtype and tensor.equal(state[name]) for name, tensor in written.items())
+    assert not (workplace / "pretrain/decoder.safetensors").exists()
+
+    given = {"records": workplace / "prepare_imagenet", "weights": workplace / "pretrain"}
+    found = run(linear_eval, p, workplace, variant="milan", seed=0, **given)
+    assert 0 <= found["linear_eval/top1"] <= 100
+
+    torch.save({"model": released(p.model, seed=1)}, "milan.pth")
+    assert up_to_pretrain(p, workplace)["fingerprint"] != first["fingerprint"]
+
+
+def test_a_checkpoint_that_is_absent_or_of_another_size_is_refused(recipe, workplace):
+    p = recipe()
+    with pytest.raises(UserError, match=r"milan\.pth is no file"):
+        up_to_pretrain(p, workplace)
+    small = recipe(**{"model.encoder.embed_dim": 64, "model.encoder.depth": 4})
+    torch.save({"model": released(small.model)}, "milan.pth")
+    with pytest.raises(UserError, match=r"misshapen: cls_token is \[1, 1, 64\], not \[1, 1, 128\]"):
+        up_to_pretrain(p, workplace)
+
+
+def test_otherwise_the_teacher_is_there_as_ever(recipe, workplace, tree):
+    tiny = dict(tree["teacher"]["tiny"])
+    p = recipe(**{"pretrain.weights": None})
+    assert not p.no_teacher
+    run(prepare_imagenet, p, workplace)
+    with pytest.raises(UserError, match=r"absent\.pt is no file"):
+        run(teacher, p, workplace, records=workplace / "prepare_imagenet")
+    assert not recipe(**{"teacher.tiny": tiny, "teacher.pretrained": None}).no_teacher
+
+
+@pytest.mark.parametrize("stage", ["teacher", "extract_targets", "pretrain"])
+def test_dvc_knows_what_decides_whether_there_is_a_teacher(stage):
+    listed = set(entry(stage)["params"])
+    assert listed & {"pretrain.weights", "pretrain"}
+    assert listed & {"teacher.pretrained", "teacher"}

@@ -1,0 +1,260 @@
+"""Stage scripts given something wrong: one paragraph that names it, a status that is not 0, and no out."""
+
+import importlib
+import io
+import os
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from milan import records
+from milan.checkpoint import save_weights
+from milan.errors import UserError
+from milan.params import Params, build
+from milan.stage import Stage, flat
+from milan.tracking import Tracker
+from tests.conftest import ROOT, change, forked, script
+
+
+@pytest.fixture(scope="module", autouse=True)
+def warm() -> None:
+    """Import what the stages import, once, for the children that fork from here."""
+    for path in (ROOT / "milan").glob("[a-z]*.py"):
+        importlib.import_module(f"milan.{path.stem}")
+
+
+@pytest.fixture
+def desk(workplace, monkeypatch, tree) -> Path:
+    """An empty folder with a recipe of one process, and no MLflow: importing it fails, as on a broken installation."""
+    (workplace / "broken" / "mlflow").mkdir(parents=True)
+    (workplace / "broken" / "mlflow" / "__init__.py").write_text("raise ImportError('no MLflow here')\n")
+    monkeypatch.setenv("PYTHONPATH", f"{workplace / 'broken'}{os.pathsep}{ROOT}")
+    tree["compute"] |= {"processes": 1, "precision": "fp32"}
+    write_recipe(tree)
+    return workplace
+
+
+def write_recipe(tree: dict) -> None:
+    Path("params.yaml").write_text(yaml.safe_dump(tree))
+
+
+def refused(said: str, *outs: str) -> str:
+    """The one paragraph, joined, of a stage that failed as it should."""
+    assert "Traceback" not in said, said
+    paragraphs = [part for part in said.split("\n\n") if part.strip().startswith("error:")]
+    assert len(paragraphs) == 1 and said.rstrip().endswith(paragraphs[0].rstrip()), said
+    for out in outs:
+        assert not Path(out).exists(), out
+    return " ".join(paragraphs[0].split())
+
+
+PREPARE = ["--out", "outs/data", "--metrics", "metrics.json"]
+
+
+def run_light(name: str, *arguments: str) -> str:
+    """A preparing stage as users run it, in a process of its own; what it says."""
+    done = subprocess.run([sys.executable, "-m", f"stages.{name}", *arguments], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1, done.stderr
+    return refused(done.stderr, "outs/data", "metrics.json")
+
+
+def run_heavy(name: str, *arguments) -> tuple[int, str]:
+    """A stage that imports torch, in a child forked from here."""
+    status = forked(script, name, list(arguments), Path("said.txt"))
+    return status, Path("said.txt").read_text()
+
+
+def test_an_unknown_params_key(desk, tree):
+    change(tree, "pretrain.mask_ration", 0.5)
+    write_recipe(tree)
+    said = run_light("prepare_imagenet", *PREPARE)
+    assert "unknown key 'mask_ration'; did you mean 'mask_ratio'?" in said
+
+
+def test_a_negative_epoch_count_stops_a_stage_that_does_not_train(desk, tree):
+    change(tree, "pretrain.epochs", -3)
+    write_recipe(tree)
+    assert "pretrain:epochs: -3.0 must be above 0" in run_light("prepare_ade20k", *PREPARE)
+
+
+def test_a_missing_recipe(desk):
+    Path("params.yaml").unlink()
+    assert "params.yaml is missing" in run_light("prepare_ade20k", *PREPARE)
+
+
+@pytest.mark.parametrize("name, key", [("prepare_imagenet", "imagenet"), ("prepare_ade20k", "ade20k")])
+def test_a_missing_data_folder(desk, tree, name, key):
+    change(tree, f"data.{key}", "/nowhere/at/all")
+    write_recipe(tree)
+    said = run_light(name, *PREPARE)
+    assert "/nowhere/at/all" in said and "is missing" in said and f"data.{key}" in said
+
+
+def jpeg() -> bytes:
+    out = io.BytesIO()
+    Image.effect_noise((64, 64), 60).convert("RGB").save(out, "JPEG")
+    return out.getvalue()
+
+
+def class_folders(root: Path, bad: dict[str, bytes]) -> None:
+    for split in ("train", "val"):
+        for wnid in ("n01", "n02"):
+            (root / split / wnid).mkdir(parents=True)
+            (root / split / wnid / "good.JPEG").write_bytes(jpeg())
+    for name, data in bad.items():
+        (root / name).write_bytes(data)
+
+
+def test_broken_images_are_all_named(desk, tree):
+    class_folders(desk / "images", {"train/n01/cut.JPEG": jpeg()[:500], "train/n02/empty.JPEG": b"", "train/n02/text.JPEG": b"a note"})
+    change(tree, "data.imagenet", str(desk / "images"))
+    write_recipe(tree)
+    said = run_light("prepare_imagenet", *PREPARE)
+    assert "3 of 5 files cannot be used" in said
+    assert all(name in said for name in ("n01/cut.JPEG", "n02/empty.JPEG (empty file)", "n02/text.JPEG"))
+
+
+def test_once_mended_the_stage_goes_through_without_mlflow(desk, tree):
+    """The same folder with the broken file replaced; MLflow cannot be imported, and the work does not mind."""
+    class_folders(desk / "images", {"val/n01/empty.JPEG": b""})
+    change(tree, "data.imagenet", str(desk / "images"))
+    write_recipe(tree)
+    assert "1 of 3 files" in run_light("prepare_imagenet", *PREPARE)
+    (desk / "images/val/n01/empty.JPEG").write_bytes(jpeg())
+    subprocess.run([sys.executable, "-m", "stages.prepare_imagenet", *PREPARE], check=True, timeout=100)
+    manifest = records.read_manifest(desk / "outs/data")
+    assert {name: split["images"] for name, split in manifest["splits"].items()} == {"train": 2, "val": 3}
+    assert sorted(path.name for path in (desk / "outs").iterdir()) == ["data"]
+    assert "prepare_imagenet/train" in Path("metrics.json").read_text()
+
+
+HEAVY = {
+    "teacher": ["records"],
+    "extract_targets": ["records", "teacher"],
+    "pretrain": ["records", "teacher", "bank"],
+    "linear_eval": ["records", "weights"],
+    "finetune": ["records", "weights"],
+    "segment": ["scenes", "weights"],
+}
+
+
+@pytest.mark.parametrize("name", HEAVY)
+def test_an_earlier_stage_s_output_is_missing(desk, name):
+    arguments = [word for given in HEAVY[name] for word in (f"--{given}", f"nowhere/{given}")]
+    arguments += ["--out", "outs/made", "--metrics", "metrics.json"]
+    arguments += ["--curve", "curve.csv"] if name != "extract_targets" else []
+    arguments += ["--variant", "milan", "--seed", "0"] if name not in ("teacher", "extract_targets") else []
+    status, said = run_heavy(name, *arguments)
+    assert status == 1, said
+    assert "nowhere/" in refused(said, "outs/made", "metrics.json", "curve.csv") and "dvc repro" in said
+
+
+def pretrained_folder(desk: Path) -> list[str]:
+    """Records of 4 images and a weights folder without sense, as arguments."""
+    rows = [{"image": jpeg(), "name": str(i), "label": i % 2} for i in range(4)]
+    splits = {split: records.write_split(desk / "records", split, rows, 10) for split in ("train", "val")}
+    records.write_manifest(desk / "records", splits=splits, classes=["a", "b"])
+    save_weights(desk / "weights" / "encoder.safetensors", {"not_a_weight": torch.zeros(1)})
+    return ["--variant", "milan", "--seed", "0", "--records", "records", "--weights", "weights", *MADE]
+
+
+MADE = ["--out", "outs/made", "--metrics", "metrics.json", "--curve", "curve.csv"]
+
+
+def test_weights_that_do_not_fit(desk):
+    status, said = run_heavy("finetune", *pretrained_folder(desk))
+    assert status == 1, said
+    assert "blocks.0.attn.qkv.weight" in refused(said, "outs/made", "metrics.json", "curve.csv")
+
+
+def test_an_unknown_variant(desk):
+    """As typed by hand; DVC takes the variants from the recipe."""
+    arguments = ["--variant", "milano", "--seed", "0", "--records", "records", "--teacher", "teacher", "--bank", "bank"]
+    status, said = run_heavy("pretrain", *arguments, *MADE)
+    assert status == 1, said
+    assert "'milano' has no recipe; did you mean 'milan'?" in refused(said, "outs/made", "metrics.json", "curve.csv")
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(desk, monkeypatch):
+    def fail(*_):
+        raise ZeroDivisionError("a fault")
+
+    monkeypatch.setattr("milan.world.write_imagenet", fail)
+    status, said = run_heavy("prepare_imagenet", *PREPARE)
+    assert status == 1 and "Traceback" in said and "ZeroDivisionError: a fault" in said and not Path("outs/data").exists()
+
+
+@pytest.mark.parametrize("error, status, word", [(KeyboardInterrupt(), 130, "Stopped"), (OSError(28, "full", "a/file"), 1, "disk is full")])
+def test_ctrl_c_and_a_full_disk(desk, monkeypatch, error, status, word):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("milan.world.write_imagenet", fail)
+    found, said = run_heavy("prepare_imagenet", *PREPARE)
+    assert found == status
+    assert word in refused(said, "outs/data", "metrics.json")
+
+
+def test_ctrl_c_in_real(desk):
+    """A signal to a process that draws the world."""
+    process = subprocess.Popen([sys.executable, "-m", "stages.prepare_imagenet", *PREPARE], stderr=subprocess.PIPE, text=True)
+    while not list(Path(".scratch").glob("world-*")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(2)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, said
+    assert not Path("outs/data").exists()
+
+
+# Its small parts.
+
+
+def stage(tree: dict, **arguments) -> Stage:
+    found = Stage("pretrain", Namespace(**arguments), build(Params, tree, "params.yaml"))
+    found.tracker = Tracker(Path("spool.jsonl"))
+    return found
+
+
+def test_a_fingerprint_follows_recipe_variation_and_inputs(workplace, tree):
+    Path("in").write_text("1")
+    plain = dict(variant="milan", seed=0)
+    one = stage(tree, **plain)
+    base = one.fingerprint(one.params.pretrain, inputs=[Path("in")])
+    assert stage(tree, **plain).fingerprint(one.params.pretrain, inputs=[Path("in")]) == base
+    others = {
+        stage(tree, **{**plain, "seed": 1}).fingerprint(one.params.pretrain, inputs=[Path("in")]),
+        stage(tree, **{**plain, "variant": "mae"}).fingerprint(one.params.pretrain, inputs=[Path("in")]),
+        one.fingerprint(one.params.finetune, inputs=[Path("in")]),
+        one.fingerprint(one.params.pretrain),
+    }
+    Path("in").write_text("2")
+    others.add(one.fingerprint(one.params.pretrain, inputs=[Path("in")]))
+    assert len(others) == 5 and base not in others
+    with pytest.raises(UserError, match="absent is missing"):
+        one.fingerprint(inputs=[Path("absent")])
+
+
+def test_metrics_and_curve_are_written_as_dvc_reads_them(workplace, tree):
+    made = stage(tree, metrics=Path("m/m.json"), curve=Path("c/c.csv"), variant="milan", seed=3)
+    made.write_metrics({"b/top1": 12.345678, "a/images": 5}, "f00d")
+    made.write_curve([{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}])
+    assert Path("m/m.json").read_text() == '{\n "a/images": 5,\n "b/top1": 12.3457,\n "fingerprint": "f00d"\n}\n'
+    assert Path("c/c.csv").read_text() == "step,loss\n1,0.5\n2,0.25\n"
+    made.write_curve([])
+    assert Path("c/c.csv").read_text() == "step,epoch,loss,lr\n"
+    assert made.title == "pretrain milan seed 3"
+
+
+def test_the_recipe_lies_flat_for_mlflow(tree):
+    found = flat(build(Params, tree, "params.yaml"))
+    assert found["pretrain.recipes.milan.masking"] == "semantic"
+    assert found["model.encoder.depth"] == tree["model"]["encoder"]["depth"]
+    assert found["variants"] == tree["variants"] and found["teacher.pretrained"] is None

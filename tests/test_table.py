@@ -1,0 +1,178 @@
+"""The table: values worked out by hand, what it says of the order, and published numbers that never mix with ours."""
+
+import csv
+import dataclasses
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from milan import table
+from milan.errors import UserError
+from milan.params import Params, read_params
+from milan.results import read_published, read_results
+
+PUBLISHED = Path("reports/published.csv")
+LINEAR = {"scratch": (11.0, 12.0), "mae": (10.0, 11.4), "milan": (35.0, 37.04)}
+
+
+def recipe(variants=("scratch", "mae", "milan"), seeds=(0, 1), **changes) -> Params:
+    return dataclasses.replace(read_params("params.yaml"), scale="demo", variants=list(variants), seeds=list(seeds), **changes)
+
+
+def write(path: Path, **metrics) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**metrics, "fingerprint": "0"}))
+
+
+@pytest.fixture
+def metrics(tmp_path) -> Path:
+    """Two seeds of three variants: fine-tuning is linear + 1, mIoU is 50 - linear."""
+    for variant, values in LINEAR.items():
+        for seed, value in enumerate(values):
+            name = f"{variant}-{seed}.json"
+            write(tmp_path / "linear_eval" / name, **{"linear_eval/top1": value, "linear_eval/knn_top1": value - 1})
+            write(tmp_path / "finetune" / name, **{"finetune/top1": value + 1})
+            write(tmp_path / "segment" / name, **{"segment/miou": 50 - value})
+    write(tmp_path / "prepare_imagenet.json", **{"prepare_imagenet/classes": 20, "prepare_imagenet/val": 2500})
+    write(tmp_path / "prepare_ade20k.json", **{"prepare_ade20k/val": 500})
+    write(tmp_path / "teacher.json", **{"teacher/zero_shot_top1": 75.6, "teacher/linear_top1": 79.2, "teacher/knn_top1": 77.5})
+    write(tmp_path / "extract_targets.json", **{"extract_targets/importance_on_object": 40.6, "extract_targets/object_area": 14.9})
+    return tmp_path
+
+
+def cells(text: str, algorithm: str) -> list[str]:
+    line = next(line for line in text.splitlines() if line.startswith(f"| {algorithm} |"))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_means_and_ranges_by_hand(metrics):
+    ours = read_results(metrics, PUBLISHED, recipe()).ours
+    assert list(ours.index) == ["scratch", "mae", "milan"]
+    assert ours.loc["milan"].to_dict() == pytest.approx(
+        {"linear": 36.02, "linear_low": 35.0, "linear_high": 37.04, "knn": 35.02, "knn_low": 34.0, "knn_high": 36.04}
+        | {"finetune": 37.02, "finetune_low": 36.0, "finetune_high": 38.04, "miou": 13.98, "miou_low": 12.96, "miou_high": 15.0}
+    )
+
+
+def test_row_shows_mean_range_recipe_weights_and_curves(metrics):
+    row = cells(table.markdown(read_results(metrics, PUBLISHED, recipe())), "MILAN")
+    p = recipe()
+    assert row[1:4] == [p.model.name, f"{p.pretrain.epochs:g}", str(p.pretrain.batch_size)]
+    assert row[4:8] == ["36.0 (35.0–37.0)", "35.0 (34.0–36.0)", "37.0 (36.0–38.0)", "14.0 (13.0–15.0)"]
+    assert row[8] == "[demo](../conf/scale/demo.yaml)"
+    assert row[9] == "[0](../outs/demo/pretrain/milan-0), [1](../outs/demo/pretrain/milan-1)"
+    assert row[10] == "[0](curves/demo/pretrain/milan-0.csv), [1](curves/demo/pretrain/milan-1.csv)"
+
+
+def test_no_pretraining_has_no_epochs_and_no_curve(metrics):
+    row = cells(table.markdown(read_results(metrics, PUBLISHED, recipe())), "No pretraining")
+    assert row[2:4] == ["–", "–"] and row[10] == "–"
+
+
+def test_one_seed_has_no_range_and_says_so(metrics):
+    text = table.markdown(read_results(metrics, PUBLISHED, recipe(seeds=[1])))
+    assert cells(text, "MILAN")[4:8] == ["37.0", "36.0", "38.0", "13.0"]
+    assert "One seed, so the spread over seeds is not known; the sampling error of a top-1 over 2,500 images is up to 1.0 points" in text
+
+
+def test_order_is_said_by_rule(metrics):
+    assert table.order_said(read_results(metrics, PUBLISHED, recipe())) == [
+        "MILAN: linear eval 36.0, 24.5 above no pretraining, 25.3 above MAE.",
+        "MILAN: fine-tuning 37.0, 24.5 above no pretraining, 25.3 above MAE.",
+        "MILAN: segmentation mIoU 14.0, 24.5 below no pretraining, 25.3 below MAE.",
+        "The order to expect, each ingredient of the paper adding to the one before: no pretraining < MAE < MILAN.",
+        "Linear eval: not that order, MAE (10.7) is below no pretraining (11.5), though their ranges over seeds overlap.",
+        "Fine-tuning: not that order, MAE (11.7) is below no pretraining (12.5), though their ranges over seeds overlap.",
+        "Segmentation mIoU: not that order, MILAN (14.0) is below MAE (39.3).",
+    ]
+
+
+def test_order_as_expected_and_one_variant(metrics):
+    assert "Linear eval: this order." in table.order_said(read_results(metrics, PUBLISHED, recipe(["mae", "milan"])))
+    alone = table.order_said(read_results(metrics, PUBLISHED, recipe(["milan"])))
+    assert alone == ["MILAN: linear eval 36.0.", "MILAN: fine-tuning 37.0.", "MILAN: segmentation mIoU 14.0."]
+
+
+def test_notes_name_the_teacher_and_the_captions(metrics):
+    said = table.notes(read_results(metrics, PUBLISHED, recipe()))
+    assert "The teacher itself: zero-shot 75.6, linear 79.2, k-NN 77.5." in said
+    assert "40.6 % of the teacher's patch importance falls on the object, which covers 14.9 % of the image." in said
+    assert said[-1] == table.CAPTIONS_CAVEAT and "extra information" in said[-1]
+
+
+def test_a_released_teacher_has_no_numbers_here(metrics):
+    write(metrics / "teacher.json")
+    write(metrics / "extract_targets.json")
+    assert len(table.notes(read_results(metrics, PUBLISHED, recipe()))) == 2
+
+
+@pytest.mark.parametrize("missing", ["linear_eval/mae-1.json", "segment/milan-0.json", "prepare_ade20k.json", "teacher.json"])
+def test_missing_file_is_named(metrics, missing):
+    (metrics / missing).unlink()
+    with pytest.raises(UserError, match=missing.replace(".", r"\.")):
+        read_results(metrics, PUBLISHED, recipe())
+
+
+def test_missing_entry_and_broken_file_are_named(metrics):
+    write(metrics / "finetune/mae-0.json", other=1)
+    with pytest.raises(UserError, match=r"mae-0\.json has no entry 'finetune/top1'"):
+        read_results(metrics, PUBLISHED, recipe())
+    (metrics / "finetune/mae-0.json").write_text('{"finetune/top1": ')
+    with pytest.raises(UserError, match=r"mae-0\.json is no valid JSON"):
+        read_results(metrics, PUBLISHED, recipe())
+
+
+def test_missing_published_file_is_named(metrics, tmp_path):
+    with pytest.raises(UserError, match="nowhere"):
+        read_results(metrics, tmp_path / "nowhere.csv", recipe())
+
+
+def test_markdown_keeps_ours_published_and_reruns_apart(metrics):
+    ours, published, again = table.markdown(read_results(metrics, PUBLISHED, recipe())).split("\n## ")[1:]
+    assert ours.startswith("Ours, on the built-in world: not comparable with the published numbers")
+    assert published.startswith("Published: ImageNet-1K and ADE20K") and again.startswith("Re-run by others: ImageNet-1K and ADE20K")
+    assert "ViT-B/16" not in ours and "Segmentation mIoU" in ours and "ADE20K" not in ours
+    for block in (published, again):
+        assert recipe().model.name not in block
+        rows = [line for line in block.splitlines() if line.startswith("| ")][2:]
+        assert rows and all(line.count("ViT-B/16") == 1 for line in rows)
+    assert cells(published, "MILAN")[5:8] == ["79.9", "85.4", "52.7"]
+    assert cells(again, "MILAN (OpenMMLab, own code)")[5:8] == ["78.9", "85.3", "–"]
+
+
+def test_csv_says_of_each_row_what_it_is(metrics):
+    rows = list(csv.DictReader(io.StringIO(table.csv(read_results(metrics, PUBLISHED, recipe())))))
+    kinds = [row["kind"] for row in rows]
+    assert kinds == sorted(kinds, key=["ours", "published", "re-run"].index)
+    assert [row["variant"] for row in rows[:3]] == list(LINEAR)
+    assert {(row["data"], row["backbone"]) for row in rows[:3]} == {("the built-in world", recipe().model.name)}
+    assert all(row["data"] == "ImageNet-1K and ADE20K" and row["source"] and not row["variant"] for row in rows[3:])
+    assert (rows[2]["linear"], rows[2]["linear_low"], rows[2]["seeds"], rows[0]["epochs"]) == ("36.02", "35.0", "2", "")
+
+
+def test_real_data_is_called_by_its_name(metrics):
+    data = dataclasses.replace(read_params("params.yaml").data, imagenet="/data/imagenet", ade20k="/data/ade20k")
+    text = table.markdown(read_results(metrics, PUBLISHED, recipe(data=data))).split("\n## ")[1]
+    assert "built-in world" not in text and "ADE20K mIoU" in text and "not comparable" not in text
+
+
+def test_latex_has_a_table_a_kind_and_escapes(metrics):
+    text = table.latex(read_results(metrics, PUBLISHED, recipe()))
+    assert text.count(r"\begin{table}") == text.count(r"\bottomrule") == 3
+    assert r"MILAN & ViT-B/16 & 400 & 4096 & CLIP ViT-B & 79.9 & 85.4 & 52.7 \\" in text
+    assert r"5.0 \%" in text and "–" not in text
+
+
+def test_published_rows_have_a_kind_a_source_and_plausible_numbers():
+    rows = read_published(PUBLISHED)
+    assert set(rows["kind"]) == {"published", "re-run"} and rows["source"].notna().all() and (rows["backbone"] == "ViT-B/16").all()
+    for column, low, high in (("linear", 50, 81), ("finetune", 82, 86), ("miou", 45, 54)):
+        assert rows[column].dropna().between(low, high).all()
+
+
+def test_report_stage_starts_without_torch():
+    subprocess.run([sys.executable, "-c", "import sys, stages.report; sys.exit('torch' in sys.modules)"], check=True)

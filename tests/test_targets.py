@@ -1,0 +1,166 @@
+"""The target bank: what is written is read, views follow their keys, and a disk too small is refused beforehand."""
+
+import io
+import shutil
+from collections import namedtuple
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from milan import records, rng, targets, transforms
+from milan.errors import UserError
+from milan.records import Records
+from milan.samples import BankViews, PretrainSamples
+from milan.targets import Bank
+
+IMAGES, VIEWS, N, D, SHARD = 5, 3, 4, 2, 2
+SIDE = 64
+
+
+def sentinel(image: int, view: int, token: int, channel: int) -> float:
+    """A number that tells its place, exact in float16."""
+    return 8.0 * (image * VIEWS + view) + token + channel / 4
+
+
+def box(image: int, view: int) -> list[int]:
+    return [image, view, 16 + image, 16 + view, (image + view) % 2]
+
+
+def write_bank(folder) -> None:
+    for number, start in enumerate(range(0, IMAGES, SHARD)):
+        span = range(start, min(start + SHARD, IMAGES))
+        features = [[[[sentinel(i, v, t, c) for c in range(D)] for t in range(1 + N)] for v in range(VIEWS)] for i in span]
+        importance = [[[i + v / 10 + t / 100 for t in range(N)] for v in range(VIEWS)] for i in span]
+        boxes = [[box(i, v) for v in range(VIEWS)] for i in span]
+        kinds = (np.float16, np.float32, np.int32)
+        arrays = {n: np.array(a, k) for n, a, k in zip(targets.ARRAYS, (features, importance, boxes), kinds, strict=True)}
+        assert not targets.has_shard(folder, number)
+        targets.write_shard(folder, number, arrays)
+        assert targets.has_shard(folder, number)
+    targets.finish(folder, views=VIEWS, shard_images=SHARD, feature_dim=D, images=IMAGES)
+
+
+@pytest.fixture
+def bank(tmp_path) -> Bank:
+    write_bank(tmp_path / "bank")
+    return Bank(tmp_path / "bank")
+
+
+def test_every_view_of_every_image_comes_back(bank):
+    for image in range(IMAGES):
+        for view in range(VIEWS):
+            found, features, importance = bank[view, image]
+            *place, flip = box(image, view)
+            assert found == (*place, bool(flip)) and isinstance(found[-1], bool)
+            assert features.tolist() == [[sentinel(image, view, t, c) for c in range(D)] for t in range(1 + N)]
+            assert importance.tolist() == pytest.approx([image + view / 10 + t / 100 for t in range(N)], abs=1e-6)
+    assert (bank.views, bank.feature_dim, features.dtype, importance.dtype) == (VIEWS, D, torch.float16, torch.float32)
+
+
+def test_the_size_is_what_lies_on_the_disk(bank):
+    """5 images x 3 views x (5 tokens x 2 numbers x 2 bytes + 4 patches x 4 bytes + 5 numbers x 4 bytes) = 840 bytes."""
+    assert targets.bank_bytes(IMAGES, VIEWS, N, D) == 840
+    written = sum(array.nbytes for number in range(3) for array in (bank.array(name, number) for name in targets.ARRAYS))
+    assert written == 840
+    assert targets.bank_bytes(1_281_167, 1, 196, 512) == 1_281_167 * (197 * 1024 + 784 + 20)
+
+
+def test_only_whole_files_lie_under_final_names(bank):
+    kept = {path.name for path in bank.folder.iterdir()}
+    assert kept == {"bank.json", *(f"{name}-{number:05d}.npy" for name in targets.ARRAYS for number in range(3))}
+
+
+def test_a_view_follows_from_seed_view_and_image_alone():
+    drawn = transforms.draw_crop(50, 60, [0.2, 1.0], rng.generator(7, "view", 2, 11))
+    assert targets.view_box(7, 2, 11, 50, 60, [0.2, 1.0]) == drawn
+    keys = [(7, 2, 11), (7, 2, 12), (7, 3, 11), (8, 2, 11), (7, 11, 2)]
+    assert len({targets.view_box(*key, 50, 60, [0.2, 1.0]) for key in keys}) == len(keys)
+
+
+def image_records(folder) -> Records:
+    """Pictures that say where one is: red grows with x, green with y; blue is 40 times the index."""
+    rows = []
+    for index in range(IMAGES):
+        y, x = np.mgrid[:SIDE, :SIDE].astype(np.uint8)
+        out = io.BytesIO()
+        Image.fromarray(np.stack([x * 3, y * 3, np.full_like(x, 40 * index)], axis=-1)).save(out, "PNG")
+        rows.append({"image": out.getvalue(), "name": str(index), "label": index})
+    records.write_manifest(folder, splits={"train": records.write_split(folder, "train", rows, 3)}, classes=["a"])
+    return Records(folder, "train")
+
+
+def test_bank_views_are_the_boxes_cut_out_image_by_image(tmp_path):
+    views = BankViews(image_records(tmp_path), range(2, 5), VIEWS, seed=1, size=16, crop_scale=[0.3, 1.0])
+    assert len(views) == 9
+    for item in range(9):
+        image, view = 2 + item // VIEWS, item % VIEWS
+        sample = views[item]
+        top, left, height, width, flip = sample["box"].tolist()
+        assert (top, left, height, width, bool(flip)) == targets.view_box(1, view, image, SIDE, SIDE, [0.3, 1.0])
+        assert sample["image"][2].float().mean() == 40 * image
+        across = torch.linspace(left + width / 32 - 0.5, left + width - width / 32 - 0.5, 16) * 3
+        assert (sample["image"][0, 8].float() - (across.flip(0) if flip else across))[2:-2].abs().max() < 2.5
+
+
+def test_pretraining_looks_at_view_e_mod_v_with_its_own_targets(tmp_path, bank):
+    samples = PretrainSamples(image_records(tmp_path / "records"), 0, 16, N, [0.2, 1.0], bank)
+    for epoch, image in ((0, 0), (1, 4), (2, 3), (3, 3), (7, 2)):
+        sample, view = samples[epoch, image], epoch % VIEWS
+        assert sample["features"][1, 0] == sentinel(image, view, 1, 0)
+        assert sample["importance"][0].item() == pytest.approx(image + view / 10)
+        *place, flip = box(image, view)
+        expected = transforms.crop(transforms.decode(samples.records[image]["image"]), (*place, bool(flip)), 16)
+        assert torch.equal(sample["image"], expected)
+    assert not torch.equal(samples[0, 3]["noise"], samples[3, 3]["noise"])
+    assert torch.equal(samples[3, 3]["noise"], samples[3, 3]["noise"])
+
+
+def test_without_a_bank_every_epoch_has_a_new_crop(tmp_path):
+    samples = PretrainSamples(image_records(tmp_path), 0, 16, N, [0.2, 0.5], None)
+    first, again, second = samples[0, 1], samples[0, 1], samples[1, 1]
+    assert torch.equal(first["image"], again["image"]) and not torch.equal(first["image"], second["image"])
+    assert sorted(first) == ["image", "noise"]
+
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def test_a_bank_too_big_for_the_disk_is_refused_before_it_starts(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10e9, 9e9, 1e9))
+    targets.refuse_when_too_big(tmp_path / "not" / "there", 10**9)
+    assert "1,000 MB to write, 1.0 GB free" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"needs 2.5 GB .* has 1.0 GB free.*extract_targets.views"):
+        targets.refuse_when_too_big(tmp_path / "bank", 2_500_000_000)
+    assert "2,500 MB to write" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unfinished_bank_is_said(tmp_path):
+    write_bank(tmp_path)
+    (tmp_path / "bank.json").unlink()
+    with pytest.raises(UserError, match="no complete target bank.*dvc repro"):
+        Bank(tmp_path)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\x93NUMPY cut"])
+def test_a_damaged_shard_is_named(bank, content):
+    path = bank.folder / "importance-00001.npy"
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    assert bank[0, 0][1][0, 0] == 0
+    with pytest.raises(UserError, match="importance-00001.npy cannot be read"):
+        bank[0, 2]
+
+
+def test_a_bank_that_holds_a_pickle_is_not_opened(bank):
+    class Malice:
+        def __reduce__(self):
+            return (np.save, (str(bank.folder / "harm"), np.zeros(1)))
+
+    np.save(bank.folder / "features-00000.npy", np.array([Malice()], dtype=object), allow_pickle=True)
+    with pytest.raises(UserError, match="features-00000.npy"):
+        bank[0, 0]
+    assert not (bank.folder / "harm.npy").exists()

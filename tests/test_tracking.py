@@ -1,0 +1,243 @@
+"""Tracking: what a stage says arrives in MLflow once, whatever becomes of the store, and never stands in its way."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from milan import tracking
+from tests.conftest import ROOT
+
+OUT_OF_REACH = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+
+
+def begun(name: str) -> tracking.Logger:
+    """A stage's logger, with its process."""
+    return tracking.Logger(
+        name, "milan-test", {"stage": name, "scale": "test", "git_revision": "abc"}, {"pretrain.lr": 0.5, "seeds": [0, 1]}
+    )
+
+
+def dead_process() -> int:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+def write_spool(events: list[dict], pid: int, place: int = 1) -> Path:
+    """As a stage of this process id would have left it; place orders spools."""
+    tracking.SPOOLS.mkdir(parents=True, exist_ok=True)
+    spool = tracking.SPOOLS / f"{place}-{pid}.jsonl"
+    spool.write_text("".join(json.dumps({"time": 1000, **event}) + "\n" for event in events))
+    return spool
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """Three stages in one folder. The first finds MLflow out of reach; the second died without a word; the third has
+    the default store, a file, and delivers all. Yields (folder, client)."""
+    folder = tmp_path_factory.mktemp("tracking")
+    patch = pytest.MonkeyPatch()
+    patch.chdir(folder)
+    patch.setenv("PYTHONPATH", str(ROOT))
+    patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with patch.context() as unreachable:
+        for name, value in OUT_OF_REACH.items():
+            unreachable.setenv(name, value)
+        logger = begun("first")
+    logger.tracker.point({"step": 1, "loss": 0.5, "lr": 0.1})
+    (folder / "table.md").write_text("| a |\n")
+    logger.tracker.artifact(Path("table.md"), "report")
+    logger.tracker.point({"step": 2, "loss": 0.25, "lr": 0.2})
+    logger.finish("FINISHED")
+    logger.process.wait(90)
+    kept = sorted(path.suffix for path in tracking.SPOOLS.glob("*-*"))
+
+    start = json.loads(logger.tracker.spool.read_text().splitlines()[0])
+    killed = {**start, "name": "second", "pid": dead_process()}
+    write_spool([killed, {"kind": "metrics", "step": 7, "values": {"train/loss": 3.0}}], killed["pid"], place=time.time_ns())
+
+    last = begun("third")
+    Path("weights").mkdir()
+    Path("weights/w").write_text("w")
+    last.tracker.model(Path("weights"), "milan-0")
+    last.tracker.event("tags", values={"dvc:weights": "digest"})
+    last.tracker.event("metrics", step=0, values={"linear_eval/top1": 34.5})
+    last.finish("FINISHED", wait=True)
+    yield folder, mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db"), kept
+    patch.undo()
+
+
+def named(store, name: str):
+    """The one run of this name."""
+    _, client, _ = store
+    experiment = client.get_experiment_by_name("milan-test").experiment_id
+    (found,) = [run for run in client.search_runs([experiment]) if run.info.run_name == name]
+    return found
+
+
+def history(store, name: str, metric: str) -> list[tuple[int, float]]:
+    return [(point.step, point.value) for point in store[1].get_metric_history(named(store, name).info.run_id, metric)]
+
+
+def test_an_outage_keeps_everything_and_says_so(store):
+    assert store[2] == [".failed", ".jsonl"]
+    assert "MLflow cannot be reached" in (store[0] / tracking.LOG).read_text()
+
+
+def test_the_next_logger_delivers_what_was_kept_exactly_once(store):
+    assert history(store, "first", "train/loss") == [(1, 0.5), (2, 0.25)]
+    assert history(store, "first", "train/lr") == [(1, 0.1), (2, 0.2)]
+    run = named(store, "first")
+    assert run.info.status == "FINISHED"
+    assert {k: run.data.params[k] for k in ("pretrain.lr", "seeds")} == {"pretrain.lr": "0.5", "seeds": "[0, 1]"}
+    assert [file.path for file in store[1].list_artifacts(run.info.run_id, "report")] == ["report/table.md"]
+
+
+def test_nothing_is_left_behind(store):
+    assert [path.name for path in (store[0] / tracking.SPOOLS).glob("*-*")] == []
+
+
+def test_a_stage_that_died_is_a_killed_run_with_what_it_said(store):
+    assert named(store, "second").info.status == "KILLED"
+    assert history(store, "second", "train/loss") == [(7, 3.0)]
+
+
+def test_a_stage_is_a_run_under_its_pipeline_s(store):
+    run = named(store, "third")
+    parent = store[1].get_run(run.data.tags["mlflow.parentRunId"])
+    assert parent.data.tags["pipeline"] == tracking.pipeline_execution()
+    assert parent.info.run_name.startswith("pipeline test ") and parent.info.status == "FINISHED"
+    assert {named(store, name).data.tags["mlflow.parentRunId"] for name in ("first", "second", "third")} == {parent.info.run_id}
+    assert (run.info.status, run.data.tags["stage"], run.data.tags["scale"], run.data.tags["git_revision"]) == (
+        "FINISHED",
+        "third",
+        "test",
+        "abc",
+    )
+    assert run.data.tags["dvc:weights"] == "digest"
+    assert history(store, "third", "linear_eval/top1") == [(0, 34.5)]
+
+
+def test_weights_are_a_model_of_their_run(store):
+    _, client, _ = store
+    run = named(store, "third")
+    (model,) = client.search_logged_models([run.info.experiment_id])
+    assert (model.name, model.source_run_id, str(model.status)) == ("milan-0", run.info.run_id, "READY")
+    assert model.tags["dvc"].endswith(".dir")
+    assert [file.path for file in client.list_artifacts(run.info.run_id, "weights/weights")] == ["weights/weights/w"]
+
+
+# Without MLflow: who says what, once, in order.
+
+
+class FakeSender:
+    """Keeps what it is given in a list; fails on demand."""
+
+    sent: list = []
+    fail_at: str | None = None
+
+    def __init__(self, *state):
+        self.run_id, self.model_id = (*state, None)[:2]
+
+    def send(self, events: list[dict]) -> None:
+        if any(event["kind"] == FakeSender.fail_at for event in events):
+            raise ConnectionError("the store is gone")
+        FakeSender.sent += [event.get("value", event["kind"]) for event in events]
+        self.run_id = "run"
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tracking, "Sender", FakeSender)
+    FakeSender.sent, FakeSender.fail_at = [], None
+    return FakeSender
+
+
+def point(value: int) -> dict:
+    return {"kind": "metrics", "value": value}
+
+
+def test_a_half_sent_spool_goes_on_where_it_stopped(fake):
+    """Two events sent, then the store fails; a later logger, or the same again, sends the rest and nothing twice."""
+    pid = dead_process()
+    spool = write_spool([{"kind": "start"}, point(1)], pid)
+    FakeSender.fail_at = "end"
+    tracking.deliver(spool)
+    assert FakeSender.sent == ["start", 1] and spool.with_suffix(".failed").exists()
+    with open(spool, "a") as file:
+        file.write(json.dumps({**point(2), "time": 1}) + "\n" + json.dumps({"kind": "end", "status": "FINISHED", "time": 1}) + "\n")
+    FakeSender.fail_at = None
+    tracking.deliver(spool)
+    assert FakeSender.sent == ["start", 1, 2, "end"]
+    assert list(tracking.SPOOLS.iterdir()) == []
+
+
+def test_a_line_cut_by_a_kill_is_left_out(fake):
+    spool = write_spool([{"kind": "start"}, point(1)], dead_process())
+    with open(spool, "a") as file:
+        file.write('{"kind": "metrics", "val')
+    tracking.deliver(spool)
+    assert FakeSender.sent == ["start", 1, "end"] and not spool.exists()
+
+
+def test_a_line_that_is_being_written_is_waited_for(fake, monkeypatch):
+    """The logger reads while the stage is in the middle of a line."""
+    spool = write_spool([{"kind": "start"}], os.getpid())
+    whole = json.dumps({**point(1), "time": 1}) + "\n"
+    rest = [whole[:9], whole[9:], json.dumps({"kind": "end", "status": "FINISHED", "time": 1}) + "\n"]
+
+    def meanwhile(_):
+        with open(spool, "a") as file:
+            file.write(rest.pop(0))
+
+    monkeypatch.setattr(tracking.time, "sleep", meanwhile)
+    tracking.deliver(spool)
+    assert FakeSender.sent == ["start", 1, "end"]
+
+
+def test_spools_are_served_in_order_and_a_later_one_s_is_left_to_its_own_logger(fake):
+    ended = [{"kind": "end", "status": "FINISHED"}]
+    spools = [write_spool([point(place), *ended], dead_process(), place) for place in (11, 12, 13)]
+    tracking.serve(spools[1])
+    assert FakeSender.sent == [11, "end", 12, "end"]
+    assert [spool.exists() for spool in spools] == [False, False, True]
+
+
+def test_one_bad_spool_does_not_keep_the_others(fake):
+    bad, good = write_spool([{"kind": "bad"}], dead_process(), 11), write_spool([point(2), {"kind": "end"}], dead_process(), 12)
+    FakeSender.fail_at = "bad"
+    tracking.serve(good)
+    assert FakeSender.sent == [2, "end"]
+    assert bad.exists() and bad.with_suffix(".failed").exists()
+
+
+def test_a_spool_that_another_logger_has_delivered_is_no_trouble(fake):
+    spool = write_spool([point(1), {"kind": "end"}], dead_process())
+    spool.unlink()
+    tracking.serve(spool)
+    assert FakeSender.sent == []
+
+
+def test_earlier_failures_are_said(fake, capsys):
+    tracking.SPOOLS.mkdir(parents=True)
+    tracking.warn_of_undelivered()
+    assert capsys.readouterr().err == ""
+    (tracking.SPOOLS / "1-2.failed").touch()
+    tracking.warn_of_undelivered()
+    assert "out of reach for 1 earlier run(s)" in capsys.readouterr().err
+
+
+def test_only_tracking_imports_mlflow():
+    """And it does so in the logger's process alone."""
+    naming = [path.name for folder in ("milan", "stages") for path in (ROOT / folder).glob("*.py") if "import mlflow" in path.read_text()]
+    assert naming == ["tracking.py"]
+    code = "import sys, milan.stage, milan.tracking; print('mlflow' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
