@@ -6,6 +6,7 @@ run with the same fingerprint continues from it and ends in the same bytes; anot
 
 import hashlib
 import io
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -16,10 +17,11 @@ from safetensors.torch import save as safetensors_bytes
 from milan.files import SCRATCH, code_digest, fingerprint, write_whole
 
 
-def save_weights(path: Path, weights: dict[str, torch.Tensor], **metadata: str) -> None:
-    """safetensors with string metadata; equal weights give equal bytes."""
+def save_weights(path: Path, weights: dict[str, torch.Tensor], **about: str | int) -> None:
+    """safetensors, with `about` as JSON under the metadata key "milan"; equal weights give equal bytes (one key,
+    because safetensors writes several in random order)."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(weights.items())}
-    write_whole(path, safetensors_bytes(tensors, {key: str(value) for key, value in sorted(metadata.items())}))
+    write_whole(path, safetensors_bytes(tensors, {"milan": json.dumps(about, sort_keys=True)}))
 
 
 class Scratch:

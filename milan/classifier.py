@@ -36,7 +36,15 @@ class FinetuneLoss(nn.Module):
         self.vit, self.smoothing = vit, finetune.label_smoothing
         mixes = finetune.mixup > 0 or finetune.cutmix > 0
         self.mixup = (
-            Mixup(finetune.mixup, finetune.cutmix, prob=1.0, switch_prob=0.5, mode="batch", label_smoothing=self.smoothing, num_classes=classes)
+            Mixup(
+                finetune.mixup,
+                finetune.cutmix,
+                prob=1.0,
+                switch_prob=0.5,
+                mode="batch",
+                label_smoothing=self.smoothing,
+                num_classes=classes,
+            )
             if mixes
             else None
         )

@@ -137,7 +137,9 @@ def load_teacher(folder: Path) -> tuple[CLIP, Tokenizer, dict]:
     folder = Path(folder)
     config = json.loads((folder / "teacher.json").read_text())
     if config["kind"] == "none":
-        raise UserError(f"{folder} holds no teacher: pretrain.weights was set when it was made. Set it to null and run `dvc repro`.")
+        raise UserError(
+            f"{folder} holds no teacher: pretrain.weights was set when it was made. Set it to null and run `dvc repro`."
+        )
     if config["kind"] == "tiny":
         tokenizer = Tokenizer(config["tiny"]["context_length"], config["token_ids"])
         model = build_tiny(TinyClip(**config["tiny"]), config["image_size"], config["patch_size"], len(tokenizer))

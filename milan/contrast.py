@@ -51,4 +51,3 @@ def decay_groups(model: CLIP, weight_decay: float) -> list[dict]:
         {"params": plain, "weight_decay": 0.0},
         {"params": [p for _, p in named if id(p) not in kept], "weight_decay": weight_decay},
     ]
-

@@ -170,4 +170,3 @@ def share_buffers(model: torch.nn.Module) -> None:
     if dist.is_initialized():
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
-

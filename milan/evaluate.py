@@ -24,7 +24,9 @@ def batches(dataset: Dataset, batch_size: int, device: torch.device, name: str, 
 
 
 @torch.inference_mode()
-def outputs(logits_of: Callable[[Tensor], Tensor], dataset: Dataset, batch_size: int, device: torch.device, name: str, workers: int = 0):
+def outputs(
+    logits_of: Callable[[Tensor], Tensor], dataset: Dataset, batch_size: int, device: torch.device, name: str, workers: int = 0
+):
     """(n, C) float32 outputs of normalised images and (n,) labels, in order, on the CPU; every process gets all."""
     found, labels = [], []
     for batch in batches(dataset, batch_size, device, name, workers):
@@ -53,7 +55,9 @@ def accuracy(logits: Tensor, labels: Tensor, prefix: str) -> Iterator[tuple[str,
 
 
 @torch.inference_mode()
-def knn_top1(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, k: int = 20, temperature: float = 0.07) -> float:
+def knn_top1(
+    train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, k: int = 20, temperature: float = 0.07
+) -> float:
     """Weighted k-nearest-neighbour accuracy in % on L2-normalised features (Wu et al. 2018: votes exp(cos / T))."""
     train, test = (nn.functional.normalize(x.float(), dim=1) for x in (train, test))
     classes, right = int(train_labels.max()) + 1, 0

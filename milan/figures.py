@@ -188,7 +188,9 @@ def segment(project: Project, variant: str, scenes: list[tuple[Tensor, Tensor]],
     precision = distributed.resolve_precision(project.params.compute, project.device)
     for _, alike in groupby(scenes, key=lambda scene: scene[0].shape):
         for some in chunks(alike, 50):
-            images = torch.stack([transforms.resize_scene(image, None, project.params.segment.resize, 1.0)[0] for image, _ in some])
+            images = torch.stack(
+                [transforms.resize_scene(image, None, project.params.segment.resize, 1.0)[0] for image, _ in some]
+            )
             with distributed.autocast(precision, project.device):
                 logits = scene_logits(project, model, transforms.normalise(images.to(project.device)), classes)
             found += upsampled(logits, some[0][1].shape).argmax(dim=1).cpu()

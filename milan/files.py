@@ -14,6 +14,7 @@ from milan.errors import UserError
 
 SCRATCH = Path(".scratch")
 
+
 def fingerprint(*parts) -> str:
     """16 hex digits of anything JSON can say (dataclasses are spelled by repr)."""
     text = json.dumps(parts, sort_keys=True, default=repr)

@@ -95,7 +95,9 @@ class Run:
     micro_batch: int | None = None
 
 
-def fit(model: nn.Module, dataset: Dataset, optimizer: torch.optim.Optimizer, run: Run, to_inputs: Callable[[dict], tuple]) -> list[dict]:
+def fit(
+    model: nn.Module, dataset: Dataset, optimizer: torch.optim.Optimizer, run: Run, to_inputs: Callable[[dict], tuple]
+) -> list[dict]:
     """Train model, whose forward(*to_inputs(batch)) is the loss, and return the curve: a point every few steps
     {"step", "epoch", "loss", "lr"}. Continues from run.scratch when it holds a state.
 
@@ -141,7 +143,9 @@ class Loop:
         sampler = KeyedBatches(self.order, self.step, self.rank, self.world)
         workers = self.run.runtime.workers
         cuda = self.device.type == "cuda"
-        return DataLoader(self.dataset, batch_sampler=sampler, num_workers=workers, pin_memory=cuda, persistent_workers=workers > 0)
+        return DataLoader(
+            self.dataset, batch_sampler=sampler, num_workers=workers, pin_memory=cuda, persistent_workers=workers > 0
+        )
 
     def steps(self) -> None:
         self.model.train()
@@ -237,7 +241,9 @@ class Loop:
             self.run.scratch.save(self.step, self.state())
             self.saved_at = time.monotonic()
         if self.asked_to_stop:
-            print(f"{self.run.name}: stopped by a signal at step {self.step}; saved. Run `dvc repro` again to continue.", flush=True)
+            print(
+                f"{self.run.name}: stopped by a signal at step {self.step}; saved. Run `dvc repro` again to continue.", flush=True
+            )
             os._exit(distributed.PREEMPTED)
 
     def state(self) -> dict:
@@ -259,7 +265,10 @@ class Loop:
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.curve, self.checked = state["step"], state["curve"], state["checked"]
         if self.rank == 0:
-            print(f"{self.run.name}: continuing from step {self.step} of {self.order.total_steps} ({self.run.scratch.folder})", flush=True)
+            print(
+                f"{self.run.name}: continuing from step {self.step} of {self.order.total_steps} ({self.run.scratch.folder})",
+                flush=True,
+            )
 
     @contextlib.contextmanager
     def stop_on_signals(self) -> Iterator[None]:

@@ -76,7 +76,11 @@ def load(path: Path) -> State:
 
 def refusal(path: Path, error: Exception) -> UserError:
     wanted = re.search(r"GLOBAL (\S+)|Unsupported (?:global|class) (\S+)", str(error))
-    what = f"wants to load {next(filter(None, wanted.groups()))}" if wanted else "holds more than tensors and plain values, or is damaged"
+    what = (
+        f"wants to load {next(filter(None, wanted.groups()))}"
+        if wanted
+        else "holds more than tensors and plain values, or is damaged"
+    )
     return UserError(
         f"{path} is refused: as a pickle it {what}, and a pickle can run any code. Nothing in it was run. If you trust "
         "its origin, load it there and save the tensors alone: torch.save({'model': model.state_dict()}, file)."
@@ -128,7 +132,9 @@ def clip_shapes(tower: State) -> dict[str, torch.Size]:
     (width, _, _, patch), (_, rows, _) = tower["patch_embed.proj.weight"].shape, tower["pos_embed"].shape
     size = {"img_size": math.isqrt(rows - 1) * patch, "patch_size": patch, "embed_dim": width}
     with torch.device("meta"):
-        whole = VisionTransformer(**size, depth=depth(tower, "blocks."), num_heads=1, num_classes=len(tower["head.weight"]), pre_norm=True)
+        whole = VisionTransformer(
+            **size, depth=depth(tower, "blocks."), num_heads=1, num_classes=len(tower["head.weight"]), pre_norm=True
+        )
     return {name: tensor.shape for name, tensor in whole.state_dict().items()}
 
 

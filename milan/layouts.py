@@ -68,7 +68,9 @@ def renamed(state: State, beginnings, parts, source: int, path: str | Path) -> S
     names = {name: translate(name, beginnings, parts, source) for name in state}
     unknown = [name for name, translated in names.items() if translated is None]
     if unknown:
-        raise UserError(f"{path}: unexpected keys, which have no counterpart: {', '.join(unknown)}. Save the model's own weights alone.")
+        raise UserError(
+            f"{path}: unexpected keys, which have no counterpart: {', '.join(unknown)}. Save the model's own weights alone."
+        )
     return {translated: state[name] for name, translated in names.items()}
 
 
@@ -101,7 +103,11 @@ def clip_to_timm(state: State, path: str | Path) -> State:
 def clip_from_timm(state: State, path: str | Path) -> State:
     """The inverse of clip_to_timm."""
     need(state, ("cls_token", "pos_embed", "head.weight"), path)
-    tables = {"cls_token": state["cls_token"][0, 0], "pos_embed": state["pos_embed"][0], "head.weight": state["head.weight"].T.contiguous()}
+    tables = {
+        "cls_token": state["cls_token"][0, 0],
+        "pos_embed": state["pos_embed"][0],
+        "head.weight": state["head.weight"].T.contiguous(),
+    }
     tower = {name: t for name, t in {**state, **tables}.items() if name != "head.bias"}
     return renamed(tower, CLIP_NAMES, CLIP_PARTS, 1, path)
 

@@ -279,7 +279,9 @@ class Params:
             raise ValueError(f"segment.crop_size {self.segment.crop_size} is no multiple of the patch size")
         blocks = self.segment.out_blocks
         if len(blocks) != 4 or sorted(set(blocks)) != blocks or not 0 <= blocks[0] <= blocks[3] < self.model.encoder.depth:
-            raise ValueError(f"segment.out_blocks {blocks} must be four increasing blocks of the encoder's {self.model.encoder.depth}, from 0")
+            raise ValueError(
+                f"segment.out_blocks {blocks} must be four increasing blocks of the encoder's {self.model.encoder.depth}, from 0"
+            )
         for name in ("pretrain", "linear_eval", "finetune", "segment"):
             self.check_shares(name, getattr(self, name))
         if self.teacher.tiny and self.teacher.batch_size % self.world:
@@ -377,7 +379,12 @@ def build_plain(kind, value, where: str):
 
 
 def check(value, rules, where: str) -> None:
-    tests = {"above": (operator.gt, "above"), "least": (operator.ge, "at least"), "most": (operator.le, "at most"), "below": (operator.lt, "below")}
+    tests = {
+        "above": (operator.gt, "above"),
+        "least": (operator.ge, "at least"),
+        "most": (operator.le, "at most"),
+        "below": (operator.lt, "below"),
+    }
     for rule, bound in rules.items():
         if rule == "options" and value not in bound:
             raise UserError(f"{where}: {value!r} is not one of {', '.join(map(str, bound))}{nearest(str(value), bound)}.")

@@ -111,7 +111,9 @@ def draw_published(axes: Iterable[Axes], published: pd.DataFrame) -> None:
         for place, (value, look) in enumerate(zip(rows[column], looks, strict=True)):
             if pd.notna(value):
                 axis.barh(place, value, height=0.7, edgecolor="white", **look)
-                axis.annotate(f"{value:.1f}", (value, place), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8.5)
+                axis.annotate(
+                    f"{value:.1f}", (value, place), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8.5
+                )
             else:
                 axis.annotate("–", (low, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8.5)
         axis.set_xlim(low, rows[column].max() + 0.25 * (rows[column].max() - low))
@@ -141,7 +143,13 @@ def curves(folder: Path, p: Params) -> Figure:
 def draw_curves(axis: Axes, lines: dict[str, list[pd.DataFrame]], variants: list[str]) -> None:
     for variant, seeds in lines.items():
         for curve in seeds:
-            axis.plot(curve["epoch"], curve["loss"], color=BLACK if variant == "teacher" else colour(variant, variants), lw=1.4, alpha=0.9)
+            axis.plot(
+                curve["epoch"],
+                curve["loss"],
+                color=BLACK if variant == "teacher" else colour(variant, variants),
+                lw=1.4,
+                alpha=0.9,
+            )
     axis.set_xlabel("epoch")
     axis.set_ylabel("loss")
 

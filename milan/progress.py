@@ -16,7 +16,10 @@ class Progress:
         self.name, self.total, self.n, self.start = name, total, start, start
         self.shown, self.live = shown, sys.stderr.isatty()
         self.began = self.last = time.monotonic()
-        self.bar = tqdm(total=total, initial=start, desc=name, file=sys.stderr, dynamic_ncols=True) if shown and self.live else None
+        self.printed = start
+        self.bar = (
+            tqdm(total=total, initial=start, desc=name, file=sys.stderr, dynamic_ncols=True) if shown and self.live else None
+        )
 
     def update(self, n: int = 1, **values: float) -> None:
         self.n += n
@@ -30,7 +33,7 @@ class Progress:
         self.update(n - self.n)
 
     def line(self, **values: float) -> None:
-        self.last = time.monotonic()
+        self.last, self.printed = time.monotonic(), self.n
         elapsed = self.last - self.began
         rate = (self.n - self.start) / elapsed if elapsed else 0.0
         left = tqdm.format_interval((self.total - self.n) / rate) if rate else "?"
@@ -40,7 +43,7 @@ class Progress:
     def close(self) -> None:
         if self.bar:
             self.bar.close()
-        elif self.shown and time.monotonic() - self.began > self.EVERY_SECONDS:
+        elif self.shown and time.monotonic() - self.began > self.EVERY_SECONDS and self.printed != self.n:
             self.line()
 
 

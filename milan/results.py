@@ -64,7 +64,9 @@ def read_metrics(path: Path) -> dict:
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: an earlier stage writes it. Run `dvc repro`, which runs the stages in order.") from None
+        raise UserError(
+            f"{path} is missing: an earlier stage writes it. Run `dvc repro`, which runs the stages in order."
+        ) from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is no valid JSON ({error}). Delete it and run `dvc repro` again.") from None
 

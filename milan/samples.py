@@ -16,7 +16,14 @@ class PretrainSamples(Dataset):
     item (epoch, index) -> {"image": uint8 (3, S, S), "noise": (N,) Gumbel[, "features", "importance"]}"""
 
     def __init__(self, records: Records, seed: int, image_size: int, n_patches: int, crop_scale: list[float], bank: Bank | None):
-        self.records, self.seed, self.size, self.n_patches, self.scale, self.bank = records, seed, image_size, n_patches, crop_scale, bank
+        self.records, self.seed, self.size, self.n_patches, self.scale, self.bank = (
+            records,
+            seed,
+            image_size,
+            n_patches,
+            crop_scale,
+            bank,
+        )
 
     def __len__(self) -> int:
         return len(self.records)

@@ -45,7 +45,9 @@ def caption_pairs(root: Path) -> list[dict]:
     if not table.exists():
         return []
     with open(table, newline="") as file:
-        return [{"path": table.parent / row["file"], "name": row["file"], "caption": row["caption"]} for row in csv.DictReader(file)]
+        return [
+            {"path": table.parent / row["file"], "name": row["file"], "caption": row["caption"]} for row in csv.DictReader(file)
+        ]
 
 
 def with_object_masks(root: Path, items: list[dict]) -> list[dict]:
@@ -88,7 +90,9 @@ def scene_folder(root: Path, split: str) -> list[dict]:
 
 def existing(folder: Path, hint: str) -> Path:
     if not folder.is_dir():
-        raise UserError(f"{folder} is missing: {hint}. Set data.imagenet or data.ade20k in params.yaml, or null for the built-in world.")
+        raise UserError(
+            f"{folder} is missing: {hint}. Set data.imagenet or data.ade20k in params.yaml, or null for the built-in world."
+        )
     return folder
 
 
@@ -105,7 +109,9 @@ def rows(items: list[dict], name: str, processes: int, short_side: int | None = 
                 yield row
     if broken:
         more = f" and {len(broken) - LISTED} more" if len(broken) > LISTED else ""
-        raise UserError(f"{len(broken)} of {len(items)} files cannot be used: {'; '.join(broken[:LISTED])}{more}. Mend or remove them and run again.")
+        raise UserError(
+            f"{len(broken)} of {len(items)} files cannot be used: {'; '.join(broken[:LISTED])}{more}. Mend or remove them and run again."
+        )
 
 
 def read_job(job: tuple[dict, int | None, int | None]) -> tuple[dict | None, str | None]:
@@ -154,4 +160,3 @@ def checked_mask(path: Path, image: bytes, classes: int) -> bytes:
     if strange:
         raise ValueError(f"annotation value {min(strange)} with {classes} classes")
     return data
-

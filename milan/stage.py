@@ -29,7 +29,9 @@ class Stage:
         self.metrics: dict[str, float] = {}
         variant, recipes = getattr(args, "variant", None), params.pretrain.recipes
         if variant is not None and variant not in recipes:
-            raise UserError(f"--variant {variant!r} has no recipe{nearest(variant, recipes)}. pretrain.recipes has {', '.join(recipes)}.")
+            raise UserError(
+                f"--variant {variant!r} has no recipe{nearest(variant, recipes)}. pretrain.recipes has {', '.join(recipes)}."
+            )
 
     @property
     def title(self) -> str:
@@ -149,7 +151,9 @@ def git_revision() -> str:
     """Revision of the working tree, with "+changes" when it has any; "none" outside git."""
     try:
         revision = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run(["git", "status", "--porcelain", "-uno", "milan", "stages", "conf"], capture_output=True, text=True).stdout
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "-uno", "milan", "stages", "conf"], capture_output=True, text=True
+        ).stdout
     except (OSError, subprocess.CalledProcessError):
         return "none"
     return revision + ("+changes" if changed.strip() else "")

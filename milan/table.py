@@ -62,7 +62,9 @@ def expected_order_said(r: Results) -> list[str]:
     for column in ("linear", "finetune", "miou"):
         value = as_shown(r, column)
         turned = [(a, b) for a, b in pairwise(chain) if value[b] < value[a]]
-        said = [f"{in_words(b)} ({value[b]:.1f}) is below {in_words(a)} ({value[a]:.1f}){overlap(r, column, a, b)}" for a, b in turned]
+        said = [
+            f"{in_words(b)} ({value[b]:.1f}) is below {in_words(a)} ({value[a]:.1f}){overlap(r, column, a, b)}" for a, b in turned
+        ]
         words.append(f"{r.data.titles[column]}: " + (f"not that order, {'; '.join(said)}." if turned else "this order."))
     return words
 
@@ -78,7 +80,9 @@ def overlap(r: Results, column: str, first: str, second: str) -> str:
 def notes(r: Results) -> list[str]:
     """What a reader has to know to read our numbers."""
     seeds, n = len(r.params.seeds), r.data.images
-    spread = f"Means over {seeds} seeds, the range in brackets" if seeds > 1 else "One seed, so the spread over seeds is not known"
+    spread = (
+        f"Means over {seeds} seeds, the range in brackets" if seeds > 1 else "One seed, so the spread over seeds is not known"
+    )
     words = [f"{spread}; the sampling error of a top-1 over {n:,} images is up to {50 / n**0.5:.1f} points (one standard error)."]
     if "teacher/linear_top1" in r.teacher:
         scores = [f"{name} {r.teacher[f'teacher/{entry}']:.1f}" for name, entry in TEACHER.items()]
@@ -160,7 +164,10 @@ def markdown(r: Results) -> str:
     """reports/table.md, its links relative to that file."""
     parts = [f"# Results at scale {r.params.scale}", f"## {heading(r)}", measured(r), markdown_table(our_rows(r, markdown_link))]
     parts += ["\n".join(f"- {sentence}" for sentence in [*order_said(r), *notes(r)])]
-    parts += ["![Bars of linear evaluation, fine-tuning and segmentation by variant](plots/bars.png)", "![Loss curves](plots/curves.png)"]
+    parts += [
+        "![Bars of linear evaluation, fine-tuning and segmentation by variant](plots/bars.png)",
+        "![Loss curves](plots/curves.png)",
+    ]
     for kind, title in KINDS.items():
         parts += [f"## {title}: {ELSEWHERE}, 224 px", markdown_table(published_rows(r.published, kind, markdown_source))]
     return "\n\n".join(parts) + "\n"
@@ -183,7 +190,9 @@ def frame(r: Results) -> pd.DataFrame:
     """All rows as numbers: ours first; `kind` and `data` say which is which."""
     titles = {"Algorithm": "method", "Backbone": "backbone", "Epochs": "epochs", "Batch size": "batch_size"}
     paths = {"Recipe": "recipe", "Weights of seed": "weights", "Curve of seed": "curve"}
-    rows = pd.DataFrame(our_rows(r, lambda text, path: path)).rename(columns={**titles, **paths})[[*titles.values(), *paths.values()]]
+    rows = pd.DataFrame(our_rows(r, lambda text, path: path)).rename(columns={**titles, **paths})[
+        [*titles.values(), *paths.values()]
+    ]
     ours = pd.concat([rows.replace(DASH, ""), r.ours.reset_index()], axis=1)
     ours = ours.assign(kind="ours", data=r.data.name, seeds=len(r.params.seeds))
     theirs = r.published.assign(data=ELSEWHERE)
@@ -203,12 +212,16 @@ def latex(r: Results) -> str:
     without = ("Recipe", "Weights of seed", "Curve of seed", "Source")
     tables = [(f"{heading(r)}. {measured(r)}", our_rows(r, lambda text, path: text))]
     tables += [(f"{title}: {ELSEWHERE}, 224 px", published_rows(r.published, kind, str)) for kind, title in KINDS.items()]
-    return "\n".join(latex_table(title, [{k: v for k, v in row.items() if k not in without} for row in rows]) for title, rows in tables)
+    return "\n".join(
+        latex_table(title, [{k: v for k, v in row.items() if k not in without} for row in rows]) for title, rows in tables
+    )
 
 
 def latex_table(caption: str, rows: list[dict[str, str]]) -> str:
     titles = list(rows[0])
-    columns = "".join("r" if title in (*TITLES.values(), "Epochs", "Batch size") or title.endswith("mIoU") else "l" for title in titles)
+    columns = "".join(
+        "r" if title in (*TITLES.values(), "Epochs", "Batch size") or title.endswith("mIoU") else "l" for title in titles
+    )
     lines = [r"\begin{table}", r"\centering", rf"\caption{{{escaped(caption)}}}", rf"\begin{{tabular}}{{{columns}}}", r"\toprule"]
     body = [" & ".join(map(escaped, cells)) + r" \\" for cells in (titles, *(row.values() for row in rows))]
     return "\n".join([*lines, body[0], r"\midrule", *body[1:], r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])

@@ -83,7 +83,10 @@ def warn_of_undelivered() -> None:
     """Say when loggers ended without delivering: MLflow was out of reach."""
     left = [spool for spool in SPOOLS.glob("*.failed")]
     if left:
-        print(f"MLflow was out of reach for {len(left)} earlier run(s); their events are kept and sent again. See {LOG}.", file=sys.stderr)
+        print(
+            f"MLflow was out of reach for {len(left)} earlier run(s); their events are kept and sent again. See {LOG}.",
+            file=sys.stderr,
+        )
 
 
 def pipeline_execution() -> str:
@@ -113,7 +116,10 @@ def deliver(spool: Path) -> None:
         mark.unlink(missing_ok=True)
     except Exception as error:  # whatever ails the store must not lose events
         mark.touch()
-        print(f"{spool.name}: MLflow cannot be reached ({type(error).__name__}: {str(error)[:500]}); kept for the next logger.", flush=True)
+        print(
+            f"{spool.name}: MLflow cannot be reached ({type(error).__name__}: {str(error)[:500]}); kept for the next logger.",
+            flush=True,
+        )
 
 
 def owner_alive(spool: Path) -> bool:
@@ -201,7 +207,9 @@ class Sender:
         if found:
             return found.experiment_id
         local = "MLFLOW_TRACKING_URI" not in os.environ
-        return self.client.create_experiment(name, artifact_location=Path("mlartifacts", name).resolve().as_uri() if local else None)
+        return self.client.create_experiment(
+            name, artifact_location=Path("mlartifacts", name).resolve().as_uri() if local else None
+        )
 
     def parent(self, experiment: str, pipeline: str, tags: dict) -> str:
         """The run of this pipeline execution, made by its first stage."""

@@ -57,7 +57,9 @@ def renormalise(images: Tensor, source: str, target: str) -> Tensor:
     """Normalised one way -> normalised another way, without going back to bytes."""
     if source == target:
         return images
-    (m0, s0), (m1, s1) = ([torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in NORMALISATIONS[n]] for n in (source, target))
+    (m0, s0), (m1, s1) = (
+        [torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in NORMALISATIONS[n]] for n in (source, target)
+    )
     return (images * s0 + m0 - m1) / s1
 
 
@@ -95,7 +97,9 @@ def draw_simple_crop(height: int, width: int, scale: list[float], generator: tor
     area, log_ratio, top, left, flip = torch.rand(5, generator=generator).tolist()
     target = height * width * (scale[0] + (scale[1] - scale[0]) * area)
     ratio = math.exp(math.log(3 / 4) + (math.log(4 / 3) - math.log(3 / 4)) * log_ratio)
-    w, h = (max(1, min(round(side), room)) for side, room in ((math.sqrt(target * ratio), width), (math.sqrt(target / ratio), height)))
+    w, h = (
+        max(1, min(round(side), room)) for side, room in ((math.sqrt(target * ratio), width), (math.sqrt(target / ratio), height))
+    )
     return int(top * (height - h + 1)), int(left * (width - w + 1)), h, w, flip < 0.5
 
 
@@ -129,7 +133,9 @@ def random_erasing(images: Tensor, probability: float) -> Tensor:
     return RandomErasing(probability, mode="pixel", max_count=1, num_splits=0, device=images.device)(images)
 
 
-def scene_crop(image: Tensor, labels: Tensor, *, crop_size: int, resize: list[int], ratio: list[float], max_share: float, photometric: bool):
+def scene_crop(
+    image: Tensor, labels: Tensor, *, crop_size: int, resize: list[int], ratio: list[float], max_share: float, photometric: bool
+):
     """Training view of a scene: random scale, random crop, flip, colour (mmsegmentation's ADE20K pipeline).
 
     image uint8 (3, H, W); labels uint8 (H, W), 255 ignored. The crop is drawn up to 10 times until no

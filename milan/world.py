@@ -33,8 +33,14 @@ WNIDS = tuple(f"n{90000000 + k:08d}" for k in range(len(CLASSES)))  # sorted ord
 TEXTURES = ("mossy", "cloudy", "wooden", "quilted", "tiled", "sandy")
 SCENE_CLASSES = TEXTURES + SHAPES  # annotation value = position + 1; 0 is unlabelled, as in ADE20K
 COLOURS = {
-    "red": (0.90, 0.10, 0.10), "gold": (0.95, 0.75, 0.10), "green": (0.15, 0.75, 0.20), "cyan": (0.10, 0.85, 0.85),
-    "blue": (0.15, 0.30, 0.95), "purple": (0.60, 0.15, 0.75), "pink": (1.00, 0.50, 0.70), "white": (0.95, 0.95, 0.95),
+    "red": (0.90, 0.10, 0.10),
+    "gold": (0.95, 0.75, 0.10),
+    "green": (0.15, 0.75, 0.20),
+    "cyan": (0.10, 0.85, 0.85),
+    "blue": (0.15, 0.30, 0.95),
+    "purple": (0.60, 0.15, 0.75),
+    "pink": (1.00, 0.50, 0.70),
+    "white": (0.95, 0.95, 0.95),
 }
 RADII = {"small": (0.42, 0.51), "large": (0.55, 0.64)}
 
@@ -71,8 +77,10 @@ def object_scene(seed: int, purpose: str, index: int, size: int) -> Scene:
     rng = _generator(seed, purpose, index)
     label = index % len(CLASSES)
     fill, shape = CLASSES[label].split()
-    words = {name: str(rng.choice(list(names))) for name, names in
-             {"size": RADII, "colour": COLOURS, "texture": TEXTURES, "template": TEMPLATES}.items()}
+    words = {
+        name: str(rng.choice(list(names)))
+        for name, names in {"size": RADII, "colour": COLOURS, "texture": TEXTURES, "template": TEMPLATES}.items()
+    }
     canvas = _background(rng, words["texture"], size)
     _scatter_bars(rng, canvas)
     coverage = _coverage(rng, shape, rng.uniform(*RADII[words["size"]]), size)
@@ -101,8 +109,17 @@ def stuff_scene(seed: int, purpose: str, index: int, size: int) -> tuple[np.ndar
     return _photograph(rng, canvas), annotation
 
 
-def write_imagenet(folder: str | Path, seed: int, size: int, train: int, val: int, pairs: int,
-                   progress: Callable[[int], None] | None = None, processes: int = 1, objects: int = 256) -> None:
+def write_imagenet(
+    folder: str | Path,
+    seed: int,
+    size: int,
+    train: int,
+    val: int,
+    pairs: int,
+    progress: Callable[[int], None] | None = None,
+    processes: int = 1,
+    objects: int = 256,
+) -> None:
     """Write object scenes in the ILSVRC layout: `train` + `val` images, and `pairs` others with captions for a teacher.
 
     train/<wnid>/<wnid>_<index>.JPEG, val/<wnid>/ILSVRC2012_val_<number>.JPEG (numbers from 1), val_objects/<same>.png
@@ -118,8 +135,15 @@ def write_imagenet(folder: str | Path, seed: int, size: int, train: int, val: in
             csv.writer(file, lineterminator="\n").writerows([("file", "caption"), *rows])
 
 
-def write_ade20k(folder: str | Path, seed: int, size: int, train: int, val: int,
-                 progress: Callable[[int], None] | None = None, processes: int = 1) -> None:
+def write_ade20k(
+    folder: str | Path,
+    seed: int,
+    size: int,
+    train: int,
+    val: int,
+    progress: Callable[[int], None] | None = None,
+    processes: int = 1,
+) -> None:
     """Write stuff scenes in the ADEChallengeData2016 layout, with objectInfo.txt (Idx, Name); whole or not at all."""
     names = [f"{kind}/{split}" for kind in ("images", "annotations") for split in ("training", "validation")]
     with _whole_folder(folder, names) as root:
@@ -264,11 +288,15 @@ def _write_stuff_scenes(root: Path, seed: int, size: int, job: tuple[str, range]
     return []
 
 
-def _run(write: Callable[[tuple], list[tuple]], counts: dict[str, int],
-         progress: Callable[[int], None] | None, processes: int) -> list[tuple]:
+def _run(
+    write: Callable[[tuple], list[tuple]], counts: dict[str, int], progress: Callable[[int], None] | None, processes: int
+) -> list[tuple]:
     """Write all splits chunk by chunk, in this process or in several; returns the rows in the order of the scenes."""
-    jobs = [(purpose, range(start, min(start + CHUNK, count)))
-            for purpose, count in counts.items() for start in range(0, count, CHUNK)]
+    jobs = [
+        (purpose, range(start, min(start + CHUNK, count)))
+        for purpose, count in counts.items()
+        for start in range(0, count, CHUNK)
+    ]
     pool = ProcessPoolExecutor(processes) if processes != 1 else None
     rows, done = [], 0
     try:

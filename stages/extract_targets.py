@@ -2,7 +2,8 @@
 validation images (the probe set).
 
 The published recipe is views: 0, a new crop every epoch with the teacher running inside pretraining; a bank trades
-disk for the teacher's share of every step, and is shared by all variants and seeds (features and importance as in the release's clip_demo.py).
+disk for the teacher's share of every step, and is shared by all variants and seeds. Features and importance are
+those of the release's clip_demo.py.
 Costs: demo about 20 s; ImageNet 260 GB a view, teacher speed.
 """
 
@@ -59,7 +60,9 @@ def write_bank(p: Params, train: Records, tower: ClipTower, folder: Path, device
     """This process's shards, those already there passed over."""
     x = p.extract_targets
     starts = list(enumerate(range(0, len(train), x.shard_images)))[distributed.rank() :: distributed.world_size()]
-    progress = Progress("target bank (images)", sum(min(x.shard_images, len(train) - s) for _, s in starts), shown=distributed.rank() == 0)
+    progress = Progress(
+        "target bank (images)", sum(min(x.shard_images, len(train) - s) for _, s in starts), shown=distributed.rank() == 0
+    )
     for number, start in starts:
         span = range(start, min(start + x.shard_images, len(train)))
         if not targets.has_shard(folder, number):
@@ -77,7 +80,9 @@ def shard_arrays(p: Params, views: BankViews, tower: ClipTower, device: torch.de
         parts["features"].append(features.half().cpu().numpy())
         parts["importance"].append(importance.cpu().numpy())
         parts["boxes"].append(batch["box"].numpy())
-    return {name: np.concatenate(arrays).reshape(len(views.span), views.views, *arrays[0].shape[1:]) for name, arrays in parts.items()}
+    return {
+        name: np.concatenate(arrays).reshape(len(views.span), views.views, *arrays[0].shape[1:]) for name, arrays in parts.items()
+    }
 
 
 @torch.inference_mode()
@@ -94,7 +99,12 @@ def write_probe_set(p: Params, val: Records, tower: ClipTower, path: Path, devic
     samples = CentreSamples(val, p.linear_eval.resize, p.model.image_size)
     images = torch.stack([samples[i]["image"] for i in chosen])
     features, importance = look(p, tower, images.to(device))
-    found = {"images": images, "features": features.half().cpu().contiguous(), "importance": importance.cpu().contiguous(), "index": torch.tensor(chosen)}
+    found = {
+        "images": images,
+        "features": features.half().cpu().contiguous(),
+        "importance": importance.cpu().contiguous(),
+        "index": torch.tensor(chosen),
+    }
     save_file(found, path)
     return {
         "extract_targets/probe_images": len(chosen),
@@ -120,7 +130,10 @@ def importance_on_objects(p: Params, val: Records, tower: ClipTower, device: tor
     cover = torch.nn.functional.adaptive_avg_pool2d((masks.unsqueeze(1) > 127).float(), p.model.grid).flatten(1)
     importance = look(p, tower, images.to(device))[1].cpu()
     mass = ((importance / importance.sum(dim=1, keepdim=True)) * cover).sum(dim=1)
-    return {"extract_targets/importance_on_object": 100 * mass.mean().item(), "extract_targets/object_area": 100 * cover.mean().item()}
+    return {
+        "extract_targets/importance_on_object": 100 * mass.mean().item(),
+        "extract_targets/object_area": 100 * cover.mean().item(),
+    }
 
 
 if __name__ == "__main__":

@@ -76,7 +76,9 @@ def execute(path: Path, kernel: AsyncKernelManager) -> None:
         said = f"{path}, cell {failed_cell(notebook)}: {error.ename}: {last_line(error.evalue)}"
         raise UserError(f"{said} (Open the notebook in Jupyter for the whole of it.)") from None
     except DeadKernelError:
-        raise UserError(f"{path}: its Python process died, most likely for lack of memory. Free some and run `dvc repro` again.") from None
+        raise UserError(
+            f"{path}: its Python process died, most likely for lack of memory. Free some and run `dvc repro` again."
+        ) from None
     finally:
         if client.kc:
             client.kc.stop_channels()

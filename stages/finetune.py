@@ -24,7 +24,9 @@ from milan.stage import Stage, run
 
 def main(stage: Stage) -> None:
     p, a = stage.params, stage.args
-    recipe = stage.fingerprint(p.finetune, p.model, p.compute, inputs=[a.records / "manifest.json", a.weights / "encoder.safetensors"])
+    recipe = stage.fingerprint(
+        p.finetune, p.model, p.compute, inputs=[a.records / "manifest.json", a.weights / "encoder.safetensors"]
+    )
     scratch = Scratch(f"finetune-{a.variant}-{a.seed}", recipe)
     result = distributed.launch(train, p.compute, p, a, scratch, stage, recipe)
     stage.write_curve(result["curve"])
@@ -41,7 +43,9 @@ def train(p: Params, a: Namespace, scratch: Scratch, stage: Stage, recipe: str) 
     vit = build_classifier(p.model, x, classes, load_file(a.weights / "encoder.safetensors")).to(device)
     optimizer = optim.adamw(layer_groups(vit, x), x.betas)
     settings = Run(stage.title, x, p.compute, p.runtime, a.seed, scratch, stage.tracker.point)
-    curve = fit(FinetuneLoss(vit, x, classes), samples(p, records, a.seed), optimizer, settings, partial(inputs, x.random_erasing))
+    curve = fit(
+        FinetuneLoss(vit, x, classes), samples(p, records, a.seed), optimizer, settings, partial(inputs, x.random_erasing)
+    )
     if distributed.rank() == 0:
         save_weights(a.out / "classifier.safetensors", vit.state_dict(), fingerprint=recipe, classes=classes)
     return {"curve": curve, "metrics": assess(p, vit, Records(a.records, "val"), device)}

@@ -25,7 +25,9 @@ from milan.stage import Stage, run
 
 def main(stage: Stage) -> None:
     p, a = stage.params, stage.args
-    recipe = stage.fingerprint(p.linear_eval, p.model, p.compute, inputs=[a.records / "manifest.json", a.weights / "encoder.safetensors"])
+    recipe = stage.fingerprint(
+        p.linear_eval, p.model, p.compute, inputs=[a.records / "manifest.json", a.weights / "encoder.safetensors"]
+    )
     scratch = Scratch(f"linear_eval-{a.variant}-{a.seed}", recipe)
     result = distributed.launch(train, p.compute, p, a, scratch, stage, recipe)
     stage.write_curve(result["curve"])
@@ -67,7 +69,9 @@ def training_data(p: Params, seed: int, records: Records, encode: Callable, devi
     crops = LabelledSamples(records, seed, p.model.image_size, x.crop_scale, transforms.draw_simple_crop)
     if x.views == 0:
         return crops, lambda batch: (encode(transforms.normalise(batch["image"])), batch["label"])
-    views = [evaluate.outputs(encode, OneView(crops, v), x.micro_batch, device, "features", p.runtime.workers) for v in range(x.views)]
+    views = [
+        evaluate.outputs(encode, OneView(crops, v), x.micro_batch, device, "features", p.runtime.workers) for v in range(x.views)
+    ]
     return FeatureViews([features for features, _ in views], views[0][1]), lambda batch: (batch["features"], batch["label"])
 
 
@@ -82,7 +86,9 @@ def assess(p: Params, train: Records, val: Records, encode: Callable, head: Line
     """Top-1 and top-5 of the linear layer, and of nearest neighbours on the same features."""
     x = p.linear_eval
     features = [
-        evaluate.outputs(encode, CentreSamples(records, x.resize, p.model.image_size), x.micro_batch, device, "features", p.runtime.workers)
+        evaluate.outputs(
+            encode, CentreSamples(records, x.resize, p.model.image_size), x.micro_batch, device, "features", p.runtime.workers
+        )
         for records in (train, val)
     ]
     logits = torch.cat([head(part.to(device)).cpu() for part in features[1][0].split(x.micro_batch)])

@@ -61,7 +61,9 @@ def train(p: Params, a: Namespace, scratch: Scratch, stage: Stage, about: dict) 
     rng.seed_globals(a.seed, "pretrain init")
     width = tower.feature_dim if tower else bank.feature_dim if bank else None
     model = MaskedPretraining(p.model, row, p.pretrain.mask_ratio, width).to(device)
-    samples = PretrainSamples(Records(a.records, "train"), a.seed, p.model.image_size, p.model.n_patches, p.pretrain.crop_scale, bank)
+    samples = PretrainSamples(
+        Records(a.records, "train"), a.seed, p.model.image_size, p.model.n_patches, p.pretrain.crop_scale, bank
+    )
     optimizer = optim.adamw(optim.decay_groups(model, p.pretrain.weight_decay), p.pretrain.betas)
     settings = Run(stage.title, p.pretrain, p.compute, p.runtime, a.seed, scratch, stage.tracker.point)
 
@@ -94,6 +96,17 @@ def teach(p: Params, tower: ClipTower, images: torch.Tensor) -> tuple[torch.Tens
         return tower(transforms.normalise(images, p.extract_targets.normalisation))
 
 
-
 if __name__ == "__main__":
-    run("pretrain", main, __doc__, variant=str, seed=int, records=Path, teacher=Path, bank=Path, out=Path, metrics=Path, curve=Path)
+    run(
+        "pretrain",
+        main,
+        __doc__,
+        variant=str,
+        seed=int,
+        records=Path,
+        teacher=Path,
+        bank=Path,
+        out=Path,
+        metrics=Path,
+        curve=Path,
+    )

@@ -32,7 +32,9 @@ class SegmentLoss(nn.Module):
 
 def main(stage: Stage) -> None:
     p, a = stage.params, stage.args
-    recipe = stage.fingerprint(p.segment, p.model, p.compute, inputs=[a.scenes / "manifest.json", a.weights / "encoder.safetensors"])
+    recipe = stage.fingerprint(
+        p.segment, p.model, p.compute, inputs=[a.scenes / "manifest.json", a.weights / "encoder.safetensors"]
+    )
     scratch = Scratch(f"segment-{a.variant}-{a.seed}", recipe)
     result = distributed.launch(train, p.compute, p, a, scratch, stage, recipe)
     stage.write_curve(result["curve"])
@@ -46,7 +48,13 @@ def train(p: Params, a: Namespace, scratch: Scratch, stage: Stage, recipe: str) 
     records = Records(a.scenes, "train")
     rng.seed_globals(a.seed, "segment init")
     model = build(p, len(records.manifest["classes"]), load_file(a.weights / "encoder.safetensors"), device)
-    crop = {"crop_size": x.crop_size, "resize": x.resize, "ratio": x.resize_ratio, "max_share": x.max_class_share, "photometric": x.photometric}
+    crop = {
+        "crop_size": x.crop_size,
+        "resize": x.resize,
+        "ratio": x.resize_ratio,
+        "max_share": x.max_class_share,
+        "photometric": x.photometric,
+    }
     data = samples.SceneSamples(records, a.seed, len(records.manifest["classes"]), **crop)
     ids = segmenter.encoder_layer_ids(model)
     groups = optim.layer_decay_groups(model, x.weight_decay, x.layer_decay, ids.__getitem__, p.model.encoder.depth)
@@ -62,7 +70,17 @@ def build(p: Params, classes: int, encoder: dict[str, Tensor], device: torch.dev
     x, e = p.segment, p.model.encoder
     norm = "sync" if device.type == "cuda" else "batch"
     model = segmenter.Segmenter(
-        x.crop_size, p.model.patch_size, e.embed_dim, e.depth, e.num_heads, classes, x.channels, x.aux_channels, x.out_blocks, x.drop_path, norm=norm
+        x.crop_size,
+        p.model.patch_size,
+        e.embed_dim,
+        e.depth,
+        e.num_heads,
+        classes,
+        x.channels,
+        x.aux_channels,
+        x.out_blocks,
+        x.drop_path,
+        norm=norm,
     )
     try:
         segmenter.load_encoder(model, encoder)
@@ -89,7 +107,9 @@ def assess(p: Params, model: segmenter.Segmenter, val: Records, device: torch.de
 def scene_logits(p: Params, model: segmenter.Segmenter, image: Tensor, classes: int) -> Tensor:
     """uint8 (3, H, W) -> logits (1, C, h, w) at the recipe's test scale."""
     resized, _ = transforms.resize_scene(image, None, p.segment.resize, 1.0)
-    return segmenter.slide_logits(model, transforms.normalise(resized.unsqueeze(0)), p.segment.crop_size, p.segment.stride, classes)
+    return segmenter.slide_logits(
+        model, transforms.normalise(resized.unsqueeze(0)), p.segment.crop_size, p.segment.stride, classes
+    )
 
 
 if __name__ == "__main__":

@@ -101,7 +101,8 @@ def test_layer_decay_by_hand():
     of = {name: group for group in groups for name in group["names"]}
     assert set(of) == {name for name, _ in vit.named_parameters()}
     expected = {
-        "cls_token": (0.32768, 0), "pos_embed": (0.32768, 0), "patch_embed.proj.weight": (0.32768, 0.05), "patch_embed.proj.bias": (0.32768, 0),
+        "cls_token": (0.32768, 0), "pos_embed": (0.32768, 0),
+        "patch_embed.proj.weight": (0.32768, 0.05), "patch_embed.proj.bias": (0.32768, 0),
         "blocks.0.attn.qkv.weight": (0.4096, 0.05), "blocks.0.norm1.weight": (0.4096, 0), "blocks.1.mlp.fc2.bias": (0.512, 0),
         "blocks.2.mlp.fc2.weight": (0.64, 0.05), "blocks.3.attn.proj.weight": (0.8, 0.05),
         "norm.weight": (1, 0), "head.weight": (1, 0.05), "head.bias": (1, 0),

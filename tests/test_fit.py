@@ -275,10 +275,9 @@ def test_a_batch_that_processes_cannot_share_is_said(workplace):
 # Interruptions.
 
 
-@pytest.mark.parametrize("harm", [fail, kill], ids=["an exception", "kill -9"])
-@pytest.mark.parametrize("epoch, count", [(0, 9), (1, 24), (3, 17)])
+@pytest.mark.parametrize("harm, epoch, count", [(fail, 2, 3), (kill, 0, 9), (kill, 1, 24), (kill, 3, 17)])
 def test_an_interrupted_run_ends_in_the_same_bytes(workplace, undisturbed, capfd, harm, epoch, count):
-    """`count` samples into the epoch: the first sample of a step, the last of one, the first again."""
+    """`count` samples into the epoch: in the middle of a step, its first sample, its last."""
     status = forked(train, Points(at(epoch, count, harm)), settings(), workplace / "out")
     assert status == (1 if harm is fail else -signal.SIGKILL)
     assert not (workplace / "out").exists()

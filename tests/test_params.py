@@ -81,7 +81,7 @@ WRONG = {
     "warm-up longer than training": ("pretrain.warmup_epochs", 99, ["warmup_epochs 99", "fewer than epochs"]),
     "prompting decoder on pixels": ("pretrain.recipes.milan.target", "pixels", ["recipes.milan", "prompting decoder"]),
     "half a recipe": ("pretrain.recipes.milan.target", "none", ["recipes.milan", "all `none`"]),
-    "block that is not there": ("segment.out_blocks", [0, 4], ["segment.out_blocks [0, 4]", "4 blocks"]),
+    "block that is not there": ("segment.out_blocks", [0, 4], ["segment.out_blocks [0, 4]"]),
     "two teachers": ("teacher.pretrained", {"model": "m", "tag": None, "file": None, "sha256": None}, ["teacher", "not both"]),
     "no teacher": ("teacher.tiny", None, ["teacher", "either tiny"]),
 }
