@@ -6,6 +6,7 @@ not be delivered stays in the spool and is delivered by a later stage's logger. 
 their stages; what they have to say goes to .scratch/tracking/log.
 """
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -92,9 +93,16 @@ def warn_of_undelivered() -> None:
 def pipeline_execution() -> str:
     """The same words for all stages of one `dvc repro`: the DVC process that is our ancestor."""
     for parent in psutil.Process().parents():
-        if "dvc" in " ".join(parent.cmdline()[:3]) and parent.pid != os.getpid():
-            return f"{parent.pid}-{int(parent.create_time())}"
+        with contextlib.suppress(psutil.Error):  # another user's process does not tell its command
+            if "dvc" in [Path(word).name for word in parent.cmdline()[:3]]:
+                return f"{parent.pid}-{int(parent.create_time())}"
     return f"{os.getpid()}-by-hand"
+
+
+def project_root() -> Path:
+    """Where mlflow.db lies: the repository, also for an experiment that DVC's queue runs in .dvc/tmp/exps/..."""
+    here = Path.cwd()
+    return Path(*here.parts[: here.parts.index(".dvc")]) if ".dvc" in here.parts else here
 
 
 def serve(spool: Path) -> None:
@@ -162,7 +170,7 @@ class Sender:
         import mlflow
 
         self.mlflow, self.entities, self.run_id, self.model_id, self.monitor = mlflow, mlflow.entities, run_id, model_id, None
-        self.client = mlflow.MlflowClient(os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db"))
+        self.client = mlflow.MlflowClient(os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{project_root()}/mlflow.db"))
 
     def send(self, events: list[dict]) -> None:
         metrics = []
@@ -208,7 +216,7 @@ class Sender:
             return found.experiment_id
         local = "MLFLOW_TRACKING_URI" not in os.environ
         return self.client.create_experiment(
-            name, artifact_location=Path("mlartifacts", name).resolve().as_uri() if local else None
+            name, artifact_location=(project_root() / "mlartifacts" / name).as_uri() if local else None
         )
 
     def parent(self, experiment: str, pipeline: str, tags: dict) -> str:

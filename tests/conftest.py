@@ -66,6 +66,8 @@ def script(name: str, arguments: list[str], out: Path) -> None:
     with open(out, "wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-        sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(number, "w", closefd=False), write_through=True) for number in (1, 2))
+        sys.stdout, sys.stderr = (
+            io.TextIOWrapper(io.FileIO(number, "w", closefd=False), write_through=True) for number in (1, 2)
+        )
         sys.argv = [f"stages/{name}.py", *map(str, arguments)]
         runpy.run_module(f"stages.{name}", run_name="__main__", alter_sys=True)

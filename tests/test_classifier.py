@@ -34,7 +34,9 @@ def test_every_encoder_weight_arrives(recipe, encoder, pooling, unused):
     assert set(encoder) - set(found) == unused
     for name in set(encoder) - unused:
         assert (found[name] == encoder[name]).all(), name
-    assert set(found) - set(encoder) == {"head.weight", "head.bias"} | ({"fc_norm.weight", "fc_norm.bias"} if pooling == "mean" else set())
+    assert set(found) - set(encoder) == {"head.weight", "head.bias"} | (
+        {"fc_norm.weight", "fc_norm.bias"} if pooling == "mean" else set()
+    )
 
 
 def test_an_encoder_that_lacks_a_weight_is_refused(recipe, encoder):

@@ -9,7 +9,16 @@ import torch
 from open_clip.model import CLIP
 
 from milan import contrast, rng
-from milan.clip import ClipTower, Tokenizer, build_tiny, cls_attention, load_teacher, save_no_teacher, save_teacher, text_classifier
+from milan.clip import (
+    ClipTower,
+    Tokenizer,
+    build_tiny,
+    cls_attention,
+    load_teacher,
+    save_no_teacher,
+    save_teacher,
+    text_classifier,
+)
 from milan.errors import UserError
 from milan.params import TinyClip
 

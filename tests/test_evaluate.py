@@ -36,7 +36,9 @@ LABELS = torch.tensor([0, 0, 1, 1, 1])
 def test_nearest_neighbours_by_hand(k, temperature, expected):
     test = torch.tensor([[math.cos(0.21), math.sin(0.21)]]) * torch.tensor([[7.0], [0.2], [1]])
     assert evaluate.knn_top1(POINTS, LABELS, test, torch.full((3,), expected), k, temperature) == 100
-    assert evaluate.knn_top1(POINTS, LABELS, test, torch.tensor([1 - expected] * 2 + [expected]), k, temperature) == pytest.approx(100 / 3)
+    assert evaluate.knn_top1(
+        POINTS, LABELS, test, torch.tensor([1 - expected] * 2 + [expected]), k, temperature
+    ) == pytest.approx(100 / 3)
 
 
 class Numbered:

@@ -64,7 +64,11 @@ def test_a_disk_that_is_full_from_the_start(tmp_path, monkeypatch):
 
 def test_a_real_full_device():
     """Linux's /dev/full refuses every byte."""
-    with pytest.raises(UserError, match="is full"), files.full_disk_said(Path("/dev/full")), open("/dev/full", "wb", buffering=0) as file:
+    with (
+        pytest.raises(UserError, match="is full"),
+        files.full_disk_said(Path("/dev/full")),
+        open("/dev/full", "wb", buffering=0) as file,
+    ):
         file.write(b"x")
 
 
@@ -154,7 +158,12 @@ def test_a_fingerprint_follows_from_its_parts():
     assert files.fingerprint("a", [1, 2], {"x": 1, "y": 2}) == files.fingerprint("a", [1, 2], {"y": 2, "x": 1})
     known = hashlib.sha256(json.dumps(["a", 1]).encode()).hexdigest()[:16]
     assert files.fingerprint("a", 1) == known
-    assert len({files.fingerprint(*parts) for parts in (("a", 1), ("a", 2), ("b", 1), ("a1",), (Tower(4, 1, 1),), (Tower(4, 2, 1),))}) == 6
+    assert (
+        len(
+            {files.fingerprint(*parts) for parts in (("a", 1), ("a", 2), ("b", 1), ("a1",), (Tower(4, 1, 1),), (Tower(4, 2, 1),))}
+        )
+        == 6
+    )
 
 
 # Weights and states.
@@ -166,7 +175,7 @@ def test_equal_weights_give_equal_bytes_and_metadata_is_kept(tmp_path):
     save_weights(tmp_path / "b", {"y": two.clone(), "x": one.T.contiguous().T}, seed=3, fingerprint="f")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     with safe_open(tmp_path / "b", "pt") as file:
-        assert file.metadata() == {"fingerprint": "f", "seed": "3"}
+        assert {key: json.loads(text) for key, text in file.metadata().items()} == {"milan": {"fingerprint": "f", "seed": 3}}
         assert file.get_tensor("x").tolist() == [[0, 1, 2], [3, 4, 5]]
 
 

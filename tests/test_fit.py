@@ -24,6 +24,12 @@ EPOCHS = 4
 STEPS = EPOCHS * SAMPLES // BATCH
 
 
+@pytest.fixture(autouse=True)
+def same_code(monkeypatch) -> None:
+    """Whoever edits a module while the tests run starts no run afresh (test_files looks at that)."""
+    monkeypatch.setattr("milan.checkpoint.code_digest", lambda: "these tests")
+
+
 # The order of the data.
 
 
@@ -80,7 +86,9 @@ def test_a_data_set_smaller_than_a_batch_is_said():
 class Points:
     """item (epoch, index) -> a point whose value follows from both; `harm` is called with every key."""
 
-    def __init__(self, harm: Callable[[int, int], None] = lambda epoch, index: None, value: Callable[[int, int], float] | None = None):
+    def __init__(
+        self, harm: Callable[[int, int], None] = lambda epoch, index: None, value: Callable[[int, int], float] | None = None
+    ):
         self.harm, self.value = harm, value
 
     def __len__(self) -> int:
@@ -113,7 +121,9 @@ def settings(processes: int = 1, scratch: Scratch | None = None, name: str = "ti
         epochs=EPOCHS, warmup_epochs=1, batch_size=BATCH, micro_batch=MICRO, lr=0.01, min_lr=0, weight_decay=0.05, clip_grad=1.0
     )
     scratch = scratch or Scratch(name, "recipe")
-    return Run(name, Training(**(training | changes)), compute(processes), Runtime(workers=0, save_seconds=0), seed=3, scratch=scratch)
+    return Run(
+        name, Training(**(training | changes)), compute(processes), Runtime(workers=0, save_seconds=0), seed=3, scratch=scratch
+    )
 
 
 def train(data: Points, run: Run, out: Path | None = None) -> dict:
@@ -259,7 +269,9 @@ def pretrain(recipe: Recipe, run: Run) -> dict:
     return {"curve": curve, "weights": {name: tensor.tolist() for name, tensor in model.state_dict().items()}}
 
 
-@pytest.mark.parametrize("recipe", [Recipe("pixels", "mae", "random"), Recipe("clip", "prompt", "semantic")], ids=["mae", "milan"])
+@pytest.mark.parametrize(
+    "recipe", [Recipe("pixels", "mae", "random"), Recipe("clip", "prompt", "semantic")], ids=["mae", "milan"]
+)
 def test_pretraining_agrees_over_processes(workplace, recipe):
     options = dict(epochs=2, lr=1e-3)
     alone = pretrain(recipe, settings(name="alone", **options))

@@ -66,7 +66,12 @@ stages.segment.build(p, p.prepare_ade20k.classes, encoder.vit.state_dict(), torc
 def run(code: str, tmp_path) -> str:
     """In a process of its own, with empty caches and no switch that tells libraries to stay offline."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_", "TORCH_HOME", "XDG_CACHE"))}
-    environment |= {"HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hub"), "TORCH_HOME": str(tmp_path / "torch"), "PYTHONPATH": str(ROOT)}
+    environment |= {
+        "HOME": str(tmp_path),
+        "HF_HOME": str(tmp_path / "hub"),
+        "TORCH_HOME": str(tmp_path / "torch"),
+        "PYTHONPATH": str(ROOT),
+    }
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     return done.stdout

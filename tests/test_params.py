@@ -52,7 +52,11 @@ WRONG = {
     "unknown key at the top": ("pretrian", {}, ["unknown key 'pretrian'", "did you mean 'pretrain'"]),
     "unknown key in a section": ("pretrain.epoch", 3, ["pretrain: unknown key 'epoch'", "did you mean 'epochs'"]),
     "unknown key deep down": ("model.encoder.dept", 3, ["model:encoder: unknown key 'dept'", "did you mean 'depth'"]),
-    "unknown key in a recipe": ("pretrain.recipes.milan.mask", "none", ["recipes.milan: unknown key 'mask'", "did you mean 'masking'"]),
+    "unknown key in a recipe": (
+        "pretrain.recipes.milan.mask",
+        "none",
+        ["recipes.milan: unknown key 'mask'", "did you mean 'masking'"],
+    ),
     "negative epochs": ("pretrain.epochs", -1, ["pretrain:epochs", "-1", "above 0"]),
     "no epochs": ("finetune.epochs", 0, ["finetune:epochs", "above 0"]),
     "negative count": ("extract_targets.views", -1, ["extract_targets:views", "-1", "at least 0"]),

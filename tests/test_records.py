@@ -46,7 +46,9 @@ def test_random_access_across_shards(tmp_path):
 def test_more_rows_than_a_batch_of_the_file(tmp_path):
     rows = [{"image": i.to_bytes(2, "big"), "name": str(i)} for i in range(600)]
     found = Records(written(tmp_path, rows, shard_images=500), "train")
-    assert [found[i]["image"] for i in (0, 255, 256, 499, 500, 599)] == [i.to_bytes(2, "big") for i in (0, 255, 256, 499, 500, 599)]
+    assert [found[i]["image"] for i in (0, 255, 256, 499, 500, 599)] == [
+        i.to_bytes(2, "big") for i in (0, 255, 256, 499, 500, 599)
+    ]
 
 
 def test_masks_where_only_some_have_one(tmp_path):
@@ -140,7 +142,12 @@ def good_files() -> dict[str, bytes]:
     }
 
 
-BAD = {"zero.JPEG": b"", "cut.JPEG": encoded(size=(200, 160))[:3000], "text.JPEG": b"no image, a note\n", "head.JPEG": encoded()[:30]}
+BAD = {
+    "zero.JPEG": b"",
+    "cut.JPEG": encoded(size=(200, 160))[:3000],
+    "text.JPEG": b"no image, a note\n",
+    "head.JPEG": encoded()[:30],
+}
 
 
 def class_tree(root: Path, **files: dict[str, bytes]) -> Path:
@@ -229,11 +236,16 @@ def test_class_names_captions_and_object_masks(tmp_path):
     assert sources.caption_pairs(tmp_path) == []
     (tmp_path / "pairs").mkdir()
     (tmp_path / "pairs" / "captions.csv").write_text('file,caption\n0.JPEG,"a disc, red"\n')
-    assert sources.caption_pairs(tmp_path) == [{"path": tmp_path / "pairs" / "0.JPEG", "name": "0.JPEG", "caption": "a disc, red"}]
+    assert sources.caption_pairs(tmp_path) == [
+        {"path": tmp_path / "pairs" / "0.JPEG", "name": "0.JPEG", "caption": "a disc, red"}
+    ]
     (tmp_path / "val_objects").mkdir()
     (tmp_path / "val_objects" / "v1.png").touch()
     items = [{"path": Path(f"val/n01/v{i}.JPEG")} for i in (0, 1)]
-    assert sources.with_object_masks(tmp_path, items) == [items[0], {**items[1], "mask_path": tmp_path / "val_objects" / "v1.png"}]
+    assert sources.with_object_masks(tmp_path, items) == [
+        items[0],
+        {**items[1], "mask_path": tmp_path / "val_objects" / "v1.png"},
+    ]
 
 
 # The scenes of an ADE20K tree.

@@ -113,7 +113,9 @@ def class_folders(root: Path, bad: dict[str, bytes]) -> None:
 
 
 def test_broken_images_are_all_named(desk, tree):
-    class_folders(desk / "images", {"train/n01/cut.JPEG": jpeg()[:500], "train/n02/empty.JPEG": b"", "train/n02/text.JPEG": b"a note"})
+    class_folders(
+        desk / "images", {"train/n01/cut.JPEG": jpeg()[:500], "train/n02/empty.JPEG": b"", "train/n02/text.JPEG": b"a note"}
+    )
     change(tree, "data.imagenet", str(desk / "images"))
     write_recipe(tree)
     said = run_light("prepare_imagenet", *PREPARE)
@@ -191,7 +193,9 @@ def test_a_fault_of_the_program_keeps_its_traceback(desk, monkeypatch):
     assert status == 1 and "Traceback" in said and "ZeroDivisionError: a fault" in said and not Path("outs/data").exists()
 
 
-@pytest.mark.parametrize("error, status, word", [(KeyboardInterrupt(), 130, "Stopped"), (OSError(28, "full", "a/file"), 1, "disk is full")])
+@pytest.mark.parametrize(
+    "error, status, word", [(KeyboardInterrupt(), 130, "Stopped"), (OSError(28, "full", "a/file"), 1, "disk is full")]
+)
 def test_ctrl_c_and_a_full_disk(desk, monkeypatch, error, status, word):
     def fail(*_):
         raise error

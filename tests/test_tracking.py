@@ -172,7 +172,9 @@ def test_a_half_sent_spool_goes_on_where_it_stopped(fake):
     tracking.deliver(spool)
     assert FakeSender.sent == ["start", 1] and spool.with_suffix(".failed").exists()
     with open(spool, "a") as file:
-        file.write(json.dumps({**point(2), "time": 1}) + "\n" + json.dumps({"kind": "end", "status": "FINISHED", "time": 1}) + "\n")
+        file.write(
+            json.dumps({**point(2), "time": 1}) + "\n" + json.dumps({"kind": "end", "status": "FINISHED", "time": 1}) + "\n"
+        )
     FakeSender.fail_at = None
     tracking.deliver(spool)
     assert FakeSender.sent == ["start", 1, 2, "end"]
@@ -236,7 +238,12 @@ def test_earlier_failures_are_said(fake, capsys):
 
 def test_only_tracking_imports_mlflow():
     """And it does so in the logger's process alone."""
-    naming = [path.name for folder in ("milan", "stages") for path in (ROOT / folder).glob("*.py") if "import mlflow" in path.read_text()]
+    naming = [
+        path.name
+        for folder in ("milan", "stages")
+        for path in (ROOT / folder).glob("*.py")
+        if "import mlflow" in path.read_text()
+    ]
     assert naming == ["tracking.py"]
     code = "import sys, milan.stage, milan.tracking; print('mlflow' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -85,7 +85,9 @@ def test_the_simple_crop_is_cut_to_the_image():
 
 
 def test_a_draw_is_its_key_s():
-    again = [transforms.draw_crop(375, 500, [0.2, 1.0], rng.generator(3, "crop", e, i)) for e, i in ((1, 2), (1, 2), (1, 3), (2, 2))]
+    again = [
+        transforms.draw_crop(375, 500, [0.2, 1.0], rng.generator(3, "crop", e, i)) for e, i in ((1, 2), (1, 2), (1, 3), (2, 2))
+    ]
     assert again[0] == again[1] and len(set(again)) == 3
 
 
@@ -157,7 +159,9 @@ def test_image_and_labels_move_together():
         assert cut.shape == (3, 24, 24) and cut_labels.shape == (24, 24)
         assert torch.equal(cut, (cut_labels * 10 + 5).expand(3, -1, -1))
         places_now = [(y, x, f) for y in range(25) for x in range(41) for f in (0, 1)]
-        top, left, flip = next(p for p in places_now if torch.equal(flipped(labels[p[0] : p[0] + 24, p[1] : p[1] + 24], p[2]), cut_labels))
+        top, left, flip = next(
+            p for p in places_now if torch.equal(flipped(labels[p[0] : p[0] + 24, p[1] : p[1] + 24], p[2]), cut_labels)
+        )
         flips += flip
         places.add((top, left))
     assert 15 <= flips <= 45
@@ -228,7 +232,9 @@ def test_a_scene_of_one_class_still_gives_a_crop():
     ((48, 64), [48, 192], 1.5, (72, 96)),
 ])  # fmt: skip
 def test_the_rescale_rule_by_hand(size, resize, ratio, expected):
-    image, labels = transforms.resize_scene(torch.zeros(3, *size, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8), resize, ratio)
+    image, labels = transforms.resize_scene(
+        torch.zeros(3, *size, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8), resize, ratio
+    )
     assert image.shape[1:] == labels.shape == expected
     assert transforms.resize_scene(torch.zeros(3, *size, dtype=torch.uint8), None, resize, ratio)[1] is None
 
@@ -237,7 +243,9 @@ def test_colour_changes_the_image_and_never_the_labels():
     image, labels = sentinel_scene(48, 64)
     plain, coloured = (crop_scene(image, labels, 5, photometric=p) for p in (False, True))
     assert torch.equal(plain[1], coloured[1])
-    changed = [not torch.equal(crop_scene(image, labels, s)[0], crop_scene(image, labels, s, photometric=True)[0]) for s in range(20)]
+    changed = [
+        not torch.equal(crop_scene(image, labels, s)[0], crop_scene(image, labels, s, photometric=True)[0]) for s in range(20)
+    ]
     assert sum(changed) >= 15
 
 
@@ -254,7 +262,11 @@ def sixteen_bit_png(channels: int) -> bytes:
     """A PNG of 16 bits a channel, its pixels the small picture's in the high bytes; PIL writes none in colour."""
     pixels = np.asarray(SMALL)[..., :channels].astype(np.uint16) << 8
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
-    parts = (b"IHDR", struct.pack(">IIBBBBB", 48, 40, 16, {1: 0, 3: 2}[channels], 0, 0, 0)), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")
+    parts = (
+        (b"IHDR", struct.pack(">IIBBBBB", 48, 40, 16, {1: 0, 3: 2}[channels], 0, 0, 0)),
+        (b"IDAT", zlib.compress(rows)),
+        (b"IEND", b""),
+    )
     chunks = [struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts]
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
@@ -266,7 +278,9 @@ FILES = {
     "subsampled jpeg": file(SMALL, "JPEG", subsampling=2),
     "grey jpeg": file(SMALL.convert("L"), "JPEG"),
     "cmyk jpeg": file(SMALL.convert("CMYK"), "JPEG"),
-    "jpeg with an orientation": file(SMALL, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"),
+    "jpeg with an orientation": file(
+        SMALL, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"
+    ),
     "rgb png": file(SMALL, "PNG"),
     "grey png": file(SMALL.convert("L"), "PNG"),
     "palette png": file(SMALL.convert("P", palette=Image.ADAPTIVE), "PNG"),
@@ -278,7 +292,9 @@ FILES = {
     "webp": file(SMALL, "WEBP", quality=90),
     "bmp": file(SMALL, "BMP"),
     "gif": file(SMALL.convert("P", palette=Image.ADAPTIVE), "GIF"),
-    "animated gif": file(SMALL.convert("P", palette=Image.ADAPTIVE), "GIF", save_all=True, append_images=[picture(48, 40, 1).convert("P")]),
+    "animated gif": file(
+        SMALL.convert("P", palette=Image.ADAPTIVE), "GIF", save_all=True, append_images=[picture(48, 40, 1).convert("P")]
+    ),
     "animated webp": file(SMALL, "WEBP", save_all=True, append_images=[picture(48, 40, 1)], quality=90),
     "sixteen-bit colour png": sixteen_bit_png(3),
 }
