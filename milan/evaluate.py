@@ -64,6 +64,7 @@ def knn_top1(
     for features, labels in zip(test.split(512), test_labels.split(512), strict=True):
         similarity, neighbours = (features @ train.T).topk(min(k, len(train)), dim=1)
         votes = torch.zeros(len(features), classes).to(features)
-        votes.scatter_add_(1, train_labels[neighbours], (similarity / temperature).exp())
+        # Relative to the nearest neighbour's vote, so that no temperature overflows.
+        votes.scatter_add_(1, train_labels[neighbours], ((similarity - similarity[:, :1]) / temperature).exp())
         right += (votes.argmax(dim=1) == labels).sum().item()
     return 100 * right / len(test)

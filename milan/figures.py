@@ -101,6 +101,8 @@ class Probe:
 
     @classmethod
     def read(cls, project: Project, most: int = 256) -> "Probe":
+        if project.params.no_teacher:
+            raise UserError("This figure needs the teacher, and with pretrain.weights and a released teacher none is fetched.")
         found = load_file(project.path("targets", "probe.safetensors"))
         chosen = spread(len(found["index"]), most)
         val = Records(project.path("imagenet"), "val")

@@ -94,6 +94,17 @@ def write_json(path: Path, value) -> None:
     write_whole(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
 
 
+def read_json(path: Path, *keys: str) -> dict:
+    """The object in a file that a stage wrote. Raises UserError for anything but an object with these keys."""
+    try:
+        found = json.loads(path.read_text())
+    except (ValueError, RecursionError):  # JSON's and UTF-8's errors are ValueErrors
+        found = None
+    if not isinstance(found, dict) or not set(keys) <= set(found):
+        raise UserError(f"{path} is damaged: it is no JSON object with {', '.join(keys)}. Delete {path.parent} and run `dvc repro` again.")
+    return found
+
+
 @contextlib.contextmanager
 def whole_folder(target: Path, fingerprint: str) -> Iterator[Path]:
     """A folder to fill that becomes `target` in one step at the end. What an interrupted run with the same

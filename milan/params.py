@@ -20,6 +20,8 @@ from milan.errors import UserError
 POSITIVE = {"above": 0}
 COUNT = {"least": 0}
 SHARE = {"least": 0, "most": 1}
+BETAS = {"length": 2, "least": 0, "below": 1}
+CROP = {"length": 2, "above": 0, "most": 1, "ordered": True}  # smallest and largest share of the area
 
 
 def choice(*options):
@@ -160,8 +162,8 @@ class Pretrained:
 @dataclass(frozen=True)
 class Teacher(Training):
     seed: int
-    betas: list[float]
-    crop_scale: list[float]
+    betas: list[float] = field(metadata=BETAS)
+    crop_scale: list[float] = field(metadata=CROP)
     tiny: TinyClip | None
     pretrained: Pretrained | None
 
@@ -200,9 +202,9 @@ class Recipe:
 @dataclass(frozen=True)
 class Pretrain(Training):
     weights: str | None
-    betas: list[float]
+    betas: list[float] = field(metadata=BETAS)
     mask_ratio: float = field(metadata={"above": 0, "below": 1})
-    crop_scale: list[float]
+    crop_scale: list[float] = field(metadata=CROP)
     recipes: dict[str, Recipe]
 
 
@@ -210,7 +212,7 @@ class Pretrain(Training):
 class LinearEval(Training):
     optimizer: str = choice("lars", "adamw")
     momentum: float = field(metadata=SHARE)
-    crop_scale: list[float]
+    crop_scale: list[float] = field(metadata=CROP)
     views: int = field(metadata=COUNT)
     resize: int = field(metadata=POSITIVE)
 
@@ -218,10 +220,10 @@ class LinearEval(Training):
 @dataclass(frozen=True)
 class Finetune(Training):
     labels: float = field(metadata={"above": 0, "most": 1})
-    betas: list[float]
+    betas: list[float] = field(metadata=BETAS)
     layer_decay: float = field(metadata={"above": 0, "most": 1})
     drop_path: float = field(metadata=SHARE)
-    crop_scale: list[float]
+    crop_scale: list[float] = field(metadata=CROP)
     rand_augment: str | None
     mixup: float = field(metadata=COUNT)
     cutmix: float = field(metadata=COUNT)
@@ -235,11 +237,11 @@ class Finetune(Training):
 class Segment(Training):
     crop_size: int = field(metadata=POSITIVE)
     stride: int = field(metadata=POSITIVE)
-    resize: list[int]
-    resize_ratio: list[float]
+    resize: list[int] = field(metadata={"length": 2, "above": 0})
+    resize_ratio: list[float] = field(metadata={"length": 2, "above": 0, "ordered": True})
     max_class_share: float = field(metadata=SHARE)
     photometric: bool
-    betas: list[float]
+    betas: list[float] = field(metadata=BETAS)
     layer_decay: float = field(metadata={"above": 0, "most": 1})
     drop_path: float = field(metadata=SHARE)
     channels: int = field(metadata=POSITIVE)
@@ -379,6 +381,15 @@ def build_plain(kind, value, where: str):
 
 
 def check(value, rules, where: str) -> None:
+    """Raise UserError unless a value, or each value of a list, keeps to its field's rules."""
+    if isinstance(value, list):
+        if len(value) != rules.get("length", len(value)):
+            raise UserError(f"{where}: expected {rules['length']} numbers, found {value}.")
+        if rules.get("ordered") and sorted(value) != value:
+            raise UserError(f"{where}: {value} must not fall: the smallest comes first.")
+        for i, item in enumerate(value):
+            check(item, rules, f"{where}[{i}]")
+        return
     tests = {
         "above": (operator.gt, "above"),
         "least": (operator.ge, "at least"),

@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from milan.errors import UserError
-from milan.files import file_digest
+from milan.files import file_digest, read_json
 
 SCHEMA = {"image": pa.large_binary(), "name": pa.string(), "label": pa.int32(), "caption": pa.string(), "mask": pa.large_binary()}
 
@@ -66,7 +66,7 @@ def read_manifest(folder: Path) -> dict:
     path = Path(folder) / "manifest.json"
     if not path.exists():
         raise UserError(f"{folder} holds no manifest.json, so it is no complete record set: run `dvc repro` to prepare it.")
-    return json.loads(path.read_text())
+    return read_json(path, "splits")
 
 
 class Records:

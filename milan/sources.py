@@ -8,7 +8,7 @@ import csv
 import io
 import json
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,8 @@ from PIL import Image, UnidentifiedImageError
 
 from milan.errors import UserError
 from milan.progress import track
+from milan.records import chunks
+from milan.workers import ordered
 
 IMAGES = {".jpeg", ".jpg", ".png", ".webp", ".bmp"}
 LISTED = 20
@@ -100,9 +102,9 @@ def rows(items: list[dict], name: str, processes: int, short_side: int | None = 
     """Items as record rows, read and checked by several processes, in order; raises one UserError that lists
     every unreadable file at the end. classes: the largest annotation value allowed in masks."""
     broken = []
-    jobs = ((item, short_side, classes) for item in items)
-    with ProcessPoolExecutor(processes) as pool:
-        for row, fault in track(pool.map(read_job, jobs, chunksize=64), name, len(items)):
+    jobs = chunks(((item, short_side, classes) for item in items), 64)
+    with closing(ordered(read_jobs, jobs, processes)) as results:
+        for row, fault in track((result for some in results for result in some), name, len(items)):
             if fault:
                 broken.append(fault)
             else:
@@ -112,6 +114,10 @@ def rows(items: list[dict], name: str, processes: int, short_side: int | None = 
         raise UserError(
             f"{len(broken)} of {len(items)} files cannot be used: {'; '.join(broken[:LISTED])}{more}. Mend or remove them and run again."
         )
+
+
+def read_jobs(jobs: list[tuple]) -> list[tuple]:
+    return [read_job(job) for job in jobs]
 
 
 def read_job(job: tuple[dict, int | None, int | None]) -> tuple[dict | None, str | None]:

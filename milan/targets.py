@@ -5,7 +5,6 @@ e mod V. Files are plain .npy, memory-mapped: features-00000.npy float16 (n, V, 
 float32 (n, V, N), boxes-00000.npy int32 (n, V, 5) = top, left, height, width, flip. bank.json is written last.
 """
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from milan import rng, transforms
 from milan.errors import UserError
-from milan.files import existing_parent, full_disk_said, write_json
+from milan.files import existing_parent, full_disk_said, read_json, write_json
 
 ARRAYS = ("features", "importance", "boxes")
 
@@ -68,8 +67,9 @@ class Bank:
         path = self.folder / "bank.json"
         if not path.exists():
             raise UserError(f"{folder} holds no bank.json, so it is no complete target bank: run `dvc repro` to extract it.")
-        self.info = json.loads(path.read_text())
-        self.views, self.shard_images, self.feature_dim = (self.info[k] for k in ("views", "shard_images", "feature_dim"))
+        keys = ("views", "shard_images", "feature_dim")
+        self.info = read_json(path, *keys)
+        self.views, self.shard_images, self.feature_dim = (self.info[key] for key in keys)
         self._arrays: dict[tuple[str, int], np.ndarray] = {}
 
     def __getitem__(self, place: tuple[int, int]) -> tuple[tuple, Tensor, Tensor]:

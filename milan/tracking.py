@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import IO
 
 import psutil
 
@@ -61,7 +62,8 @@ class Logger:
         SPOOLS.mkdir(parents=True, exist_ok=True)
         warn_of_undelivered()
         self.tracker = Tracker(SPOOLS / f"{time.time_ns()}-{os.getpid()}.jsonl")
-        self.tracker.event("start", name=name, experiment=experiment, pipeline=pipeline_execution(), tags=tags, pid=os.getpid())
+        self.alive = hold(self.tracker.spool)
+        self.tracker.event("start", name=name, experiment=experiment, pipeline=pipeline_execution(), tags=tags)
         self.tracker.event("params", values=params)
         # In a session of its own: a Ctrl-C in the terminal ends the stage, and the logger says so in MLflow.
         command = [sys.executable, "-m", "milan.tracking", str(self.tracker.spool)]
@@ -71,6 +73,7 @@ class Logger:
     def finish(self, status: str, wait: bool = False) -> None:
         """wait: for the last stage, so that a finished pipeline is a finished record."""
         self.tracker.event("end", status=status)
+        self.alive.close()
         if not wait:
             return
         try:
@@ -130,15 +133,27 @@ def deliver(spool: Path) -> None:
         )
 
 
+def hold(spool: Path) -> IO:
+    """The stage's lock on its spool; however it ends, the system lets go of it then."""
+    file = open(spool, "a")
+    fcntl.flock(file, fcntl.LOCK_EX)
+    return file
+
+
 def owner_alive(spool: Path) -> bool:
-    return psutil.pid_exists(int(spool.stem.split("-")[1]))
+    with open(spool) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
 
 
 def forward(spool: Path) -> None:
     """Send a spool's events until its stage ends; its place and run are kept beside it, so that nothing is sent twice."""
     place = spool.with_suffix(".place")
     state = json.loads(place.read_text()) if place.exists() else {"offset": 0, "run_id": None, "model_id": None}
-    sender = Sender(state["run_id"], state["model_id"])
+    sender = Sender(state["run_id"], state["model_id"], owner_alive(spool))
     with open(spool, "rb") as file:
         file.seek(state["offset"])
         while True:
@@ -164,12 +179,13 @@ def forward(spool: Path) -> None:
 class Sender:
     """Events -> MLflow calls on one run."""
 
-    def __init__(self, run_id: str | None, model_id: str | None):
+    def __init__(self, run_id: str | None, model_id: str | None, live: bool):
         os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         import mlflow
 
-        self.mlflow, self.entities, self.run_id, self.model_id, self.monitor = mlflow, mlflow.entities, run_id, model_id, None
+        self.mlflow, self.entities, self.run_id, self.model_id = mlflow, mlflow.entities, run_id, model_id
+        self.live, self.monitor = live, None
         self.client = mlflow.MlflowClient(os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{project_root()}/mlflow.db"))
 
     def send(self, events: list[dict]) -> None:
@@ -207,7 +223,7 @@ class Sender:
         tags = {**event["tags"], "mlflow.parentRunId": parent, "mlflow.source.name": event["tags"]["stage"]}
         run = self.client.create_run(experiment, start_time=event["time"], tags=tags, run_name=event["name"])
         self.run_id, self.parent_id = run.info.run_id, parent
-        if psutil.pid_exists(event["pid"]):
+        if self.live:
             self.watch_system()
 
     def experiment(self, name: str) -> str:

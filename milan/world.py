@@ -14,8 +14,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +24,7 @@ import numpy as np
 from PIL import Image
 
 from milan.errors import UserError
+from milan.workers import ordered
 
 SHAPES = ("disc", "ring", "triangle", "cross", "square")
 FILLS = ("striped", "dotted", "checked", "plain")
@@ -297,16 +297,12 @@ def _run(
         for purpose, count in counts.items()
         for start in range(0, count, CHUNK)
     ]
-    pool = ProcessPoolExecutor(processes) if processes != 1 else None
     rows, done = [], 0
-    try:
-        for (_, indices), written in zip(jobs, (pool.map if pool else map)(write, jobs), strict=True):
+    with closing(ordered(write, jobs, processes)) as results:
+        for (_, indices), written in zip(jobs, results, strict=True):
             rows, done = rows + written, done + len(indices)
             if progress is not None:
                 progress(done)
-    finally:
-        if pool:
-            pool.shutdown(cancel_futures=True)  # after a failure, what still waits need not be drawn
     return rows
 
 

@@ -27,6 +27,7 @@ from milan.files import SCRATCH
 from milan.stage import Stage, run
 
 FOLDERS = "MILAN_FIGURES"  # where milan.figures looks for its folders
+OF_THE_TEACHER = ("2_masking.ipynb", "3_features.ipynb")
 
 
 class OwnPython(KernelSpecManager):
@@ -41,6 +42,9 @@ def main(stage: Stage) -> None:
     notebooks = sorted(a.notebooks.glob("*.ipynb"))
     if not notebooks:
         raise UserError(f"{a.notebooks} holds no notebook (git checkout -- {a.notebooks} restores them).")
+    if stage.params.no_teacher:
+        print(f"figures: without {', '.join(OF_THE_TEACHER)}: a released student is evaluated, and no teacher is here.", flush=True)
+        notebooks = [path for path in notebooks if path.name not in OF_THE_TEACHER]
     SCRATCH.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=SCRATCH) as folder:
         folders = {name: str(getattr(a, name)) for name in ("params", "outs", "metrics", "curves", "published")}

@@ -72,3 +72,8 @@ def test_every_sample_once_and_in_order(workplace, processes, n):
     assert result["found"] == pytest.approx(list(range(n)), abs=1e-3)
     assert result["labels"] == [100 + i for i in range(n)]
     assert result["seen"] == len(range(0, n, processes))
+
+
+def test_the_smallest_temperature_is_the_nearest_neighbour_alone():
+    """Votes of exp(1 / 1e-6) would be beyond all floats."""
+    assert evaluate.knn_top1(POINTS, LABELS, POINTS, LABELS, k=3, temperature=1e-6) == 100

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import numpy as np
@@ -110,3 +111,20 @@ def test_class_iou_by_hand():
 
 def test_spread_is_even_and_never_repeats():
     assert figures.spread(256, 4).tolist() == [0, 85, 170, 255] and figures.spread(3, 10).tolist() == [0, 1, 2]
+
+
+def test_a_released_student_has_no_teacher_s_notebooks(tmp_path, monkeypatch, capsys):
+    """They are left out with a line, and by hand they say why."""
+    for name in ("1_results", "2_masking", "3_features"):
+        notebook(tmp_path / f"{name}.ipynb")
+    executed = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(stage, "execute_all", lambda notebooks: executed.extend(path.name for path in notebooks))
+    monkeypatch.setattr(stage.shutil, "copytree", lambda source, target: None)
+    folders = dict.fromkeys(("params", "outs", "metrics", "curves", "published"), Path("x"))
+    params = SimpleNamespace(no_teacher=True)
+    stage.main(SimpleNamespace(params=params, args=SimpleNamespace(**folders, notebooks=tmp_path, out=tmp_path / "out")))
+    assert executed == ["1_results.ipynb"]
+    assert "without 2_masking.ipynb, 3_features.ipynb" in capsys.readouterr().out
+    with pytest.raises(UserError, match="needs the teacher"):
+        figures.Probe.read(SimpleNamespace(params=params))

@@ -308,3 +308,10 @@ def test_scene_class_names(tmp_path):
     (tmp_path / "objectInfo150.txt").write_text("Idx\tRatio\tTrain\tVal\tName\n1\t0.1\t5\t5\twall, paint\n2\t0.1\t5\t5\tsky\n")
     assert sources.scene_classes(tmp_path, 2) == ["wall", "sky"]
     assert sources.scene_classes(tmp_path, 3) == ["class 1", "class 2", "class 3"]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"{}", b"\xff\xfe", b"[" * 100_000], ids=["empty", "cut", "list", "keyless", "binary", "deep"])
+def test_a_damaged_manifest_is_named(content, tmp_path):
+    (tmp_path / "manifest.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"manifest\.json is damaged: it is no JSON object with splits\. Delete .* and run `dvc repro`"):
+        records.Records(tmp_path, "train")

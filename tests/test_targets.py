@@ -164,3 +164,9 @@ def test_a_bank_that_holds_a_pickle_is_not_opened(bank):
     with pytest.raises(UserError, match="features-00000.npy"):
         bank[0, 0]
     assert not (bank.folder / "harm.npy").exists()
+
+
+def test_a_damaged_index_of_the_bank_is_named(tmp_path):
+    (tmp_path / "bank.json").write_text('{"views": 4}')
+    with pytest.raises(UserError, match=r"bank\.json is damaged: it is no JSON object with views, shard_images, feature_dim"):
+        targets.Bank(tmp_path)

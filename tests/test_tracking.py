@@ -23,16 +23,10 @@ def begun(name: str) -> tracking.Logger:
     )
 
 
-def dead_process() -> int:
-    process = subprocess.Popen(["true"])
-    process.wait()
-    return process.pid
-
-
-def write_spool(events: list[dict], pid: int, place: int = 1) -> Path:
-    """As a stage of this process id would have left it; place orders spools."""
+def write_spool(events: list[dict], place: int = 1) -> Path:
+    """As a stage that is no more would have left it; place orders spools."""
     tracking.SPOOLS.mkdir(parents=True, exist_ok=True)
-    spool = tracking.SPOOLS / f"{place}-{pid}.jsonl"
+    spool = tracking.SPOOLS / f"{place}-1.jsonl"
     spool.write_text("".join(json.dumps({"time": 1000, **event}) + "\n" for event in events))
     return spool
 
@@ -59,8 +53,8 @@ def store(tmp_path_factory):
     kept = sorted(path.suffix for path in tracking.SPOOLS.glob("*-*"))
 
     start = json.loads(logger.tracker.spool.read_text().splitlines()[0])
-    killed = {**start, "name": "second", "pid": dead_process()}
-    write_spool([killed, {"kind": "metrics", "step": 7, "values": {"train/loss": 3.0}}], killed["pid"], place=time.time_ns())
+    killed = {**start, "name": "second"}
+    write_spool([killed, {"kind": "metrics", "step": 7, "values": {"train/loss": 3.0}}], place=time.time_ns())
 
     last = begun("third")
     Path("weights").mkdir()
@@ -166,8 +160,7 @@ def point(value: int) -> dict:
 
 def test_a_half_sent_spool_goes_on_where_it_stopped(fake):
     """Two events sent, then the store fails; a later logger, or the same again, sends the rest and nothing twice."""
-    pid = dead_process()
-    spool = write_spool([{"kind": "start"}, point(1)], pid)
+    spool = write_spool([{"kind": "start"}, point(1)])
     FakeSender.fail_at = "end"
     tracking.deliver(spool)
     assert FakeSender.sent == ["start", 1] and spool.with_suffix(".failed").exists()
@@ -182,7 +175,7 @@ def test_a_half_sent_spool_goes_on_where_it_stopped(fake):
 
 
 def test_a_line_cut_by_a_kill_is_left_out(fake):
-    spool = write_spool([{"kind": "start"}, point(1)], dead_process())
+    spool = write_spool([{"kind": "start"}, point(1)])
     with open(spool, "a") as file:
         file.write('{"kind": "metrics", "val')
     tracking.deliver(spool)
@@ -191,7 +184,8 @@ def test_a_line_cut_by_a_kill_is_left_out(fake):
 
 def test_a_line_that_is_being_written_is_waited_for(fake, monkeypatch):
     """The logger reads while the stage is in the middle of a line."""
-    spool = write_spool([{"kind": "start"}], os.getpid())
+    spool = write_spool([{"kind": "start"}])
+    stage = tracking.hold(spool)
     whole = json.dumps({**point(1), "time": 1}) + "\n"
     rest = [whole[:9], whole[9:], json.dumps({"kind": "end", "status": "FINISHED", "time": 1}) + "\n"]
 
@@ -202,18 +196,31 @@ def test_a_line_that_is_being_written_is_waited_for(fake, monkeypatch):
     monkeypatch.setattr(tracking.time, "sleep", meanwhile)
     tracking.deliver(spool)
     assert FakeSender.sent == ["start", 1, "end"]
+    stage.close()
+
+
+def test_a_stage_is_alive_as_long_as_it_holds_its_spool(fake):
+    """However it dies, and whoever gets its process number."""
+    spool = write_spool([{"kind": "start"}])
+    holding = f"import time; from pathlib import Path; from milan import tracking; f = tracking.hold(Path({str(spool)!r})); print(1, flush=True); time.sleep(60)"
+    stage = subprocess.Popen([sys.executable, "-c", holding], env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE)
+    stage.stdout.readline()
+    assert tracking.owner_alive(spool)
+    stage.kill()
+    stage.wait()
+    assert not tracking.owner_alive(spool)
 
 
 def test_spools_are_served_in_order_and_a_later_one_s_is_left_to_its_own_logger(fake):
     ended = [{"kind": "end", "status": "FINISHED"}]
-    spools = [write_spool([point(place), *ended], dead_process(), place) for place in (11, 12, 13)]
+    spools = [write_spool([point(place), *ended], place) for place in (11, 12, 13)]
     tracking.serve(spools[1])
     assert FakeSender.sent == [11, "end", 12, "end"]
     assert [spool.exists() for spool in spools] == [False, False, True]
 
 
 def test_one_bad_spool_does_not_keep_the_others(fake):
-    bad, good = write_spool([{"kind": "bad"}], dead_process(), 11), write_spool([point(2), {"kind": "end"}], dead_process(), 12)
+    bad, good = write_spool([{"kind": "bad"}], 11), write_spool([point(2), {"kind": "end"}], 12)
     FakeSender.fail_at = "bad"
     tracking.serve(good)
     assert FakeSender.sent == [2, "end"]
@@ -221,7 +228,7 @@ def test_one_bad_spool_does_not_keep_the_others(fake):
 
 
 def test_a_spool_that_another_logger_has_delivered_is_no_trouble(fake):
-    spool = write_spool([point(1), {"kind": "end"}], dead_process())
+    spool = write_spool([point(1), {"kind": "end"}])
     spool.unlink()
     tracking.serve(spool)
     assert FakeSender.sent == []

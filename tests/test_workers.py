@@ -1,0 +1,53 @@
+"""Work over processes: in order, bounded, interruptible."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from milan.workers import AHEAD, interrupts_held, ordered
+
+
+def slow_when_even(job: int) -> int:
+    time.sleep(0.02 * (job % 2 == 0))
+    return job * job
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_results_come_in_the_order_of_the_jobs(processes, one_thread):
+    assert list(ordered(slow_when_even, range(30), processes)) == [job * job for job in range(30)]
+
+
+def test_jobs_are_taken_as_results_are_used(one_thread):
+    """So that a million images never wait in memory."""
+    taken = []
+
+    def jobs():
+        for job in range(1000):
+            taken.append(job)
+            yield job
+
+    results = ordered(slow_when_even, jobs(), 2)
+    assert [next(results), next(results)] == [0, 1]
+    assert len(taken) <= 2 + 2 * AHEAD + 1
+    results.close()
+
+
+def test_an_interrupt_is_put_off_and_not_lost():
+    began = []
+    with pytest.raises(KeyboardInterrupt):
+        with interrupts_held():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+            began.append("forked")
+    assert began == ["forked"]
+
+
+def test_a_failing_job_says_why_and_ends_the_rest(one_thread):
+    with pytest.raises(ZeroDivisionError):
+        list(ordered(reciprocal, range(3, -1000, -1), 2))
+
+
+def reciprocal(job: int) -> float:
+    return 1 / job
