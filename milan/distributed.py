@@ -4,12 +4,11 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import tempfile
-import threading
-import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ import torch.distributed as dist
 
 from milan.errors import UserError
 from milan.params import Compute
+from milan.workers import end_with
 
 PREEMPTED = 75  # exit status EX_TEMPFAIL: stopped by a signal, saved, run again to continue
 
@@ -91,7 +91,8 @@ def launch(function: Callable[..., dict], compute: Compute, *arguments) -> dict:
             start_method="spawn" if torch.cuda.is_available() else "fork",
         )
         try:
-            results = elastic_launch(config, in_process)(folder, function, compute, arguments)
+            with handlers_restored():
+                results = elastic_launch(config, in_process)(folder, function, compute, arguments)
         except SignalException:
             raise SystemExit(PREEMPTED) from None
         except Exception as error:
@@ -99,10 +100,22 @@ def launch(function: Callable[..., dict], compute: Compute, *arguments) -> dict:
     return next(iter(results.values())) if 0 not in results else results[0]
 
 
+@contextlib.contextmanager
+def handlers_restored() -> Iterator[None]:
+    """The launcher takes over the signals that end a process, and keeps them; give them back."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    before = [signal.getsignal(number) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
 def in_process(folder: str, function: Callable[..., dict], compute: Compute, arguments: tuple) -> dict:
     """One process of a launch: joins the group, runs, and leaves word of its failure."""
     device = resolve_device(compute)
-    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+    end_with(os.getppid())
     try:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         return function(*arguments)
@@ -121,13 +134,6 @@ def kind_of(error: BaseException) -> str:
     if isinstance(error, UserError):
         return "user"
     return "lost" if isinstance(error, dist.DistError) or "/gloo/" in str(error) else "crash"
-
-
-def end_with(parent: int) -> None:
-    """End this process when its parent is gone (kill -9 reaches only one): no orphan trains on unseen."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
 
 
 def failure_of(folder: Path, error: Exception) -> Exception:

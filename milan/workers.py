@@ -1,8 +1,10 @@
-"""Work spread over processes: results in order, few of them in memory, and a Ctrl-C that is never lost."""
+"""Work spread over processes: results in order, few of them in memory, a Ctrl-C that is never lost, and no orphans."""
 
 import contextlib
+import os
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -15,7 +17,7 @@ def ordered(function: Callable, jobs: Iterable, processes: int) -> Iterator:
     if processes == 1:
         yield from map(function, jobs)
         return
-    waiting, pool = deque(), ProcessPoolExecutor(processes)
+    waiting, pool = deque(), ProcessPoolExecutor(processes, initializer=end_with, initargs=(os.getpid(),))
     try:
         for job in jobs:
             with interrupts_held():
@@ -45,3 +47,14 @@ def interrupts_held() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
         if caught and callable(before):
             before(*caught[0])
+
+
+def end_with(parent: int) -> None:
+    """Make this process end when its parent is gone (kill -9 reaches only one): no orphan works on unseen."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

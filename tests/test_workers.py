@@ -2,11 +2,15 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
+import psutil
 import pytest
 
 from milan.workers import AHEAD, interrupts_held, ordered
+from tests.conftest import ROOT
 
 
 def slow_when_even(job: int) -> int:
@@ -51,3 +55,27 @@ def test_a_failing_job_says_why_and_ends_the_rest(one_thread):
 
 def reciprocal(job: int) -> float:
     return 1 / job
+
+
+def test_no_worker_outlives_a_killed_parent(tmp_path):
+    """Which would wait for work for ever."""
+    code = (
+        "import os, pathlib, time\n"
+        "from milan.workers import ordered\n"
+        "def write(job):\n"
+        f"    (pathlib.Path({str(tmp_path)!r}) / str(os.getpid())).touch()\n"
+        "    time.sleep(0.1)\n"
+        "list(ordered(write, range(10_000), 2))\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    wait_for(lambda: len(list(tmp_path.iterdir())) == 2)
+    parent.kill()
+    parent.wait()
+    wait_for(lambda: not any(psutil.pid_exists(int(path.name)) for path in tmp_path.iterdir()))
+
+
+def wait_for(condition) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
