@@ -101,7 +101,9 @@ def read_json(path: Path, *keys: str) -> dict:
     except (ValueError, RecursionError):  # JSON's and UTF-8's errors are ValueErrors
         found = None
     if not isinstance(found, dict) or not set(keys) <= set(found):
-        raise UserError(f"{path} is damaged: it is no JSON object with {', '.join(keys)}. Delete {path.parent} and run `dvc repro` again.")
+        raise UserError(
+            f"{path} is damaged: it is no JSON object with {', '.join(keys)}. Delete {path.parent} and run `dvc repro` again."
+        )
     return found
 
 

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import IO
 
 import psutil
 
@@ -73,7 +72,7 @@ class Logger:
     def finish(self, status: str, wait: bool = False) -> None:
         """wait: for the last stage, so that a finished pipeline is a finished record."""
         self.tracker.event("end", status=status)
-        self.alive.close()
+        os.close(self.alive)
         if not wait:
             return
         try:
@@ -133,11 +132,11 @@ def deliver(spool: Path) -> None:
         )
 
 
-def hold(spool: Path) -> IO:
-    """The stage's lock on its spool; however it ends, the system lets go of it then."""
-    file = open(spool, "a")
-    fcntl.flock(file, fcntl.LOCK_EX)
-    return file
+def hold(spool: Path) -> int:
+    """The stage's lock on its spool, as an open file's number; however the stage ends, the system lets go of it then."""
+    descriptor = os.open(spool, os.O_CREAT | os.O_RDWR)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return descriptor
 
 
 def owner_alive(spool: Path) -> bool:

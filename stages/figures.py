@@ -43,7 +43,9 @@ def main(stage: Stage) -> None:
     if not notebooks:
         raise UserError(f"{a.notebooks} holds no notebook (git checkout -- {a.notebooks} restores them).")
     if stage.params.no_teacher:
-        print(f"figures: without {', '.join(OF_THE_TEACHER)}: a released student is evaluated, and no teacher is here.", flush=True)
+        print(
+            f"figures: without {', '.join(OF_THE_TEACHER)}: a released student is evaluated, and no teacher is here.", flush=True
+        )
         notebooks = [path for path in notebooks if path.name not in OF_THE_TEACHER]
     SCRATCH.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=SCRATCH) as folder:

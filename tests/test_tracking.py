@@ -196,7 +196,7 @@ def test_a_line_that_is_being_written_is_waited_for(fake, monkeypatch):
     monkeypatch.setattr(tracking.time, "sleep", meanwhile)
     tracking.deliver(spool)
     assert FakeSender.sent == ["start", 1, "end"]
-    stage.close()
+    os.close(stage)
 
 
 def test_a_stage_is_alive_as_long_as_it_holds_its_spool(fake):
