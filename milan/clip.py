@@ -9,10 +9,11 @@ from pathlib import Path
 
 import open_clip
 import torch
-from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, convert_weights_to_lp
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from milan.distributed import DTYPES
 from milan.errors import UserError
 from milan.params import TinyClip
 
@@ -25,6 +26,13 @@ class ClipTower(nn.Module):
         if not hasattr(visual, "transformer") or getattr(visual, "attn_pool", None) is not None:
             raise UserError("The teacher must be a CLIP vision transformer with a class token (such as ViT-B-16).")
         self.visual = visual
+
+    def lowered(self, precision: str) -> "ClipTower":
+        """Matrices kept in the precision that autocast would cast them to at every call; norms and embeddings stay in
+        float32."""
+        if precision != "fp32":
+            convert_weights_to_lp(self, DTYPES[precision])
+        return self
 
     @property
     def feature_dim(self) -> int:

@@ -3,7 +3,7 @@
 from functools import partial
 
 import torch
-from timm.layers import Mlp
+from timm.layers import Mlp, use_fused_attn
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -67,7 +67,7 @@ class PromptingAttention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.fused = num_heads, use_fused_attn()
         self.q = nn.Linear(dim, dim)
         self.kv = nn.Linear(dim, 2 * dim)
         self.proj = nn.Linear(dim, dim)
@@ -79,7 +79,10 @@ class PromptingAttention(nn.Module):
         keys, values = self.kv(hidden).view(batch, length, 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         keys = torch.cat([prompt_keys, keys], dim=2)
         values = torch.cat([prompt_values, values], dim=2)
-        mixed = nn.functional.scaled_dot_product_attention(query, keys, values)
+        if self.fused:
+            mixed = nn.functional.scaled_dot_product_attention(query, keys, values)
+        else:
+            mixed = (query * query.shape[-1] ** -0.5 @ keys.transpose(-2, -1)).softmax(dim=-1) @ values
         return self.proj(mixed.transpose(1, 2).reshape(batch, length, dim))
 
 

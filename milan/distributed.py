@@ -13,12 +13,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from timm.layers import set_fused_attn
 
 from milan.errors import UserError
 from milan.params import Compute
 from milan.workers import end_with
 
 PREEMPTED = 75  # exit status EX_TEMPFAIL: stopped by a signal, saved, run again to continue
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def rank() -> int:
@@ -50,8 +52,7 @@ def resolve_precision(compute: Compute, device: torch.device) -> str:
 
 
 def autocast(precision: str, device: torch.device):
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
-    return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")
+    return torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "fp32")
 
 
 def set_up(compute: Compute) -> torch.device:
@@ -59,6 +60,7 @@ def set_up(compute: Compute) -> torch.device:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch|open_clip")
     torch.set_num_threads(compute.threads)
     device = resolve_device(compute)
+    choose_attention(resolve_precision(compute, device), device)
     if compute.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -66,6 +68,12 @@ def set_up(compute: Compute) -> torch.device:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     return device
+
+
+def choose_attention(precision: str, device: torch.device) -> None:
+    """Whether models built from here on use torch's fused attention (timm's switch, which our decoder follows): on a
+    CPU its backward pass in bf16 takes three to nine times as long as the products written out (benchmarks/step.py)."""
+    set_fused_attn(not (device.type == "cpu" and precision == "bf16"))
 
 
 def launch(function: Callable[..., dict], compute: Compute, *arguments) -> dict:

@@ -41,7 +41,7 @@ def nothing(p: Params, folder: Path) -> dict:
 
 def extract(p: Params, records: Path, teacher: Path, folder: Path) -> dict:
     device, x = distributed.set_up(p.compute), p.extract_targets
-    tower = ClipTower(load_teacher(teacher)[0].visual).to(device)
+    tower = ClipTower(load_teacher(teacher)[0].visual).to(device).lowered(distributed.resolve_precision(p.compute, device))
     train = Records(records, "train")
     if x.views:
         size = targets.bank_bytes(len(train), x.views, p.model.n_patches, tower.feature_dim)

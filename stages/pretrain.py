@@ -86,7 +86,8 @@ def targets_for(p: Params, a: Namespace, device: torch.device) -> tuple[Bank | N
         return None, None
     if p.extract_targets.views:
         return Bank(a.bank), None
-    return None, ClipTower(load_teacher(a.teacher)[0].visual).to(device)
+    tower = ClipTower(load_teacher(a.teacher)[0].visual).to(device)
+    return None, tower.lowered(distributed.resolve_precision(p.compute, device))
 
 
 @torch.inference_mode()

@@ -1,5 +1,6 @@
 """The teacher: open_clip's own numbers read out whole, its tokenizer renumbered, its weights stored exactly."""
 
+import copy
 import json
 
 import numpy as np
@@ -88,6 +89,21 @@ def test_importance_follows_its_patch():
         block.attn.in_proj_weight[32:64:8, 1] = 1.0  # each head's key: the second channel
     attention = cls_attention(block, tokens)[0]
     assert attention.argmax() == 6 and attention[6] > 0.999 and attention.sum() == pytest.approx(1)
+
+
+def test_a_lowered_tower_keeps_its_norms_and_says_nearly_the_same(model):
+    """bf16 keeps 8 bits; what these few layers of large weights make of it is within a tenth."""
+    features, importance = ClipTower(model.visual)(IMAGES)
+    lowered = ClipTower(copy.deepcopy(model.visual)).lowered("bf16")
+    kinds = {name: parameter.dtype for name, parameter in lowered.named_parameters()}
+    assert kinds["visual.transformer.resblocks.0.mlp.c_fc.weight"] == kinds["visual.proj"] == torch.bfloat16
+    assert kinds["visual.ln_post.weight"] == kinds["visual.positional_embedding"] == torch.float32
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        found, attention = lowered(IMAGES)
+    assert torch.nn.functional.cosine_similarity(found.float(), features, dim=-1).min() > 0.999
+    torch.testing.assert_close(attention, importance, rtol=0.15, atol=1e-3)
+    unchanged = ClipTower(copy.deepcopy(model.visual)).lowered("fp32")(IMAGES)
+    assert unchanged[0].equal(features) and unchanged[1].equal(importance)
 
 
 def test_a_tower_without_a_class_token_is_refused():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from milan import masking
+from milan import distributed, masking
 from milan.model import MaskedPretraining, in_decoder_order, in_image_order
 from milan.params import Model, Recipe, Tower
 
@@ -168,3 +168,21 @@ def test_prompt_is_not_normalised():
         k, v = block.attn.kv(seen).chunk(2, dim=-1)
         assert torch.allclose(keys.transpose(1, 2).flatten(2), k, atol=1e-6)
         assert torch.allclose(values.transpose(1, 2).flatten(2), v, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("decoder", ["prompt", "mae"])
+def test_attention_written_out_is_the_fused_one(decoder):
+    """What a CPU computes in bf16 is the same function, in encoder and decoder."""
+    cpu = torch.device("cpu")
+    fused, before = [], tiny_model(decoder).predict(*drawn())
+    try:
+        for precision in ("bf16", "fp32"):
+            distributed.choose_attention(precision, cpu)
+            model = tiny_model(decoder)
+            attentions = [block.attn for block in [*model.encoder.vit.blocks, *model.decoder.decoder_blocks]]
+            fused.append({getattr(a, "fused_attn", getattr(a, "fused", None)) for a in attentions})
+            torch.testing.assert_close(model.predict(*drawn()), before, atol=1e-5, rtol=1e-5)
+    finally:
+        distributed.choose_attention("fp32", cpu)
+    assert fused == [{False}, {True}]

@@ -1,0 +1,179 @@
+"""How fast is one pretraining step, and where does its time go?
+
+    python -m benchmarks.step                 # on a CPU about ten minutes, on a GPU two
+    python -m benchmarks.step --batch 256     # a larger micro-batch, for a GPU
+
+Compares, side by side on random images that lie on the device: the algorithm as published in plain eager PyTorch
+(benchmarks/plain.py), ours with the teacher inside, and ours from the target bank, each in float32 and bfloat16 (on a
+GPU also compiled). A step is teacher, forward, backward and AdamW. Needs torch and timm, and open_clip for the teacher:
+without it, `ours online` runs with the plain teacher, and says so.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import measure, plain
+from milan import distributed, optim
+from milan.model import MaskedPretraining
+from milan.params import Model, Recipe
+
+FEATURES = 512
+MILAN = Recipe(target="clip", decoder="prompt", masking="semantic")
+
+
+@dataclass
+class Batch:
+    images: Tensor
+    noise: Tensor
+    features: Tensor
+    importance: Tensor
+
+
+class Step:
+    """One way to do a step: teacher (None: targets are at hand), student, optimizer, precision."""
+
+    def __init__(self, teacher: nn.Module | None, student: Callable, parameters, optimizer, precision: str, device: torch.device):
+        self.teacher, self.student, self.optimizer = teacher, student, optimizer
+        self.precision, self.device, self.parameters = precision, device, parameters
+
+    def look(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        if self.teacher is None:
+            return batch.features, batch.importance
+        with torch.inference_mode(), distributed.autocast(self.precision, self.device):
+            return self.teacher(batch.images)
+
+    def loss(self, batch: Batch, targets: tuple[Tensor, Tensor]) -> Tensor:
+        # Tensors made in inference mode cannot be saved for backward.
+        targets = [t.clone() if t.is_inference() else t for t in targets]
+        with distributed.autocast(self.precision, self.device):
+            return self.student(batch, *targets)
+
+    def update(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def __call__(self, batch: Batch) -> None:
+        self.loss(batch, self.look(batch)).backward()
+        self.update()
+
+
+def plain_step(model: Model, precision: str, device: torch.device) -> Step:
+    student = plain.Milan(model, FEATURES).to(device)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.05, foreach=False)
+    teacher = plain.Teacher(model, FEATURES).to(device).eval()
+    return Step(teacher, lambda b, f, i: student(b.images, f, i), student, optimizer, precision, device)
+
+
+def our_step(model: Model, precision: str, device: torch.device, online: bool, compiled: bool) -> Step:
+    distributed.choose_attention(precision, device)
+    student = MaskedPretraining(model, MILAN, 0.75, FEATURES).to(device)
+    optimizer = optim.adamw(optim.decay_groups(student, 0.05), (0.9, 0.95))
+    optim.set_lr(optimizer, 1e-5)
+    call, teacher = student, our_teacher(model, precision, device) if online else None
+    if compiled:
+        call, teacher = torch.compile(student), torch.compile(teacher) if teacher else None
+    return Step(teacher, lambda b, f, i: call(b.images, b.noise, f, i), student, optimizer, precision, device)
+
+
+def our_teacher(model: Model, precision: str, device: torch.device) -> nn.Module:
+    """A CLIP of the student's encoder's size, with random weights: speed does not depend on them."""
+    try:
+        from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+
+        from milan.clip import ClipTower
+    except ImportError:
+        print("open_clip is not installed: `ours online` runs with the plain teacher")
+        return plain.Teacher(model, FEATURES).to(device).eval()
+    e = model.encoder
+    size = {"image_size": model.image_size, "patch_size": model.patch_size, "head_width": e.embed_dim // e.num_heads}
+    vision = CLIPVisionCfg(layers=e.depth, width=e.embed_dim, **size)
+    text = CLIPTextCfg(context_length=8, vocab_size=64, width=64, heads=1, layers=1)
+    return ClipTower(CLIP(FEATURES, vision, text, quick_gelu=True).visual).to(device).eval().requires_grad_(False).lowered(precision)
+
+
+def batch_of(model: Model, size: int, device: torch.device) -> Batch:
+    torch.manual_seed(0)
+    images = torch.randn(size, 3, model.image_size, model.image_size, device=device)
+    noise, importance = torch.randn(size, model.n_patches, device=device), torch.rand(size, model.n_patches, device=device)
+    return Batch(images, noise, torch.randn(size, 1 + model.n_patches, FEATURES, device=device), importance)
+
+
+def flops(model: Model, device: torch.device) -> tuple[float, float]:
+    """FLOPs of one image by torch's counter: (teacher, student's forward and backward), as our code runs them."""
+    step, batch = our_step(model, "fp32", device, True, False), batch_of(model, 1, device)
+    with FlopCounterMode(display=False) as teacher:
+        targets = step.look(batch)
+    with FlopCounterMode(display=False) as student:
+        step.loss(batch, targets).backward()
+    return teacher.get_total_flops(), student.get_total_flops()
+
+
+def split(step: Step, batch: Batch, repeats: int) -> dict[str, float]:
+    """Seconds of the parts of a step: medians, each part on its own."""
+    targets = step.look(batch)
+    loss: list[Tensor] = [step.loss(batch, targets)]
+    loss[0].backward()
+
+    def forward() -> None:
+        loss[0] = step.loss(batch, targets)
+
+    parts = {"forward": forward, "backward": lambda: loss[0].backward(), "optimizer": step.update}
+    if step.teacher is not None:
+        parts = {"teacher": lambda: step.look(batch), **parts}
+    return {name: measure.median(seconds) for name, seconds in measure.in_turn(parts, repeats, step.device).items()}
+
+
+def main() -> None:
+    parser = measure.arguments(__doc__, repeats=5)
+    parser.add_argument("--model", choices=measure.MODELS, default="vit_b16")
+    parser.add_argument("--batch", type=int, default=16, help="images (default: %(default)s)")
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16", "fp16"])
+    parser.add_argument("--no-compile", action="store_true", help="leave out the compiled cases on a GPU")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    device, model = torch.device(args.device), measure.MODELS[args.model]
+    batch = batch_of(model, args.batch, device)
+    each_teacher, each_student = flops(model, device)
+    peaks = {p: measure.matmul_peak(device, distributed.DTYPES[p]) for p in args.precisions}
+    steps = {}
+    for precision in args.precisions:
+        steps[f"plain online {precision}"] = plain_step(model, precision, device)
+        steps[f"ours online {precision}"] = our_step(model, precision, device, True, False)
+        steps[f"ours banked {precision}"] = our_step(model, precision, device, False, False)
+    if device.type == "cuda" and not args.no_compile:
+        steps["ours online bf16 compiled"] = our_step(model, "bf16", device, True, True)
+        steps["ours banked bf16 compiled"] = our_step(model, "bf16", device, False, True)
+    seconds = measure.in_turn({name: lambda step=step: step(batch) for name, step in steps.items()}, args.repeats, device, warm=2)
+    rows = []
+    for name, step in steps.items():
+        took = measure.median(seconds[name])
+        arithmetic = args.batch * (each_student + (each_teacher if "online" in name else 0)) / took / 1e12
+        base = measure.median(seconds[f"plain online {step.precision}"])
+        row = {"case": name, "images/s": args.batch / took, "against plain": base / took, "± %": measure.spread(seconds[name])}
+        row |= {
+            "TFLOP/s": arithmetic,
+            "% of matmul peak": 100 * arithmetic / peaks[step.precision],
+            "peak GB": peak_memory(step, batch),
+        }
+        rows.append(row | {f"{part} s": value for part, value in {"teacher": None, **split(step, batch, args.repeats)}.items()})
+    about = {**measure.machine(device), "model": args.model, "batch": args.batch, "repeats": args.repeats}
+    about |= {"GFLOP teacher": f"{each_teacher / 1e9:.1f}", "GFLOP student": f"{each_student / 1e9:.1f}"}
+    about |= {f"matmul TFLOP/s {p}": f"{peak:.3g}" for p, peak in peaks.items()}
+    measure.show("One pretraining step", rows, about, args.json)
+
+
+def peak_memory(step: Step, batch: Batch) -> float | None:
+    """GB on a GPU, all cases' weights included; a CPU does not tell."""
+    if step.device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(step.device)
+    step(batch)
+    return torch.cuda.max_memory_allocated(step.device) / 1e9
+
+
+if __name__ == "__main__":
+    main()
