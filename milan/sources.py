@@ -41,15 +41,37 @@ def class_folders(folder: Path) -> list[str]:
     return sorted(child.name for child in folder.iterdir() if child.is_dir())
 
 
+def same_classes(root: Path) -> list[str]:
+    """The class folders of root/train; UserError unless root/val has just these, since labels are places in the list."""
+    train, val = (class_folders(root / split) for split in ("train", "val"))
+    if train != val:
+        odd = [
+            f"{split} has {', '.join(some[:5])}{' ...' if len(some) > 5 else ''} alone"
+            for split, some in (("train", sorted(set(train) - set(val))), ("val", sorted(set(val) - set(train))))
+            if some
+        ]
+        raise UserError(f"{root}/train and {root}/val must have the same class folders: {'; '.join(odd)}.")
+    if len(train) < 2:
+        raise UserError(f"{root}/train has one class folder; at least two are needed to tell classes apart.")
+    return train
+
+
 def caption_pairs(root: Path) -> list[dict]:
     """root/pairs/captions.csv with columns file, caption -> items {"path", "name", "caption"}; none when absent."""
     table = root / "pairs" / "captions.csv"
     if not table.exists():
         return []
-    with open(table, newline="") as file:
-        return [
-            {"path": table.parent / row["file"], "name": row["file"], "caption": row["caption"]} for row in csv.DictReader(file)
-        ]
+    with open(table, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or any(not row.get("file") or not row.get("caption") for row in rows):
+        raise UserError(f"{table} must have the columns file and caption, and a value of both in every line.")
+    return [{"path": table.parent / row["file"], "name": row["file"], "caption": row["caption"]} for row in rows]
+
+
+def class_captions(items: list[dict], names: list[str], most: int) -> list[dict]:
+    """Up to `most` of an image folder's items, evenly spread, captioned with the names of their classes."""
+    chosen = items[:: max(1, -(-len(items) // most))]
+    return [{"path": i["path"], "name": i["name"], "caption": f"a photo of a {names[i['label']]}"} for i in chosen]
 
 
 def with_object_masks(root: Path, items: list[dict]) -> list[dict]:

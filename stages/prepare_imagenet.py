@@ -1,7 +1,8 @@
 """Pack the classification images into records (splits train, val and, where there are captions, pairs).
 
 Give data.imagenet the folder that holds train/ and val/ in class folders; with null the built-in captioned
-world is drawn as real JPEG files in that very layout and packed by the very same code.
+world is drawn as real JPEG files in that very layout and packed by the very same code. The captions of a teacher that
+is trained here come from pairs/captions.csv (columns file, caption), or from the names of the class folders.
 Costs: built-in world about 30 s; ImageNet about an hour on 16 cores, 145 GB.
 """
 
@@ -38,17 +39,19 @@ def draw(root: Path, p: PrepareImagenet) -> None:
 
 
 def pack(root: Path, folder: Path, p: PrepareImagenet, source: str) -> dict:
-    items = {
-        "train": sources.image_folder(root, "train"),
-        "val": sources.with_object_masks(root, sources.image_folder(root, "val")),
-        "pairs": sources.caption_pairs(root),
-    }
+    items = {"train": sources.image_folder(root, "train")}
+    items["val"] = sources.with_object_masks(root, sources.image_folder(root, "val"))
+    wnids = sources.same_classes(root)
+    classes = sources.class_names(root, wnids)
+    items["pairs"] = sources.caption_pairs(root)
+    if p.pairs and not items["pairs"]:
+        items["pairs"] = sources.class_captions(items["train"], classes, p.pairs)
+        print("No pairs/captions.csv: the teacher that is trained here will learn from the class names, as captions.", flush=True)
     splits = {}
     for split in filter(items.get, items):
         rows = sources.rows(items[split], f"packing {split}", os.cpu_count(), p.short_side)
         splits[split] = records.write_split(folder, split, rows, p.shard_images)
-    wnids = sources.class_folders(root / "train")
-    return records.write_manifest(folder, splits=splits, wnids=wnids, classes=sources.class_names(root, wnids), source=source)
+    return records.write_manifest(folder, splits=splits, wnids=wnids, classes=classes, source=source)
 
 
 if __name__ == "__main__":

@@ -248,6 +248,35 @@ def test_class_names_captions_and_object_masks(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("table", ["file,caption\n", "file,text\na,b\n", "file,caption\na.JPEG,\n", "file,caption\na.JPEG\n"])
+def test_captions_without_a_file_or_a_caption_are_refused(table, tmp_path):
+    (tmp_path / "pairs").mkdir()
+    (tmp_path / "pairs" / "captions.csv").write_text(table)
+    with pytest.raises(UserError, match=r"captions\.csv must have the columns file and caption"):
+        sources.caption_pairs(tmp_path)
+
+
+def test_classes_that_differ_between_the_splits_are_named(tmp_path):
+    for folder in ("train/a", "train/b", "val/a", "val/c"):
+        (tmp_path / folder).mkdir(parents=True)
+    with pytest.raises(UserError, match="train has b alone; val has c alone"):
+        sources.same_classes(tmp_path)
+    (tmp_path / "val/c").rename(tmp_path / "val/b")
+    assert sources.same_classes(tmp_path) == ["a", "b"]
+    for split in ("train", "val"):
+        (tmp_path / split / "b").rmdir()
+    with pytest.raises(UserError, match="at least two"):
+        sources.same_classes(tmp_path)
+
+
+def test_class_names_serve_as_captions(tmp_path):
+    items = [{"path": tmp_path / str(i), "name": str(i), "label": i % 2} for i in range(10)]
+    assert [pair["caption"] for pair in sources.class_captions(items, ["red disc", "dog"], 100)] == ["a photo of a red disc", "a photo of a dog"] * 5
+    few = sources.class_captions(items, ["red disc", "dog"], 4)
+    assert [pair["name"] for pair in few] == ["0", "3", "6", "9"]
+    assert few[1] == {"path": tmp_path / "3", "name": "3", "caption": "a photo of a dog"}
+
+
 # The scenes of an ADE20K tree.
 
 

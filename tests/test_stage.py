@@ -132,7 +132,7 @@ def test_once_mended_the_stage_goes_through_without_mlflow(desk, tree):
     (desk / "images/val/n01/empty.JPEG").write_bytes(jpeg())
     subprocess.run([sys.executable, "-m", "stages.prepare_imagenet", *PREPARE], check=True, timeout=100)
     manifest = records.read_manifest(desk / "outs/data")
-    assert {name: split["images"] for name, split in manifest["splits"].items()} == {"train": 2, "val": 3}
+    assert {name: split["images"] for name, split in manifest["splits"].items()} == {"train": 2, "val": 3, "pairs": 2}
     assert sorted(path.name for path in (desk / "outs").iterdir()) == ["data"]
     assert "prepare_imagenet/train" in Path("metrics.json").read_text()
 
