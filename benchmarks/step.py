@@ -92,7 +92,9 @@ def our_teacher(model: Model, precision: str, device: torch.device) -> nn.Module
     size = {"image_size": model.image_size, "patch_size": model.patch_size, "head_width": e.embed_dim // e.num_heads}
     vision = CLIPVisionCfg(layers=e.depth, width=e.embed_dim, **size)
     text = CLIPTextCfg(context_length=8, vocab_size=64, width=64, heads=1, layers=1)
-    return ClipTower(CLIP(FEATURES, vision, text, quick_gelu=True).visual).to(device).eval().requires_grad_(False).lowered(precision)
+    return (
+        ClipTower(CLIP(FEATURES, vision, text, quick_gelu=True).visual).to(device).eval().requires_grad_(False).lowered(precision)
+    )
 
 
 def batch_of(model: Model, size: int, device: torch.device) -> Batch:
