@@ -12,8 +12,11 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 
+from milan.errors import UserError
 from milan.files import SCRATCH, code_digest, fingerprint, write_whole
 
 
@@ -22,6 +25,16 @@ def save_weights(path: Path, weights: dict[str, torch.Tensor], **about: str | in
     because safetensors writes several in random order)."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(weights.items())}
     write_whole(path, safetensors_bytes(tensors, {"milan": json.dumps(about, sort_keys=True)}))
+
+
+def load_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file that a stage wrote, on the CPU. Raises UserError when it is missing or damaged."""
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: run `dvc repro`, which makes it, or `dvc pull`, which fetches it.") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}). Delete {Path(path).parent} and run `dvc repro` again.") from None
 
 
 class Scratch:

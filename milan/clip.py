@@ -4,17 +4,17 @@ open_clip's own model does the work; this file only reads two things out of it t
 the projected features of every token, and the last block's class-token attention (clip_demo.py).
 """
 
-import json
 from pathlib import Path
 
 import open_clip
 import torch
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, convert_weights_to_lp
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from milan.checkpoint import load_weights, save_weights
 from milan.distributed import DTYPES
 from milan.errors import UserError
+from milan.files import read_json, write_json
 from milan.params import TinyClip
 
 
@@ -129,21 +129,20 @@ class Tokenizer:
 
 def save_no_teacher(folder: Path) -> None:
     """What stands in the teacher's place when a released student is only evaluated."""
-    (folder / "teacher.json").write_text(json.dumps({"kind": "none"}) + "\n")
+    write_json(folder / "teacher.json", {"kind": "none"})
 
 
 def save_teacher(folder: Path, model: CLIP, config: dict) -> None:
     """teacher.safetensors (image and text tower) and teacher.json, which says how to build the model."""
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(weights, folder / "teacher.safetensors")
-    (folder / "teacher.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+    save_weights(folder / "teacher.safetensors", model.state_dict())
+    write_json(folder / "teacher.json", config)
 
 
 def load_teacher(folder: Path) -> tuple[CLIP, Tokenizer, dict]:
     """The frozen model in evaluation mode, its tokenizer and its config."""
     folder = Path(folder)
-    config = json.loads((folder / "teacher.json").read_text())
+    config = read_json(folder / "teacher.json", kind=str)
     if config["kind"] == "none":
         raise UserError(
             f"{folder} holds no teacher: pretrain.weights was set when it was made. Set it to null and run `dvc repro`."
@@ -154,7 +153,7 @@ def load_teacher(folder: Path) -> tuple[CLIP, Tokenizer, dict]:
     else:
         tokenizer = Tokenizer(config["model"]["text_cfg"].get("context_length", 77))
         model = CLIP(**config["model"])
-    model.load_state_dict(load_file(folder / "teacher.safetensors"))
+    model.load_state_dict(load_weights(folder / "teacher.safetensors"))
     return model.eval().requires_grad_(False), tokenizer, config
 
 

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from milan import masking
+from milan.checkpoint import load_weights
 from milan.params import Model
 from milan.pos_embed import sincos_pos_embed
 
@@ -42,7 +42,7 @@ class Encoder(nn.Module):
 def load_encoder(path: Path, model: Model) -> Encoder:
     """The encoder that the pretrain stage wrote, by the recipe's sizes."""
     encoder = Encoder(model)
-    encoder.vit.load_state_dict(load_file(path))
+    encoder.vit.load_state_dict(load_weights(path))
     return encoder
 
 

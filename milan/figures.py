@@ -11,10 +11,10 @@ import torch
 from IPython.display import Image
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from milan import distributed, masking, miou, plots, samples, segmenter, transforms
+from milan.checkpoint import load_weights
 from milan.encoder import Encoder, load_encoder
 from milan.errors import UserError
 from milan.model import MaskedPretraining, in_image_order
@@ -76,15 +76,15 @@ class Project:
         """Encoder and decoder as pretraining left them."""
         p = self.params
         model = MaskedPretraining(p.model, p.pretrain.recipes[variant], p.pretrain.mask_ratio, feature_dim)
-        model.encoder.vit.load_state_dict(load_file(self.weights("pretrain", variant, "encoder")))
-        model.decoder.load_state_dict(load_file(self.weights("pretrain", variant, "decoder")))
+        model.encoder.vit.load_state_dict(load_weights(self.weights("pretrain", variant, "encoder")))
+        model.decoder.load_state_dict(load_weights(self.weights("pretrain", variant, "decoder")))
         return model.to(self.device).eval()
 
     def trained_segmenter(self, variant: str, classes: int) -> segmenter.Segmenter:
         m, e, s = self.params.model, self.params.model.encoder, self.params.segment
         sizes = (s.crop_size, m.patch_size, e.embed_dim, e.depth, e.num_heads, classes, s.channels, s.aux_channels, s.out_blocks)
         model = segmenter.Segmenter(*sizes, norm="batch")
-        model.load_state_dict(load_file(self.weights("segment", variant, "segmenter")))
+        model.load_state_dict(load_weights(self.weights("segment", variant, "segmenter")))
         return model.to(self.device).eval()
 
 
@@ -103,7 +103,7 @@ class Probe:
     def read(cls, project: Project, most: int = 256) -> "Probe":
         if project.params.no_teacher:
             raise UserError("This figure needs the teacher, and with pretrain.weights and a released teacher none is fetched.")
-        found = load_file(project.path("targets", "probe.safetensors"))
+        found = load_weights(project.path("targets", "probe.safetensors"))
         chosen = spread(len(found["index"]), most)
         val = Records(project.path("imagenet"), "val")
         records = [val[i] for i in found["index"][chosen].tolist()]

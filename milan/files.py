@@ -60,7 +60,7 @@ def full_disk_said(path: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(existing_parent(path)).free
             raise UserError(
-                f"The disk that holds {path} is full ({free / 1e6:.0f} MB free). Nothing half-written was kept. "
+                f"The disk that holds {path} is full ({free / 1e6:.1f} MB free). No file was left half-written. "
                 "Free some space (`dvc gc -w` drops unused results) and run `dvc repro` again: it continues."
             ) from None
         raise
@@ -94,13 +94,15 @@ def write_json(path: Path, value) -> None:
     write_whole(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
 
 
-def read_json(path: Path, *keys: str) -> dict:
-    """The object in a file that a stage wrote. Raises UserError for anything but an object with these keys."""
+def read_json(path: Path, **keys: type) -> dict:
+    """The object in a file that a stage wrote. Raises UserError for anything but an object with values of these types."""
     try:
         found = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: run `dvc repro`, which makes it, or `dvc pull`, which fetches it.") from None
     except (ValueError, RecursionError):  # JSON's and UTF-8's errors are ValueErrors
         found = None
-    if not isinstance(found, dict) or not set(keys) <= set(found):
+    if not isinstance(found, dict) or any(not isinstance(found.get(key), kind) for key, kind in keys.items()):
         raise UserError(
             f"{path} is damaged: it is no JSON object with {', '.join(keys)}. Delete {path.parent} and run `dvc repro` again."
         )
@@ -117,7 +119,12 @@ def whole_folder(target: Path, fingerprint: str) -> Iterator[Path]:
             shutil.rmtree(other)
     with full_disk_said(target):
         folder.mkdir(parents=True, exist_ok=True)
-        yield folder
+        try:
+            yield folder
+        except BaseException:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # unless something is there to be continued
+            raise
         if target.exists():
             shutil.rmtree(target)
         os.replace(folder, target)

@@ -48,6 +48,9 @@ def read_encoder(path: str | Path, model: Model) -> State:
         raise UserError(f"{path} is a CLIP checkpoint: a teacher, no student. Name it under teacher.pretrained.file instead.")
     encoder, _ = split(state)
     check(encoder, encoder_shapes(model), path)
+    broken = [name for name, tensor in encoder.items() if not tensor.isfinite().all()]
+    if broken:
+        raise UserError(f"{path} holds values that are no finite numbers, first in {broken[0]}: its training had broken down.")
     return encoder
 
 

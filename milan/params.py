@@ -8,6 +8,7 @@ import ast
 import dataclasses
 import difflib
 import operator
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from milan.errors import UserError
 POSITIVE = {"above": 0}
 COUNT = {"least": 0}
 SHARE = {"least": 0, "most": 1}
+FEW = {"above": 0, "most": 65536}  # processes, pixels of a side, channels: what nobody has more of
+SOME = {"some": True, "distinct": True}
 BETAS = {"length": 2, "least": 0, "below": 1}
 CROP = {"length": 2, "above": 0, "most": 1, "ordered": True}  # smallest and largest share of the area
 
@@ -34,9 +37,9 @@ class Compute:
     """What changes the last bits of a result."""
 
     device: str = choice("auto", "cpu", "cuda")
-    processes: int = field(metadata=POSITIVE)
-    nodes: int = field(metadata=POSITIVE)
-    threads: int = field(metadata=POSITIVE)
+    processes: int = field(metadata=FEW)
+    nodes: int = field(metadata=FEW)
+    threads: int = field(metadata=FEW)
     precision: str = choice("auto", "fp32", "bf16", "fp16")
     deterministic: bool
     compile: bool
@@ -62,7 +65,7 @@ class PrepareImagenet:
     train: int = field(metadata=POSITIVE)
     val: int = field(metadata=POSITIVE)
     pairs: int = field(metadata=COUNT)
-    size: int | None = field(metadata=POSITIVE)
+    size: int | None = field(metadata={"least": 16, "most": 65536})
     short_side: int | None = field(metadata=POSITIVE)
     shard_images: int = field(metadata=POSITIVE)
 
@@ -72,16 +75,16 @@ class PrepareAde20k:
     seed: int
     train: int = field(metadata=POSITIVE)
     val: int = field(metadata=POSITIVE)
-    size: int | None = field(metadata=POSITIVE)
+    size: int | None = field(metadata={"least": 16, "most": 65536})
     classes: int = field(metadata=POSITIVE)
     shard_images: int = field(metadata=POSITIVE)
 
 
 @dataclass(frozen=True)
 class Tower:
-    embed_dim: int = field(metadata=POSITIVE)
-    depth: int = field(metadata=POSITIVE)
-    num_heads: int = field(metadata=POSITIVE)
+    embed_dim: int = field(metadata=FEW)
+    depth: int = field(metadata=FEW)
+    num_heads: int = field(metadata=FEW)
 
     def __post_init__(self):
         if self.embed_dim % self.num_heads or self.embed_dim % 4:
@@ -91,8 +94,8 @@ class Tower:
 @dataclass(frozen=True)
 class Model:
     name: str
-    image_size: int = field(metadata=POSITIVE)
-    patch_size: int = field(metadata=POSITIVE)
+    image_size: int = field(metadata=FEW)
+    patch_size: int = field(metadata=FEW)
     encoder: Tower
     decoder: Tower
 
@@ -147,6 +150,12 @@ class TinyClip:
     text_heads: int = field(metadata=POSITIVE)
     text_layers: int = field(metadata=POSITIVE)
     context_length: int = field(metadata=POSITIVE)
+
+    def __post_init__(self):
+        for name, width, part in (("width", self.width, self.head_width), ("text_width", self.text_width, self.text_heads)):
+            if width % part:
+                other = "head_width" if name == "width" else "text_heads"
+                raise ValueError(f"{name} {width} is no multiple of {other} {part}")
 
 
 @dataclass(frozen=True)
@@ -207,6 +216,12 @@ class Pretrain(Training):
     crop_scale: list[float] = field(metadata=CROP)
     recipes: dict[str, Recipe]
 
+    def __post_init__(self):
+        super().__post_init__()
+        for name in self.recipes:
+            if not re.fullmatch(r"\w[\w.-]*", name):
+                raise ValueError(f"recipes: {name!r} names folders, so it may hold only letters, digits and . _ -")
+
 
 @dataclass(frozen=True)
 class LinearEval(Training):
@@ -230,7 +245,12 @@ class Finetune(Training):
     label_smoothing: float = field(metadata=SHARE)
     random_erasing: float = field(metadata=SHARE)
     pooling: str = choice("mean", "cls")
-    resize: int = field(metadata=POSITIVE)
+    resize: int = field(metadata=FEW)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.rand_augment is not None and not re.fullmatch(r"rand(-[a-z]+[\d.]+)+", self.rand_augment):
+            raise ValueError(f"rand_augment {self.rand_augment!r} is none of timm's, such as rand-m9-mstd0.5-inc1 (null: none)")
 
 
 @dataclass(frozen=True)
@@ -257,8 +277,8 @@ class Report:
 @dataclass(frozen=True)
 class Params:
     scale: str
-    seeds: list[int]
-    variants: list[str]
+    seeds: list[int] = field(metadata={**SOME, "least": 0, "most": 2**31 - 1})
+    variants: list[str] = field(metadata=SOME)
     compute: Compute
     runtime: Runtime
     data: Data
@@ -276,7 +296,10 @@ class Params:
     def __post_init__(self):
         for variant in self.variants:
             if variant not in self.pretrain.recipes:
-                raise ValueError(f"variants: {variant!r} has no recipe{nearest(variant, self.pretrain.recipes)}")
+                known = ", ".join(self.pretrain.recipes)
+                raise ValueError(
+                    f"variants: {variant!r} has no recipe{nearest(variant, self.pretrain.recipes)}; there are {known}"
+                )
         if self.segment.crop_size % self.model.patch_size:
             raise ValueError(f"segment.crop_size {self.segment.crop_size} is no multiple of the patch size")
         blocks = self.segment.out_blocks
@@ -383,6 +406,10 @@ def build_plain(kind, value, where: str):
 def check(value, rules, where: str) -> None:
     """Raise UserError unless a value, or each value of a list, keeps to its field's rules."""
     if isinstance(value, list):
+        if rules.get("some") and not value:
+            raise UserError(f"{where}: an empty list; give at least one.")
+        if rules.get("distinct") and len(set(value)) < len(value):
+            raise UserError(f"{where}: {value} names one of them twice.")
         if len(value) != rules.get("length", len(value)):
             raise UserError(f"{where}: expected {rules['length']} numbers, found {value}.")
         if rules.get("ordered") and sorted(value) != value:

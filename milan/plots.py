@@ -1,5 +1,6 @@
 """Charts of the results: one look (Okabe-Ito colours, which colour-blind readers can tell apart), the same bytes every time."""
 
+import io
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import matplotlib
 import pandas as pd
 
 from milan.errors import UserError
+from milan.files import write_whole
 from milan.params import Params
 from milan.results import KINDS, Results, method
 
@@ -54,9 +56,10 @@ def colour(variant: str, variants: Iterable[str] = ()) -> str:
 
 def save(figure: Figure, path: Path) -> Path:
     """PNG without date or software name: equal figures give equal bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI, metadata={"Software": None})
+    data = io.BytesIO()
+    figure.savefig(data, dpi=DPI, metadata={"Software": None})
     plt.close(figure)
+    write_whole(path, data.getvalue())
     return path
 
 

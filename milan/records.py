@@ -66,7 +66,11 @@ def read_manifest(folder: Path) -> dict:
     path = Path(folder) / "manifest.json"
     if not path.exists():
         raise UserError(f"{folder} holds no manifest.json, so it is no complete record set: run `dvc repro` to prepare it.")
-    return read_json(path, "splits")
+    found = read_json(path, splits=dict)
+    for split in found["splits"].values():
+        if not isinstance(split, dict) or not isinstance(split.get("shards"), list):
+            raise UserError(f"{path} is damaged: a split lists no shards. Delete {folder} and run `dvc repro` again.")
+    return found
 
 
 class Records:

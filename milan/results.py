@@ -23,6 +23,7 @@ METHODS = {  # in the order in which the paper adds its ingredients
     "prompt_decoder": "CLIP target, prompting decoder",
     "milan": "MILAN",
 }
+PUBLISHED = ("method", "backbone", "epochs", "batch_size", "teacher", "linear", "finetune", "miou", "kind", "source")
 KINDS = {"published": "Published", "re-run": "Re-run by others"}
 
 
@@ -108,7 +109,13 @@ def read_data(metrics: Path, p: Params) -> Data:
 def read_published(path: Path) -> pd.DataFrame:
     if not path.exists():
         raise UserError(f"{path} is missing: it holds the published numbers (git checkout -- {path} restores it).")
-    found = pd.read_csv(path, dtype={"epochs": "Int64", "batch_size": "Int64"})
+    try:
+        found = pd.read_csv(path, dtype={"epochs": "Int64", "batch_size": "Int64"})
+    except (ValueError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no table of published numbers ({error}).") from None
+    missing = [name for name in PUBLISHED if name not in found]
+    if missing:
+        raise UserError(f"{path} lacks the column {missing[0]}; it must have {', '.join(PUBLISHED)}.")
     strange = sorted(set(found["kind"]) - set(KINDS))
     if strange:
         raise UserError(f"{path}: kind must be {' or '.join(KINDS)}, not {strange[0]!r}.")

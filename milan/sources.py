@@ -27,13 +27,15 @@ def image_folder(root: Path, split: str) -> list[dict]:
     """root/split/<class>/<file> -> items {"path", "name", "label"}; classes in the order of their folders' names
     (for ImageNet: by WordNet id)."""
     folder = existing(root / split, f"expected {root} to hold train/ and val/ with a folder a class")
-    items = []
+    items, empty = [], []
     for label, wnid in enumerate(class_folders(folder)):
-        for path in sorted((folder / wnid).iterdir()):
-            if path.suffix.lower() in IMAGES:
-                items.append({"path": path, "name": f"{wnid}/{path.name}", "label": label})
+        found = [path for path in sorted((folder / wnid).iterdir()) if path.suffix.lower() in IMAGES]
+        items += [{"path": path, "name": f"{wnid}/{path.name}", "label": label} for path in found]
+        empty += [] if found else [wnid]
     if not items:
         raise UserError(f"{folder} holds no images ({', '.join(sorted(IMAGES))}) in class folders.")
+    if empty:
+        raise UserError(f"{len(empty)} class folder(s) of {folder} hold no image, the first is {empty[0]}. Fill or remove them.")
     return items
 
 
@@ -109,6 +111,8 @@ def scene_folder(root: Path, split: str) -> list[dict]:
         (items if mask.exists() else missing).append({"path": path, "mask_path": mask, "name": path.stem})
     if missing:
         raise UserError(f"{len(missing)} scenes have no annotation, the first is {missing[0]['mask_path']}.")
+    if not items:
+        raise UserError(f"{folder} holds no images ({', '.join(sorted(IMAGES))}).")
     return items
 
 
@@ -173,6 +177,12 @@ def checked_image(path: Path, short_side: int | None) -> bytes:
         out = io.BytesIO()
         image.convert("RGB").resize(size, Image.BICUBIC, reducing_gap=3.0).save(out, "JPEG", quality=92, subsampling=0)
         return out.getvalue()
+
+
+def has_labels(mask: bytes) -> bool:
+    """Whether any pixel of an annotation is of a class, neither 0 nor 255."""
+    with Image.open(io.BytesIO(mask)) as image:
+        return bool((np.asarray(image) % 255).any())
 
 
 def checked_mask(path: Path, image: bytes, classes: int) -> bytes:

@@ -71,6 +71,7 @@ def run(name: str, main: Callable[[Stage], None], doc: str, **arguments: type) -
     args = parser.parse_args()
     try:
         stage = Stage(name, args, read_params(args.params))
+        refuse_what_is_not_there(stage.params)
         with alone(stage.title):
             tracked(stage, main)
     except UserError as error:
@@ -81,6 +82,24 @@ def run(name: str, main: Callable[[Stage], None], doc: str, **arguments: type) -
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         fail(f"The disk is full ({error.filename or 'while writing'}). Free some space (`dvc gc -w`) and run `dvc repro` again.")
+
+
+def refuse_what_is_not_there(p: Params) -> None:
+    """Name at the first stage what only a later one would miss."""
+    given = {
+        "pretrain.weights": p.pretrain.weights,
+        "teacher.pretrained.file": p.teacher.pretrained and p.teacher.pretrained.file,
+    }
+    for key, path in given.items():
+        if path and not Path(path).exists():
+            raise UserError(f"{key}: {path} is missing. Mend the path, or set it to null.")
+    sections = {"imagenet": p.prepare_imagenet, "ade20k": p.prepare_ade20k}
+    for name, section in sections.items():
+        if section.size is None and not getattr(p.data, name):
+            raise UserError(
+                f"data.{name}: the recipe {p.scale} needs real data. Give its folder (-S data.{name}=/path), or set "
+                f"prepare_{name}.size and the built-in world is drawn in that size."
+            )
 
 
 @contextlib.contextmanager

@@ -33,12 +33,16 @@ def bank_bytes(images: int, views: int, n_patches: int, feature_dim: int) -> int
 def refuse_when_too_big(folder: Path, size: int) -> None:
     """Say the size, and raise UserError when the disk has not got it."""
     free = shutil.disk_usage(existing_parent(folder)).free
-    print(f"target bank: {size / 1e6:,.0f} MB to write, {free / 1e9:,.1f} GB free", flush=True)
+    print(f"target bank: {in_words(size)} to write, {in_words(free)} free", flush=True)
     if size > free:
         raise UserError(
-            f"The target bank needs {size / 1e9:,.1f} GB and the disk of {folder} has {free / 1e9:,.1f} GB free. Free some, lower "
+            f"The target bank needs {in_words(size)} and the disk of {folder} has {in_words(free)} free. Free some, lower "
             "extract_targets.views, or set it to 0: then the teacher runs inside pretraining, as published."
         )
+
+
+def in_words(size: float) -> str:
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
 
 def write_shard(folder: Path, number: int, arrays: dict[str, np.ndarray]) -> None:
@@ -67,9 +71,8 @@ class Bank:
         path = self.folder / "bank.json"
         if not path.exists():
             raise UserError(f"{folder} holds no bank.json, so it is no complete target bank: run `dvc repro` to extract it.")
-        keys = ("views", "shard_images", "feature_dim")
-        self.info = read_json(path, *keys)
-        self.views, self.shard_images, self.feature_dim = (self.info[key] for key in keys)
+        self.info = read_json(path, views=int, shard_images=int, feature_dim=int)
+        self.views, self.shard_images, self.feature_dim = (self.info[k] for k in ("views", "shard_images", "feature_dim"))
         self._arrays: dict[tuple[str, int], np.ndarray] = {}
 
     def __getitem__(self, place: tuple[int, int]) -> tuple[tuple, Tensor, Tensor]:

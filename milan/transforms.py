@@ -160,7 +160,7 @@ def resize_scene(image: Tensor, labels: Tensor | None, resize: list[int], ratio:
     long, short = sorted((round(side * ratio) for side in resize), reverse=True)
     height, width = image.shape[-2:]
     factor = min(long / max(height, width), short / min(height, width))
-    size = [int(height * factor + 0.5), int(width * factor + 0.5)]
+    size = [max(1, int(side * factor + 0.5)) for side in (height, width)]
     if size != [height, width]:
         image = F.resize(image, size, interpolation=v2.InterpolationMode.BILINEAR, antialias=False)
         if labels is not None:

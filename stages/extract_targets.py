@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
 from milan import distributed, targets, transforms
+from milan.checkpoint import save_weights
 from milan.clip import ClipTower, load_teacher
 from milan.files import whole_folder
 from milan.params import Params
@@ -101,11 +101,11 @@ def write_probe_set(p: Params, val: Records, tower: ClipTower, path: Path, devic
     features, importance = look(p, tower, images.to(device))
     found = {
         "images": images,
-        "features": features.half().cpu().contiguous(),
-        "importance": importance.cpu().contiguous(),
+        "features": features.half(),
+        "importance": importance,
         "index": torch.tensor(chosen),
     }
-    save_file(found, path)
+    save_weights(path, found)
     return {
         "extract_targets/probe_images": len(chosen),
         "extract_targets/perplexity": perplexity(importance),

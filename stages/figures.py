@@ -23,7 +23,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 from milan.errors import UserError
-from milan.files import SCRATCH
+from milan.files import SCRATCH, whole_folder, write_whole
 from milan.stage import Stage, run
 
 FOLDERS = "MILAN_FIGURES"  # where milan.figures looks for its folders
@@ -52,10 +52,14 @@ def main(stage: Stage) -> None:
         folders = {name: str(getattr(a, name)) for name in ("params", "outs", "metrics", "curves", "published")}
         os.environ[FOLDERS] = json.dumps({**folders, "figures": f"{folder}/figures"})
         execute_all(notebooks)
-        shutil.rmtree(a.out, ignore_errors=True)
-        shutil.copytree(f"{folder}/figures", a.out)
+        with whole_folder(a.out, str(os.getpid())) as out:
+            shutil.copytree(f"{folder}/figures", out, dirs_exist_ok=True, copy_function=copy_whole)
     for picture in sorted(a.out.glob("*.png")):
         stage.tracker.artifact(picture, "figures")
+
+
+def copy_whole(source: str, target: str) -> None:
+    write_whole(Path(target), Path(source).read_bytes())
 
 
 def execute_all(notebooks: list[Path]) -> None:

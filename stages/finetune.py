@@ -10,10 +10,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from milan import distributed, evaluate, optim, rng, transforms
-from milan.checkpoint import Scratch, save_weights
+from milan.checkpoint import Scratch, load_weights, save_weights
 from milan.classifier import FinetuneLoss, build_classifier
 from milan.fit import Run, fit
 from milan.params import Params
@@ -40,7 +39,7 @@ def train(p: Params, a: Namespace, scratch: Scratch, stage: Stage, recipe: str) 
     records = Records(a.records, "train")
     classes = len(records.manifest["classes"])
     rng.seed_globals(a.seed, "finetune init")
-    vit = build_classifier(p.model, x, classes, load_file(a.weights / "encoder.safetensors")).to(device)
+    vit = build_classifier(p.model, x, classes, load_weights(a.weights / "encoder.safetensors")).to(device)
     optimizer = optim.adamw(layer_groups(vit, x), x.betas)
     settings = Run(stage.title, x, p.compute, p.runtime, a.seed, scratch, stage.tracker.point)
     curve = fit(

@@ -7,9 +7,11 @@ Costs: built-in world a few seconds; ADE20K some minutes, 1 GB.
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from milan import records, sources, world
+from milan.errors import UserError
 from milan.files import SCRATCH, whole_folder
 from milan.params import PrepareAde20k
 from milan.progress import Progress
@@ -42,8 +44,18 @@ def pack(root: Path, folder: Path, p: PrepareAde20k, source: str) -> dict:
     splits = {}
     for split, name in SPLITS.items():
         rows = sources.rows(sources.scene_folder(root, name), f"packing {split}", os.cpu_count(), classes=p.classes)
-        splits[split] = records.write_split(folder, split, rows, p.shard_images)
+        splits[split] = records.write_split(folder, split, some_labelled(rows, root / "annotations" / name), p.shard_images)
     return records.write_manifest(folder, splits=splits, classes=sources.scene_classes(root, p.classes), source=source)
+
+
+def some_labelled(rows: Iterator[dict], folder: Path) -> Iterator[dict]:
+    """The rows; UserError at the end when not one pixel of all their annotations has a label."""
+    labelled = False
+    for row in rows:
+        labelled = labelled or sources.has_labels(row["mask"])
+        yield row
+    if not labelled:
+        raise UserError(f"{folder}: every pixel of every annotation is unlabelled (0 or 255), so there is nothing to learn.")
 
 
 if __name__ == "__main__":

@@ -8,11 +8,10 @@ from argparse import Namespace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from milan import distributed, miou, optim, rng, samples, segmenter, transforms
-from milan.checkpoint import Scratch, save_weights
+from milan.checkpoint import Scratch, load_weights, save_weights
 from milan.errors import UserError
 from milan.fit import Run, fit
 from milan.params import Params
@@ -47,7 +46,7 @@ def train(p: Params, a: Namespace, scratch: Scratch, stage: Stage, recipe: str) 
     device, x = distributed.set_up(p.compute), p.segment
     records = Records(a.scenes, "train")
     rng.seed_globals(a.seed, "segment init")
-    model = build(p, len(records.manifest["classes"]), load_file(a.weights / "encoder.safetensors"), device)
+    model = build(p, len(records.manifest["classes"]), load_weights(a.weights / "encoder.safetensors"), device)
     crop = {
         "crop_size": x.crop_size,
         "resize": x.resize,

@@ -120,7 +120,7 @@ def test_a_released_student_has_no_teacher_s_notebooks(tmp_path, monkeypatch, ca
     executed = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(stage, "execute_all", lambda notebooks: executed.extend(path.name for path in notebooks))
-    monkeypatch.setattr(stage.shutil, "copytree", lambda source, target: None)
+    monkeypatch.setattr(stage.shutil, "copytree", lambda source, target, **_: None)
     folders = dict.fromkeys(("params", "outs", "metrics", "curves", "published"), Path("x"))
     params = SimpleNamespace(no_teacher=True)
     stage.main(SimpleNamespace(params=params, args=SimpleNamespace(**folders, notebooks=tmp_path, out=tmp_path / "out")))

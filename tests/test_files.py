@@ -231,3 +231,15 @@ def test_states_of_other_recipes_and_other_code_are_not_seen(workplace, monkeypa
     assert Scratch("other", "one").load() is None
     monkeypatch.setattr("milan.checkpoint.code_digest", lambda: "edited")
     assert Scratch("stage", "one").load() is None
+
+
+def test_a_folder_in_which_nothing_came_to_be_leaves_nothing(tmp_path):
+    """A missing data set is no half-done one."""
+    with pytest.raises(UserError), files.whole_folder(tmp_path / "out", "f00d"):
+        raise UserError("no data")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError), files.whole_folder(tmp_path / "out", "f00d") as folder:
+        (folder / "shard").touch()
+        raise UserError("full")
+    with files.whole_folder(tmp_path / "out", "f00d") as folder:
+        assert (folder / "shard").exists()

@@ -269,6 +269,14 @@ def test_classes_that_differ_between_the_splits_are_named(tmp_path):
         sources.same_classes(tmp_path)
 
 
+def test_an_empty_class_folder_is_named(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+    (tmp_path / "train/a/1.JPEG").touch()
+    with pytest.raises(UserError, match="1 class folder.* hold no image, the first is b"):
+        sources.image_folder(tmp_path, "train")
+
+
 def test_class_names_serve_as_captions(tmp_path):
     items = [{"path": tmp_path / str(i), "name": str(i), "label": i % 2} for i in range(10)]
     assert [pair["caption"] for pair in sources.class_captions(items, ["red disc", "dog"], 100)] == ["a photo of a red disc", "a photo of a dog"] * 5
@@ -343,4 +351,10 @@ def test_scene_class_names(tmp_path):
 def test_a_damaged_manifest_is_named(content, tmp_path):
     (tmp_path / "manifest.json").write_bytes(content)
     with pytest.raises(UserError, match=r"manifest\.json is damaged: it is no JSON object with splits\. Delete .* and run `dvc repro`"):
+        records.Records(tmp_path, "train")
+
+
+def test_a_manifest_without_shards_is_named(tmp_path):
+    (tmp_path / "manifest.json").write_text('{"splits": {"train": {"images": 3}}}')
+    with pytest.raises(UserError, match="a split lists no shards"):
         records.Records(tmp_path, "train")

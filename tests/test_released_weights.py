@@ -109,6 +109,11 @@ def test_a_checkpoint_that_is_absent_or_of_another_size_is_refused(recipe, workp
     torch.save({"model": released(small.model)}, "milan.pth")
     with pytest.raises(UserError, match=r"misshapen: cls_token is \[1, 1, 64\], not \[1, 1, 128\]"):
         up_to_pretrain(p, workplace)
+    broken = released(p.model)
+    broken["blocks.0.attn.qkv.bias"][3] = float("nan")
+    torch.save({"model": broken}, "milan.pth")
+    with pytest.raises(UserError, match=r"no finite numbers, first in blocks\.0\.attn\.qkv\.bias"):
+        up_to_pretrain(p, workplace)
 
 
 def test_otherwise_the_teacher_is_there_as_ever(recipe, workplace, tree):

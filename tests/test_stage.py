@@ -170,6 +170,51 @@ def pretrained_folder(desk: Path) -> list[str]:
 MADE = ["--out", "outs/made", "--metrics", "metrics.json", "--curve", "curve.csv"]
 
 
+@pytest.mark.parametrize("damage", ["empty", "cut", "header"])
+def test_damaged_weights(desk, damage):
+    arguments = pretrained_folder(desk)
+    path = desk / "weights" / "encoder.safetensors"
+    data = path.read_bytes()
+    path.write_bytes({"empty": b"", "cut": data[:-2], "header": b"\xff" * 8 + data[8:]}[damage])
+    status, said = run_heavy("linear_eval", *arguments)
+    assert status == 1, said
+    assert "encoder.safetensors is damaged" in refused(said, "outs/made", "metrics.json", "curve.csv")
+
+
+def test_a_teacher_that_says_nothing_of_itself(desk):
+    pretrained_folder(desk)
+    (desk / "teacher").mkdir()
+    for name, content in {"teacher.safetensors": "", "teacher.json": "{}"}.items():
+        (desk / "teacher" / name).write_text(content)
+    folders = ["--records", "records", "--teacher", "teacher", "--out", "outs/made", "--metrics", "metrics.json"]
+    status, said = run_heavy("extract_targets", *folders)
+    assert status == 1, said
+    assert "teacher.json is damaged" in refused(said, "outs/made", "metrics.json")
+
+
+@pytest.mark.parametrize("key, words", [
+    ("pretrain.weights", ["pretrain.weights: /nowhere/milan.pth is missing"]),
+    ("prepare_imagenet.size", ["data.imagenet: the recipe demo needs real data", "-S data.imagenet=/path"]),
+])  # fmt: skip
+def test_what_a_later_stage_would_miss_is_said_by_the_first(desk, tree, key, words):
+    change(tree, key, "/nowhere/milan.pth" if key == "pretrain.weights" else None)
+    write_recipe(tree)
+    said = run_light("prepare_ade20k", *PREPARE)
+    assert [word for word in words if word not in said] == [], said
+
+
+def test_scenes_without_a_label_are_refused(desk, tree):
+    for split in ("training", "validation"):
+        for kind in ("images", "annotations"):
+            (desk / "scenes" / kind / split).mkdir(parents=True)
+        (desk / "scenes/images" / split / "a.jpg").write_bytes(jpeg())
+        Image.new("L", (64, 64), 3 if split == "training" else 0).save(desk / "scenes/annotations" / split / "a.png")
+    change(tree, "data.ade20k", str(desk / "scenes"))
+    write_recipe(tree)
+    said = run_light("prepare_ade20k", *PREPARE)
+    assert "annotations/validation: every pixel of every annotation is unlabelled" in said
+
+
 def test_weights_that_do_not_fit(desk):
     status, said = run_heavy("finetune", *pretrained_folder(desk))
     assert status == 1, said

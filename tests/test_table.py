@@ -176,3 +176,9 @@ def test_published_rows_have_a_kind_a_source_and_plausible_numbers():
 
 def test_report_stage_starts_without_torch():
     subprocess.run([sys.executable, "-c", "import sys, stages.report; sys.exit('torch' in sys.modules)"], check=True)
+
+
+def test_a_table_of_published_numbers_lacks_a_column(tmp_path):
+    (tmp_path / "published.csv").write_text("method,source\nMAE,here\n")
+    with pytest.raises(UserError, match="published.csv lacks the column backbone; it must have method"):
+        read_published(tmp_path / "published.csv")

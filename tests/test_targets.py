@@ -130,10 +130,13 @@ Usage = namedtuple("Usage", "total used free")
 def test_a_bank_too_big_for_the_disk_is_refused_before_it_starts(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10e9, 9e9, 1e9))
     targets.refuse_when_too_big(tmp_path / "not" / "there", 10**9)
-    assert "1,000 MB to write, 1.0 GB free" in capsys.readouterr().out
+    assert "1.0 GB to write, 1.0 GB free" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"needs 2.5 GB .* has 1.0 GB free.*extract_targets.views"):
         targets.refuse_when_too_big(tmp_path / "bank", 2_500_000_000)
-    assert "2,500 MB to write" in capsys.readouterr().out
+    assert "2.5 GB to write" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"needs 3.0 MB .* has 0.2 MB free"):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1e6, 8e5, 2e5))
+        targets.refuse_when_too_big(tmp_path / "bank", 3_000_000)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -169,4 +172,10 @@ def test_a_bank_that_holds_a_pickle_is_not_opened(bank):
 def test_a_damaged_index_of_the_bank_is_named(tmp_path):
     (tmp_path / "bank.json").write_text('{"views": 4}')
     with pytest.raises(UserError, match=r"bank\.json is damaged: it is no JSON object with views, shard_images, feature_dim"):
+        targets.Bank(tmp_path)
+
+
+def test_an_index_of_another_kind_is_named(tmp_path):
+    (tmp_path / "bank.json").write_text('{"views": "4", "shard_images": 8, "feature_dim": 3}')
+    with pytest.raises(UserError, match="bank.json is damaged"):
         targets.Bank(tmp_path)

@@ -362,3 +362,9 @@ def test_rand_augment_draws_from_the_keyed_generators():
     assert torch.equal(found[0], found[1])
     assert any(not torch.equal(found[0], other) for other in found[2:])
     assert transforms.FinetuneAugment(None, 48)(image) is image
+
+
+def test_a_sliver_of_a_scene_keeps_a_pixel():
+    image, labels = torch.zeros(3, 2, 3000, dtype=torch.uint8), torch.zeros(2, 3000, dtype=torch.uint8)
+    resized, annotation = transforms.resize_scene(image, labels, [192, 48], 1.0)
+    assert resized.shape == (3, 1, 192) and annotation.shape == (1, 192)

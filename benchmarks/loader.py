@@ -1,0 +1,94 @@
+"""How many images a second does one core load, and does that keep up with the step?
+
+    python -m benchmarks.loader
+
+Compares, on JPEG files of 500 x 400 pixels drawn for the purpose: torchvision's ImageFolder with PIL transforms as the
+release has them (random resized crop to 224, bicubic, flip, to float, normalise), and our records with uint8 tensors
+(normalised on the device, a batch at a time; on a CPU that counts here too). One process; a loader's workers multiply it.
+"""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision import datasets
+from torchvision.transforms import v2
+
+from benchmarks import measure
+from milan import records, sources, transforms
+from milan.records import Records
+from milan.samples import PretrainSamples
+
+SIZE, SCALE = 224, [0.2, 1.0]
+
+
+def draw(root: Path, images: int, width: int, height: int) -> None:
+    """Smooth colours under fine noise, which make files of ImageNet's size (about 100 kB)."""
+    random = np.random.default_rng(0)
+    for i in range(images):
+        coarse = Image.fromarray(random.integers(0, 256, (8, 10, 3), np.uint8)).resize((width, height), Image.BICUBIC)
+        noisy = np.asarray(coarse) + random.normal(0, 12, (height, width, 3))
+        folder = root / "train" / f"n{i % 2:02d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / f"{i}.JPEG", quality=90)
+
+
+def published(root: Path) -> datasets.ImageFolder:
+    crop = v2.RandomResizedCrop(SIZE, SCALE, interpolation=v2.InterpolationMode.BICUBIC)
+    to_float = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(*transforms.IMAGENET)]
+    return datasets.ImageFolder(root / "train", v2.Compose([crop, v2.RandomHorizontalFlip(), *to_float]))
+
+
+def ours(root: Path, packed: Path) -> PretrainSamples:
+    items = sources.image_folder(root, "train")
+    split = records.write_split(packed, "train", sources.rows(items, "packing", 1), 10_000)
+    records.write_manifest(packed, splits={"train": split}, wnids=[], classes=[], source="benchmark")
+    return PretrainSamples(Records(packed, "train"), 0, SIZE, 196, SCALE, None)
+
+
+def main() -> None:
+    parser = measure.arguments(__doc__, repeats=5)
+    parser.add_argument("--images", type=int, default=200, help="in a round (default: %(default)s)")
+    parser.add_argument("--width", type=int, default=500)
+    parser.add_argument("--height", type=int, default=400)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    device = torch.device(args.device)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        draw(root, args.images, args.width, args.height)
+        theirs, mine = published(root), ours(root, root / "records")
+
+        def theirs_once() -> None:
+            torch.stack([theirs[i][0] for i in range(args.images)]).to(device)
+
+        def mine_once() -> None:
+            images = torch.stack([mine[0, i]["image"] for i in range(args.images)])
+            transforms.normalise(images.to(device))
+
+        def decode_once() -> None:
+            for i in range(args.images):
+                transforms.decode(mine.records[i]["image"])
+
+        cases = {"ImageFolder, PIL": theirs_once, "records, tensors": mine_once, "of which decoding": decode_once}
+        seconds = measure.in_turn(cases, args.repeats, device)
+        size = sum(path.stat().st_size for path in root.rglob("*.JPEG")) / args.images
+    base = measure.median(seconds["ImageFolder, PIL"])
+    rows = []
+    for name, values in seconds.items():
+        took = measure.median(values)
+        row = {"case": name, "images/s": args.images / took, "ms an image": 1000 * took / args.images}
+        rows.append(row | {"against ImageFolder": base / took, "± %": measure.spread(values)})
+    about = {
+        **measure.machine(device),
+        "pixels": f"{args.width} x {args.height}",
+        "kB an image": round(size / 1000),
+        "images": args.images,
+    }
+    measure.show("Loading on one core", rows, about, args.json)
+
+
+if __name__ == "__main__":
+    main()
