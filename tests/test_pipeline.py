@@ -103,8 +103,8 @@ def test_killed_pretraining_continues_to_the_same_weights(clone):
     os.killpg(victim.pid, signal.SIGKILL)
     victim.wait()
     assert not (clone / "outs/smoke/pretrain/milan-0/encoder.safetensors").exists()
-    # Without the cache of earlier runs, in which DVC would find the undisturbed one.
-    said = dvc(clone, "repro", "--no-run-cache", "-s", "pretrain@milan-0")
+    # Forced again, as DVC would fetch the undisturbed run's weights from its cache.
+    said = dvc(clone, "repro", "-f", "-s", "pretrain@milan-0")
     assert "continuing from step" in said
     assert lock(clone) == before
     assert not list(clone.glob(".scratch/pretrain-milan-0-*"))
