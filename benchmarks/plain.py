@@ -1,10 +1,14 @@
 """The published algorithm as it reads, for comparison: attention matrices written out, the seen tokens' keys and values
 computed anew in every decoder block, image order restored before the loss, AdamW a tensor at a time, eager mode."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from milan.params import Model
+
+layer_norm = partial(nn.LayerNorm, eps=1e-6)
 
 
 class Attention(nn.Module):
@@ -23,7 +27,7 @@ class Attention(nn.Module):
 class Block(nn.Module):
     def __init__(self, dim: int, heads: int, activation: type[nn.Module] = nn.GELU):
         super().__init__()
-        self.norm1, self.attention, self.norm2 = nn.LayerNorm(dim), Attention(dim, heads), nn.LayerNorm(dim)
+        self.norm1, self.attention, self.norm2 = layer_norm(dim), Attention(dim, heads), layer_norm(dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), activation(), nn.Linear(4 * dim, dim))
 
     def forward(self, tokens: Tensor, prompt: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -49,7 +53,7 @@ class Tower(nn.Module):
         self.cls = nn.Parameter(torch.zeros(1, 1, dim))
         self.positions = nn.Parameter(torch.randn(1, 1 + model.n_patches, dim) * 0.02)
         self.blocks = nn.ModuleList(Block(dim, heads, activation) for _ in range(model.encoder.depth))
-        self.norm = nn.LayerNorm(dim)
+        self.norm = layer_norm(dim)
 
     def forward(self, images: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
         tokens = self.patches(images).flatten(2).transpose(1, 2) + self.positions[:, 1:]
@@ -83,10 +87,13 @@ class Milan(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.positions = nn.Parameter(torch.randn(1, 1 + model.n_patches, dim) * 0.02)
         self.blocks = nn.ModuleList(Block(dim, model.decoder.num_heads) for _ in range(model.decoder.depth))
-        self.norm, self.predict = nn.LayerNorm(dim), nn.Linear(dim, feature_dim)
+        self.norm, self.predict = layer_norm(dim), nn.Linear(dim, feature_dim)
 
     def forward(self, images: Tensor, features: Tensor, importance: Tensor) -> Tensor:
-        order = torch.multinomial(importance.float(), self.n)
+        return self.loss(images, features, torch.multinomial(importance.float(), self.n))
+
+    def loss(self, images: Tensor, features: Tensor, order: Tensor) -> Tensor:
+        """order (B, N): patches, the visible ones first."""
         restore = order.argsort(dim=1)
         latent = self.embed(self.encoder(images, order[:, : self.kept])[0])
         blank = self.mask_token.expand(len(images), self.n - self.kept, -1)
