@@ -22,7 +22,7 @@ BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
 )  # fmt: skip
 GREY = "#999999"
 VARIANT_COLOURS = {"scratch": GREY, "mae": ORANGE, "clip_target": SKY, "prompt_decoder": GREEN, "milan": VERMILION}
-SHORT = {"scratch": "none", "mae": "MAE", "clip_target": "CLIP\ntarget", "prompt_decoder": "prompting\ndecoder", "milan": "MILAN"}
+SHORT = {"scratch": "none", "mae": "MAE", "clip_target": "CLIP\ntarget", "prompt_decoder": "prompt\ndecoder", "milan": "MILAN"}
 DPI = 150
 WIDTH = 9.0  # inches: 1350 pixels, legible when a README shows 900
 STYLE = {
