@@ -116,10 +116,25 @@ def scene_folder(root: Path, split: str) -> list[dict]:
     return items
 
 
+def refuse_too_few(needs: dict[str, tuple[int, int]], processes: int) -> None:
+    """needs: {stage: (images of one global batch, images there are)}. Raises one UserError that names all stages whose
+    batch is too large, and the options that mend it."""
+    short = {stage: there for stage, (batch, there) in needs.items() if batch > there}
+    if not short:
+        return
+    options = []
+    for stage, there in short.items():
+        micro = 2 ** max(0, (max(1, there // processes)).bit_length() - 1)
+        options += [f"-S {stage}.batch_size={micro * processes}", f"-S {stage}.micro_batch={micro}"]
+    said = ", ".join(f"{stage} takes {needs[stage][0]} images a step and has {there}" for stage, there in short.items())
+    raise UserError(f"Too few images for the recipe's batches: {said}. Add images, or {' '.join(options)}.")
+
+
 def existing(folder: Path, hint: str) -> Path:
     if not folder.is_dir():
         raise UserError(
-            f"{folder} is missing: {hint}. Set data.imagenet or data.ade20k in params.yaml, or null for the built-in world."
+            f"{folder} is missing: {hint}. Give the right folder (-S data.imagenet=/path, -S data.ade20k=/path), or null for the "
+            "built-in world."
         )
     return folder
 

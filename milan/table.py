@@ -9,6 +9,7 @@ import io
 import re
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 
 import pandas as pd
 
@@ -18,6 +19,10 @@ CAPTIONS_CAVEAT = (
     "The CLIP teacher was trained on captions, which speak of the very things to be recognised. MILAN and every variant "
     "with a CLIP target draw on that extra information; MAE and no pretraining do not."
 )
+NAMES_CAVEAT = (
+    "Where the images came without pairs/captions.csv, the teacher learned from the class names of the training images: "
+    "every variant with a CLIP target has then seen their labels."
+)
 TEACHER = {"zero-shot": "zero_shot_top1", "linear": "linear_top1", "k-NN": "knn_top1"}
 ELSEWHERE = "ImageNet-1K and ADE20K"
 DASH = "–"
@@ -26,6 +31,8 @@ URL = re.compile(r"https?://[^\s;,]+")
 
 def order_said(r: Results) -> list[str]:
     """What the numbers say: how far the last ingredient gets, and where the order is not the one to expect."""
+    if r.params.pretrain.weights:
+        return []  # one checkpoint is no ablation
     return [*(lead_said(r, column) for column in ("linear", "finetune", "miou")), *expected_order_said(r)]
 
 
@@ -54,19 +61,27 @@ def difference(points: float) -> str:
 
 
 def expected_order_said(r: Results) -> list[str]:
-    """Where a variant falls below the one that the paper builds it from."""
+    """Where a variant is not above the one that the paper builds it from, as far as the table's digits tell."""
     chain = [variant for variant in METHODS if variant in r.ours.index]
     if len(chain) < 2:
         return []
     words = [f"The order to expect, each ingredient of the paper adding to the one before: {' < '.join(map(in_words, chain))}."]
     for column in ("linear", "finetune", "miou"):
         value = as_shown(r, column)
-        turned = [(a, b) for a, b in pairwise(chain) if value[b] < value[a]]
-        said = [
-            f"{in_words(b)} ({value[b]:.1f}) is below {in_words(a)} ({value[a]:.1f}){overlap(r, column, a, b)}" for a, b in turned
-        ]
-        words.append(f"{r.data.titles[column]}: " + (f"not that order, {'; '.join(said)}." if turned else "this order."))
+        said = [not_above(r, column, a, b) for a, b in pairwise(chain) if value[b] <= value[a]]
+        words.append(f"{r.data.titles[column]}: " + (f"not that order, {'; '.join(said)}." if said else "this order."))
     return words
+
+
+def not_above(r: Results, column: str, first: str, second: str) -> str:
+    """`MAE (10.7) is below no pretraining (11.5)`, or `is level with`."""
+    a, b = (as_shown(r, column)[variant] for variant in (first, second))
+    relation = (
+        f"is below {in_words(first)} ({a:.1f}){overlap(r, column, first, second)}"
+        if b < a
+        else f"is level with {in_words(first)}"
+    )
+    return f"{in_words(second)} ({b:.1f}) {relation}"
 
 
 def overlap(r: Results, column: str, first: str, second: str) -> str:
@@ -90,6 +105,8 @@ def notes(r: Results) -> list[str]:
     if "extract_targets/importance_on_object" in r.importance:
         on, area = (r.importance[f"extract_targets/{name}"] for name in ("importance_on_object", "object_area"))
         words.append(f"{on:.1f} % of the teacher's patch importance falls on the object, which covers {area:.1f} % of the image.")
+    if r.params.data.imagenet and r.params.teacher.tiny:
+        words.append(NAMES_CAVEAT)
     return [*words, CAPTIONS_CAVEAT]
 
 
@@ -101,7 +118,8 @@ def measured(r: Results) -> str:
     d = r.data
     return (
         f"Top-1 in % over {d.images:,} validation images of {d.classes} classes (chance {100 / d.classes:.1f} %); "
-        f"mIoU in % over {d.scenes:,} scenes with {d.scene_classes} classes."
+        f"mIoU in % over {d.scenes:,} scenes with {d.scene_classes} classes"
+        f"{' of the built-in world' if r.params.data.imagenet and not r.params.data.ade20k else ''}."
     )
 
 
@@ -121,7 +139,7 @@ def our_row(r: Results, variant: str, link: Callable[[str, str], str]) -> dict[s
         return ", ".join(link(str(s), path.format(s)) for s in p.seeds)
 
     return {
-        "Algorithm": method(variant),
+        "Algorithm": Path(p.pretrain.weights).name if p.pretrain.weights else method(variant),
         "Backbone": p.model.name,
         "Epochs": f"{p.pretrain.epochs:g}" if own else DASH,
         "Batch size": str(p.pretrain.batch_size) if own else DASH,

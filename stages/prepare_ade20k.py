@@ -13,7 +13,7 @@ from pathlib import Path
 from milan import records, sources, world
 from milan.errors import UserError
 from milan.files import SCRATCH, whole_folder
-from milan.params import PrepareAde20k
+from milan.params import Params, PrepareAde20k
 from milan.progress import Progress
 from milan.stage import Stage, run
 
@@ -27,7 +27,7 @@ def main(stage: Stage) -> None:
     if root is None:
         draw(drawn, p)
     with whole_folder(stage.args.out, recipe) as folder:
-        manifest = pack(Path(root or drawn), folder, p, source=root or "the built-in world")
+        manifest = pack(Path(root or drawn), folder, stage.params, source=root or "the built-in world")
     shutil.rmtree(drawn, ignore_errors=True)
     stage.write_metrics({f"prepare_ade20k/{name}": split["images"] for name, split in manifest["splits"].items()}, recipe)
 
@@ -40,10 +40,12 @@ def draw(root: Path, p: PrepareAde20k) -> None:
     progress.close()
 
 
-def pack(root: Path, folder: Path, p: PrepareAde20k, source: str) -> dict:
-    splits = {}
+def pack(root: Path, folder: Path, params: Params, source: str) -> dict:
+    p, splits = params.prepare_ade20k, {}
+    scenes = {split: sources.scene_folder(root, name) for split, name in SPLITS.items()}
+    sources.refuse_too_few({"segment": (params.segment.batch_size, len(scenes["train"]))}, params.world)
     for split, name in SPLITS.items():
-        rows = sources.rows(sources.scene_folder(root, name), f"packing {split}", os.cpu_count(), classes=p.classes)
+        rows = sources.rows(scenes[split], f"packing {split}", os.cpu_count(), classes=p.classes)
         splits[split] = records.write_split(folder, split, some_labelled(rows, root / "annotations" / name), p.shard_images)
     return records.write_manifest(folder, splits=splits, classes=sources.scene_classes(root, p.classes), source=source)
 

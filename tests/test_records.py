@@ -358,3 +358,12 @@ def test_a_manifest_without_shards_is_named(tmp_path):
     (tmp_path / "manifest.json").write_text('{"splits": {"train": {"images": 3}}}')
     with pytest.raises(UserError, match="a split lists no shards"):
         records.Records(tmp_path, "train")
+
+
+def test_too_few_images_are_said_with_the_options_that_mend_it():
+    sources.refuse_too_few({"pretrain": (64, 64), "finetune": (32, 40)}, 2)
+    with pytest.raises(UserError) as error:
+        sources.refuse_too_few({"teacher": (64, 10), "pretrain": (32, 40), "finetune": (16, 3)}, 2)
+    said = str(error.value)
+    assert "teacher takes 64 images a step and has 10, finetune takes 16 images a step and has 3" in said
+    assert "-S teacher.batch_size=8 -S teacher.micro_batch=4 -S finetune.batch_size=2 -S finetune.micro_batch=1" in said

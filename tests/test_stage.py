@@ -37,6 +37,9 @@ def desk(workplace, monkeypatch, tree) -> Path:
     (workplace / "broken" / "mlflow" / "__init__.py").write_text("raise ImportError('no MLflow here')\n")
     monkeypatch.setenv("PYTHONPATH", f"{workplace / 'broken'}{os.pathsep}{ROOT}")
     tree["compute"] |= {"processes": 1, "precision": "fp32"}
+    for name in ("teacher", "pretrain", "linear_eval", "finetune", "segment"):
+        tree[name] |= {"batch_size": 2, "micro_batch": 2}
+    tree["finetune"]["labels"] = 1.0
     write_recipe(tree)
     return workplace
 
@@ -123,6 +126,15 @@ def test_broken_images_are_all_named(desk, tree):
     assert all(name in said for name in ("n01/cut.JPEG", "n02/empty.JPEG (empty file)", "n02/text.JPEG"))
 
 
+def test_too_few_images_stop_the_first_stage_before_it_packs(desk, tree):
+    class_folders(desk / "images", {})
+    tree["pretrain"] |= {"batch_size": 64, "micro_batch": 32}
+    change(tree, "data.imagenet", str(desk / "images"))
+    write_recipe(tree)
+    said = run_light("prepare_imagenet", *PREPARE)
+    assert "pretrain takes 64 images a step and has 2" in said and "-S pretrain.batch_size=2 -S pretrain.micro_batch=2" in said
+
+
 def test_once_mended_the_stage_goes_through_without_mlflow(desk, tree):
     """The same folder with the broken file replaced; MLflow cannot be imported, and the work does not mind."""
     class_folders(desk / "images", {"val/n01/empty.JPEG": b""})
@@ -207,8 +219,9 @@ def test_scenes_without_a_label_are_refused(desk, tree):
     for split in ("training", "validation"):
         for kind in ("images", "annotations"):
             (desk / "scenes" / kind / split).mkdir(parents=True)
-        (desk / "scenes/images" / split / "a.jpg").write_bytes(jpeg())
-        Image.new("L", (64, 64), 3 if split == "training" else 0).save(desk / "scenes/annotations" / split / "a.png")
+        for name in "ab":
+            (desk / "scenes/images" / split / f"{name}.jpg").write_bytes(jpeg())
+            Image.new("L", (64, 64), 3 if split == "training" else 0).save(desk / "scenes/annotations" / split / f"{name}.png")
     change(tree, "data.ade20k", str(desk / "scenes"))
     write_recipe(tree)
     said = run_light("prepare_ade20k", *PREPARE)

@@ -91,6 +91,29 @@ def test_order_is_said_by_rule(metrics):
     ]
 
 
+def test_a_tie_is_no_order(metrics):
+    """11.5 and 11.52 are both printed as 11.5."""
+    write(metrics / "linear_eval/mae-0.json", **{"linear_eval/top1": 11.5, "linear_eval/knn_top1": 10})
+    write(metrics / "linear_eval/mae-1.json", **{"linear_eval/top1": 11.54, "linear_eval/knn_top1": 10})
+    said = table.order_said(read_results(metrics, PUBLISHED, recipe()))
+    assert "Linear eval: not that order, MAE (11.5) is level with no pretraining." in said
+
+
+def test_a_released_checkpoint_is_called_by_its_file(metrics):
+    pretrain = dataclasses.replace(read_params("params.yaml").pretrain, weights="/models/mae_vit_base.pth")
+    text = table.markdown(read_results(metrics, PUBLISHED, recipe(["milan"], pretrain=pretrain)))
+    assert cells(text, "mae_vit_base.pth")[2:6] == ["–", "–", "36.0 (35.0–37.0)", "35.0 (34.0–36.0)"]
+    assert "MILAN: linear eval" not in text
+
+
+def test_own_images_have_the_built_in_scenes_and_perhaps_a_teacher_that_saw_labels(metrics):
+    own = dataclasses.replace(read_params("params.yaml").data, imagenet="/my/images")
+    results = read_results(metrics, PUBLISHED, recipe(data=own))
+    assert table.measured(results).endswith("500 scenes with 11 classes of the built-in world.")
+    assert table.NAMES_CAVEAT in table.notes(results)
+    assert "built-in" not in table.measured(read_results(metrics, PUBLISHED, recipe()))
+
+
 def test_order_as_expected_and_one_variant(metrics):
     assert "Linear eval: this order." in table.order_said(read_results(metrics, PUBLISHED, recipe(["mae", "milan"])))
     alone = table.order_said(read_results(metrics, PUBLISHED, recipe(["milan"])))
