@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import tempfile
 import traceback
 import warnings
@@ -91,12 +92,9 @@ def launch(function: Callable[..., dict], compute: Compute, *arguments) -> dict:
             max_nodes=compute.nodes,
             nproc_per_node=compute.processes,
             run_id=os.environ.get("SLURM_JOB_ID", "milan"),
-            rdzv_backend="c10d",
-            rdzv_endpoint=os.environ.get("MILAN_RENDEZVOUS", "localhost:0"),
             monitor_interval=0.2,
             max_restarts=0,
-            # Forking spares every process the seconds of importing torch, but CUDA does not survive it.
-            start_method="spawn" if torch.cuda.is_available() else "fork",
+            **meeting(compute.nodes),
         )
         try:
             with handlers_restored():
@@ -106,6 +104,19 @@ def launch(function: Callable[..., dict], compute: Compute, *arguments) -> dict:
         except Exception as error:
             raise failure_of(Path(folder), error) from None
     return next(iter(results.values())) if 0 not in results else results[0]
+
+
+def meeting(nodes: int) -> dict:
+    """How processes find each other and how they start. Forking spares each the seconds of importing torch; neither CUDA
+    nor the threads of a rendezvous between nodes survive it (a lock that such a thread holds stays shut in the child)."""
+    if nodes > 1:
+        endpoint = os.environ.get("MILAN_RENDEZVOUS", "localhost:0")
+        return {"rdzv_backend": "c10d", "rdzv_endpoint": endpoint, "start_method": "spawn"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    start = "spawn" if torch.cuda.is_available() else "fork"
+    return {"rdzv_backend": "static", "rdzv_endpoint": endpoint, "rdzv_configs": {"rank": 0}, "start_method": start}
 
 
 @contextlib.contextmanager
