@@ -136,7 +136,11 @@ def in_process(folder: str, function: Callable[..., dict], compute: Compute, arg
     device = resolve_device(compute)
     end_with(os.getppid())
     try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # On one node through a file, not through the launcher: a connection that comes in while it forks another process
+        # can leave a lock of the C library shut in that one for ever.
+        where = "env://" if compute.nodes > 1 else f"file://{folder}/meeting"
+        rank_and_size = {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", init_method=where, **rank_and_size)
         return function(*arguments)
     except BaseException as error:
         kind = kind_of(error)
