@@ -12,10 +12,11 @@ from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, convert_weights_to
 from torch import Tensor, nn
 
 from milan.checkpoint import load_weights, save_weights
-from milan.distributed import DTYPES
+from milan.distributed import DTYPES, autocast, resolve_precision
 from milan.errors import UserError
 from milan.files import read_json, write_json
-from milan.params import TinyClip
+from milan.params import Compute, TinyClip
+from milan.transforms import normalise
 
 
 class ClipTower(nn.Module):
@@ -155,6 +156,18 @@ def load_teacher(folder: Path) -> tuple[CLIP, Tokenizer, dict]:
         model = CLIP(**config["model"])
     model.load_state_dict(load_weights(folder / "teacher.safetensors"))
     return model.eval().requires_grad_(False), tokenizer, config
+
+
+def load_tower(folder: Path, compute: Compute, device: torch.device) -> ClipTower:
+    """The frozen image tower on its device, in the recipe's precision."""
+    return ClipTower(load_teacher(folder)[0].visual).to(device).lowered(resolve_precision(compute, device))
+
+
+@torch.inference_mode()
+def look(tower: ClipTower, images: Tensor, compute: Compute, normalisation: str) -> tuple[Tensor, Tensor]:
+    """What the teacher makes of uint8 images (B, 3, H, W): features and importance, in the recipe's precision."""
+    with autocast(resolve_precision(compute, images.device), images.device):
+        return tower(normalise(images, normalisation))
 
 
 def text_classifier(model: CLIP, tokenizer: Tokenizer, classes: list[str], prompts: list[str]) -> Tensor:

@@ -128,14 +128,13 @@ def pretrain_cost(p: Params, variant: str) -> Cost | None:
 
 def parts(p: Params) -> dict[str, float]:
     """Forward flops an image of teacher, encoder (visible patches) and decoder, of MILAN's own recipe."""
-    m, width = p.model, teacher(p).feature_dim
-    variant = "milan" if "milan" in p.pretrain.recipes else p.variants[-1]
-    model = unmade(lambda: MaskedPretraining(m, p.pretrain.recipes[variant], p.pretrain.mask_ratio, width))
+    m, tower = p.model, teacher(p)
+    model = unmade(lambda: MaskedPretraining(m, milan_row(p), p.pretrain.mask_ratio, tower.feature_dim))
     images, visible = torch.randn(1, 3, m.image_size, m.image_size), torch.arange(model.n_visible)[None]
     masked = torch.arange(model.n_visible, m.n_patches)[None]
     latent = torch.randn(1, 1 + model.n_visible, m.encoder.embed_dim)
     return {
-        "teacher": flops_of(teacher(p), images),
+        "teacher": flops_of(tower, images),
         "encoder": flops_of(model.encoder, images, visible),
         "decoder": flops_of(model.decoder, latent, visible, masked),
     }

@@ -14,7 +14,7 @@ import torch
 
 from milan import distributed, targets, transforms
 from milan.checkpoint import save_weights
-from milan.clip import ClipTower, load_teacher
+from milan.clip import ClipTower, load_tower, look
 from milan.files import whole_folder
 from milan.params import Params
 from milan.progress import Progress
@@ -41,7 +41,7 @@ def nothing(p: Params, folder: Path) -> dict:
 
 def extract(p: Params, records: Path, teacher: Path, folder: Path) -> dict:
     device, x = distributed.set_up(p.compute), p.extract_targets
-    tower = ClipTower(load_teacher(teacher)[0].visual).to(device).lowered(distributed.resolve_precision(p.compute, device))
+    tower = load_tower(teacher, p.compute, device)
     train = Records(records, "train")
     if x.views:
         size = targets.bank_bytes(len(train), x.views, p.model.n_patches, tower.feature_dim)
@@ -76,7 +76,7 @@ def shard_arrays(p: Params, views: BankViews, tower: ClipTower, device: torch.de
     parts: dict[str, list] = {name: [] for name in targets.ARRAYS}
     loader = torch.utils.data.DataLoader(views, batch_size=p.extract_targets.batch_size, num_workers=p.runtime.workers)
     for batch in loader:
-        features, importance = look(p, tower, batch["image"].to(device))
+        features, importance = look(tower, batch["image"].to(device), p.compute, p.extract_targets.normalisation)
         parts["features"].append(features.half().cpu().numpy())
         parts["importance"].append(importance.cpu().numpy())
         parts["boxes"].append(batch["box"].numpy())
@@ -85,20 +85,13 @@ def shard_arrays(p: Params, views: BankViews, tower: ClipTower, device: torch.de
     }
 
 
-@torch.inference_mode()
-def look(p: Params, tower: ClipTower, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    precision = distributed.resolve_precision(p.compute, images.device)
-    with distributed.autocast(precision, images.device):
-        return tower(transforms.normalise(images, p.extract_targets.normalisation))
-
-
 def write_probe_set(p: Params, val: Records, tower: ClipTower, path: Path, device: torch.device) -> dict:
     """Images, features and importance of a fixed set of validation images; how much importance falls on objects."""
     n = min(p.extract_targets.probe_images, len(val))
     chosen = torch.linspace(0, len(val) - 1, n).long().unique().tolist()
     samples = CentreSamples(val, p.linear_eval.resize, p.model.image_size)
     images = torch.stack([samples[i]["image"] for i in chosen])
-    features, importance = look(p, tower, images.to(device))
+    features, importance = look(tower, images.to(device), p.compute, p.extract_targets.normalisation)
     found = {
         "images": images,
         "features": features.half(),
@@ -128,7 +121,7 @@ def importance_on_objects(p: Params, val: Records, tower: ClipTower, device: tor
     images = torch.stack([samples[i]["image"] for i in known])
     masks = torch.stack([transforms.decode_annotation(val[i]["mask"]) for i in known])
     cover = torch.nn.functional.adaptive_avg_pool2d((masks.unsqueeze(1) > 127).float(), p.model.grid).flatten(1)
-    importance = look(p, tower, images.to(device))[1].cpu()
+    importance = look(tower, images.to(device), p.compute, p.extract_targets.normalisation)[1].cpu()
     mass = ((importance / importance.sum(dim=1, keepdim=True)) * cover).sum(dim=1)
     return {
         "extract_targets/importance_on_object": 100 * mass.mean().item(),

@@ -13,7 +13,7 @@ import torch
 
 from milan import distributed, interop, optim, rng, transforms
 from milan.checkpoint import Scratch, save_weights
-from milan.clip import ClipTower, load_teacher
+from milan.clip import ClipTower, load_tower, look
 from milan.encoder import Encoder
 from milan.fit import Run, fit
 from milan.model import MaskedPretraining
@@ -71,7 +71,7 @@ def train(p: Params, a: Namespace, scratch: Scratch, stage: Stage, about: dict) 
         images = transforms.normalise(batch["image"])
         if tower is None:
             return images, batch["noise"], batch.get("features"), batch.get("importance")
-        return images, batch["noise"], *teach(p, tower, batch["image"])
+        return images, batch["noise"], *look(tower, batch["image"], p.compute, p.extract_targets.normalisation)
 
     curve = fit(model, samples, optimizer, settings, to_inputs)
     if distributed.rank() == 0:
@@ -86,15 +86,7 @@ def targets_for(p: Params, a: Namespace, device: torch.device) -> tuple[Bank | N
         return None, None
     if p.extract_targets.views:
         return Bank(a.bank), None
-    tower = ClipTower(load_teacher(a.teacher)[0].visual).to(device)
-    return None, tower.lowered(distributed.resolve_precision(p.compute, device))
-
-
-@torch.inference_mode()
-def teach(p: Params, tower: ClipTower, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    precision = distributed.resolve_precision(p.compute, images.device)
-    with distributed.autocast(precision, images.device):
-        return tower(transforms.normalise(images, p.extract_targets.normalisation))
+    return None, load_tower(a.teacher, p.compute, device)
 
 
 if __name__ == "__main__":
