@@ -240,7 +240,7 @@ def test_earlier_failures_are_said(fake, capsys):
     assert capsys.readouterr().err == ""
     (tracking.SPOOLS / "1-2.failed").touch()
     tracking.warn_of_undelivered()
-    assert "out of reach for 1 earlier run(s)" in capsys.readouterr().err
+    assert "out of reach for 1 run(s)" in capsys.readouterr().err
 
 
 def test_only_tracking_imports_mlflow():
