@@ -2,8 +2,8 @@
 
 A stage appends events to a spool file; a logger process of its own (`python -m milan.tracking SPOOL`), the only
 place that imports mlflow, forwards them. So a slow, locked or absent store costs a stage nothing, and what could
-not be delivered stays in the spool and is delivered by a later stage's logger. Loggers take turns, in the order of
-their stages; what they have to say goes to .scratch/tracking/log.
+not be delivered stays in the spool and is delivered by a later stage's logger, or by `python -m milan.tracking`.
+Loggers take turns, in the order of their stages; what they have to say goes to .scratch/tracking/log.
 """
 
 import contextlib
@@ -11,10 +11,13 @@ import fcntl
 import json
 import logging
 import os
+import socket
 import subprocess
 import sys
 import time
+from itertools import groupby
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import psutil
 
@@ -23,6 +26,7 @@ from milan.files import dvc_hash
 SPOOLS = Path(".scratch/tracking")
 LOG = SPOOLS / "log"
 PATIENCE = 120.0  # seconds that the last stage waits for the loggers
+KNOCK = 10.0  # seconds that a server has to show itself
 
 
 class Tracker:
@@ -84,10 +88,11 @@ class Logger:
 
 def warn_of_undelivered() -> None:
     """Say when loggers ended without delivering: MLflow was out of reach."""
-    left = [spool for spool in SPOOLS.glob("*.failed")]
+    left = list(SPOOLS.glob("*.failed"))
     if left:
         print(
-            f"MLflow was out of reach for {len(left)} earlier run(s); their events are kept and sent again. See {LOG}.",
+            f"MLflow was out of reach for {len(left)} run(s); their events are kept, and sent with the next stage or by "
+            f"`python -m milan.tracking`. See {LOG}.",
             file=sys.stderr,
         )
 
@@ -107,21 +112,47 @@ def project_root() -> Path:
     return Path(*here.parts[: here.parts.index(".dvc")]) if ".dvc" in here.parts else here
 
 
-def serve(spool: Path) -> None:
-    """Deliver what earlier loggers left behind, then this spool until its stage ends."""
+def store_uri() -> str:
+    """The store, without a password: it goes into variables that mlflow reads, and so into no text that mlflow writes."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{project_root()}/mlflow.db"
+    parts = urlsplit(uri)
+    if parts.scheme not in ("http", "https") or "@" not in parts.netloc:
+        return uri
+    os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(parts.username or "")
+    os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(parts.password or "")
+    os.environ["MLFLOW_TRACKING_URI"] = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+    return os.environ["MLFLOW_TRACKING_URI"]
+
+
+def knock(uri: str) -> None:
+    """OSError within seconds when a server is not there: mlflow would try for minutes, for every spool again."""
+    import requests
+
+    parts = urlsplit(uri)
+    if parts.scheme in ("http", "https"):
+        with contextlib.suppress(requests.exceptions.SSLError):  # somebody answered: mlflow has its own settings for TLS
+            answer = requests.get(uri, timeout=KNOCK, allow_redirects=False)
+            if answer.status_code in (502, 503, 504):  # a proxy, and nobody behind it
+                raise ConnectionError(f"{uri} answers {answer.status_code} {answer.reason}")
+    elif parts.hostname and parts.port:
+        socket.create_connection((parts.hostname, parts.port), timeout=KNOCK).close()
+
+
+def serve(spool: Path | None) -> None:
+    """Deliver what earlier loggers left behind, then this spool until its stage ends; all there is, for None."""
+    SPOOLS.mkdir(parents=True, exist_ok=True)
     with open(SPOOLS / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        for earlier in sorted(SPOOLS.glob("*.jsonl")):
-            if earlier.name < spool.name:
-                deliver(earlier)
-        if spool.exists():
-            deliver(spool)
+        for kept in sorted(SPOOLS.glob("*.jsonl")):
+            if spool is None or kept.name <= spool.name:
+                deliver(kept)
 
 
 def deliver(spool: Path) -> None:
     """Forward a spool; on any trouble with the store, mark it as still to be sent."""
     mark = spool.with_suffix(".failed")
     try:
+        knock(store_uri())
         forward(spool)
         mark.unlink(missing_ok=True)
     except Exception as error:  # whatever ails the store must not lose events
@@ -153,26 +184,29 @@ def forward(spool: Path) -> None:
     place = spool.with_suffix(".place")
     state = json.loads(place.read_text()) if place.exists() else {"offset": 0, "run_id": None, "model_id": None}
     sender = Sender(state["run_id"], state["model_id"], owner_alive(spool))
+    ended = False
     with open(spool, "rb") as file:
-        file.seek(state["offset"])
-        while True:
+        while not ended:
+            alive = owner_alive(spool)  # asked before reading: what a stage says last is not missed
+            file.seek(state["offset"])
             found = file.read()
-            whole = found[: found.rfind(b"\n") + 1]
-            file.seek(len(whole) - len(found), os.SEEK_CUR)  # a line that is still being written is read again
-            events = [json.loads(line) for line in whole.splitlines()]
-            if not events:
-                if not owner_alive(spool):
-                    events = [{"kind": "end", "status": "KILLED", "time": int(time.time() * 1000)}]
-                else:
-                    time.sleep(0.5)
-                    continue
-            sender.send(events)
-            state = {"offset": file.tell(), "run_id": sender.run_id, "model_id": sender.model_id}
-            place.write_text(json.dumps(state))
-            if events[-1]["kind"] == "end":
-                break
+            lines = found[: found.rfind(b"\n") + 1].splitlines(keepends=True)  # one that is being written is read again
+            if not lines and alive:
+                time.sleep(0.5)
+                continue
+            for kind, group in groupby(lines or [last_words()], lambda line: json.loads(line)["kind"]):
+                said, ended = list(group), kind == "end"
+                sender.send([json.loads(line) for line in said])
+                offset = state["offset"] + sum(map(len, said))
+                state = {"offset": offset, "run_id": sender.run_id, "model_id": sender.model_id}
+                place.write_text(json.dumps(state))
     spool.unlink()
     place.unlink()
+
+
+def last_words() -> bytes:
+    """Of a stage that died without any."""
+    return json.dumps({"kind": "end", "status": "KILLED", "time": int(time.time() * 1000)}).encode()
 
 
 class Sender:
@@ -185,7 +219,7 @@ class Sender:
 
         self.mlflow, self.entities, self.run_id, self.model_id = mlflow, mlflow.entities, run_id, model_id
         self.live, self.monitor = live, None
-        self.client = mlflow.MlflowClient(os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{project_root()}/mlflow.db"))
+        self.client = mlflow.MlflowClient(store_uri())
 
     def send(self, events: list[dict]) -> None:
         metrics = []
@@ -229,7 +263,7 @@ class Sender:
         found = self.client.get_experiment_by_name(name)
         if found:
             return found.experiment_id
-        local = "MLFLOW_TRACKING_URI" not in os.environ
+        local = not os.environ.get("MLFLOW_TRACKING_URI")
         return self.client.create_experiment(
             name, artifact_location=(project_root() / "mlartifacts" / name).as_uri() if local else None
         )
@@ -274,4 +308,6 @@ class Sender:
 
 
 if __name__ == "__main__":
-    serve(Path(sys.argv[1]))
+    serve(Path(sys.argv[1]) if sys.argv[1:] else None)
+    if not sys.argv[1:]:
+        warn_of_undelivered()

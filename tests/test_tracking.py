@@ -1,5 +1,6 @@
 """Tracking: what a stage says arrives in MLflow once, whatever becomes of the store, and never stands in its way."""
 
+import fcntl
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 from milan import tracking
 from tests.conftest import ROOT
 
-OUT_OF_REACH = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+OUT_OF_REACH = "http://127.0.0.1:9"
 
 
 def begun(name: str) -> tracking.Logger:
@@ -41,8 +42,7 @@ def store(tmp_path_factory):
     patch.setenv("PYTHONPATH", str(ROOT))
     patch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with patch.context() as unreachable:
-        for name, value in OUT_OF_REACH.items():
-            unreachable.setenv(name, value)
+        unreachable.setenv("MLFLOW_TRACKING_URI", OUT_OF_REACH)
         logger = begun("first")
     logger.tracker.point({"step": 1, "loss": 0.5, "lr": 0.1})
     (folder / "table.md").write_text("| a |\n")
@@ -149,6 +149,7 @@ class FakeSender:
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr(tracking, "Sender", FakeSender)
     FakeSender.sent, FakeSender.fail_at = [], None
     return FakeSender
@@ -172,6 +173,32 @@ def test_a_half_sent_spool_goes_on_where_it_stopped(fake):
     tracking.deliver(spool)
     assert FakeSender.sent == ["start", 1, 2, "end"]
     assert list(tracking.SPOOLS.iterdir()) == []
+
+
+def test_what_arrived_before_an_outage_is_not_sent_again(fake):
+    """The store goes away in the middle of what the logger read at once."""
+    spool = write_spool([{"kind": "start"}, point(1), point(2), {"kind": "tags"}, {"kind": "end"}])
+    FakeSender.fail_at = "tags"
+    tracking.deliver(spool)
+    FakeSender.fail_at = None
+    tracking.deliver(spool)
+    assert FakeSender.sent == ["start", 1, 2, "tags", "end"] and not spool.exists()
+
+
+def test_the_last_words_of_a_stage_are_heard(fake, monkeypatch):
+    """It says them while the logger asks whether it is alive."""
+    spool = write_spool([{"kind": "start"}])
+    alive = [True, True, False]
+
+    def asked(_):
+        if not alive[1:]:
+            with open(spool, "a") as file:
+                file.write(json.dumps({"kind": "end", "value": "FINISHED"}) + "\n")
+        return alive.pop(0)
+
+    monkeypatch.setattr(tracking, "owner_alive", asked)
+    tracking.deliver(spool)
+    assert FakeSender.sent == ["start", "FINISHED"]
 
 
 def test_a_line_cut_by_a_kill_is_left_out(fake):
@@ -234,13 +261,36 @@ def test_a_spool_that_another_logger_has_delivered_is_no_trouble(fake):
     assert FakeSender.sent == []
 
 
+def test_without_a_spool_all_that_is_kept_is_delivered(fake):
+    spools = [write_spool([point(place), {"kind": "end"}], place) for place in (11, 12)]
+    spools[0].with_suffix(".failed").touch()
+    tracking.serve(None)
+    assert FakeSender.sent == [11, "end", 12, "end"]
+    assert [path.name for path in tracking.SPOOLS.iterdir()] == ["lock"]
+
+
+def test_the_last_stage_does_not_wait_for_ever(fake, monkeypatch, capsys):
+    """Its logger waits for its turn, which another one has."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(tracking, "PATIENCE", 0.2)
+    tracking.SPOOLS.mkdir(parents=True)
+    with open(tracking.SPOOLS / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        logger = begun("last")
+        logger.finish("FINISHED", wait=True)
+        assert logger.process.poll() is None
+        assert "its logger goes on in the background" in capsys.readouterr().err
+        logger.process.kill()
+        logger.process.wait()
+
+
 def test_earlier_failures_are_said(fake, capsys):
     tracking.SPOOLS.mkdir(parents=True)
     tracking.warn_of_undelivered()
     assert capsys.readouterr().err == ""
     (tracking.SPOOLS / "1-2.failed").touch()
     tracking.warn_of_undelivered()
-    assert "out of reach for 1 earlier run(s)" in capsys.readouterr().err
+    assert "out of reach for 1 run(s)" in capsys.readouterr().err
 
 
 def test_only_tracking_imports_mlflow():
