@@ -150,7 +150,8 @@ def flops_of(model: nn.Module, *inputs: Tensor) -> float:
 
 def teacher(p: Params) -> Tower:
     t = p.teacher
-    config = tiny_config(t.tiny, p.model, list(range(TOKENS))) if t.tiny else describe(t.pretrained)
+    with unset_fake_temporarily():
+        config = tiny_config(t.tiny, p.model, list(range(TOKENS))) if t.tiny else describe(t.pretrained)
     return unmade(lambda: build_tower(config))
 
 

@@ -16,8 +16,8 @@ from urllib.parse import urlparse
 import open_clip
 import timm
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from safetensors.torch import load_file
 from timm.models import list_pretrained
 from timm.models.vision_transformer import checkpoint_filter_fn
@@ -152,11 +152,13 @@ def from_address(release: Release) -> Path:
 
 
 def from_hub(release: Release) -> Path:
-    """Asks the network for nothing while the cache has one of the names."""
-    for offline in (True, False):
-        for name in release.names:
-            with contextlib.suppress(EntryNotFoundError):
-                return Path(hf_hub_download(release.repo, name, local_files_only=offline))
+    for name in release.names:
+        # Not hf_hub_download(local_files_only=True): that, too, asks the hub for a list of coding agents.
+        if isinstance(path := try_to_load_from_cache(release.repo, name), str):
+            return Path(path)
+    for name in release.names:
+        with contextlib.suppress(RemoteEntryNotFoundError):
+            return Path(hf_hub_download(release.repo, name))  # with a bar
     raise FileNotFoundError(release.repo)
 
 

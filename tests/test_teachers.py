@@ -107,7 +107,7 @@ def test_constant_importance_stays_constant_and_keeps_its_sum(source, target):
 
 
 @pytest.mark.parametrize("patch, source, target, expected", [
-    ((0, 3), 4, 8, (slice(0, 2), slice(6, 8))),
+    ((1, 2), 4, 8, (slice(2, 4), slice(4, 6))),
     ((2, 1), 4, 2, (slice(1, 2), slice(0, 1))),
     ((5, 9), 16, 14, (slice(4, 5), slice(8, 9))),
 ])  # fmt: skip
