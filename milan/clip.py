@@ -1,6 +1,6 @@
-"""The frozen CLIP image tower: images -> features of all tokens and the importance of each patch.
+"""CLIP by open_clip: the frozen image tower, the small model that is trained here, its tokenizer, both on disk.
 
-open_clip's own model does the work; this file only reads two things out of it that it does not return:
+open_clip's own model does the work; the tower only reads two things out of it that it does not return:
 the projected features of every token, and the last block's class-token attention (clip_demo.py).
 """
 
@@ -9,40 +9,49 @@ from pathlib import Path
 import open_clip
 import torch
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, convert_weights_to_lp
+from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from milan.checkpoint import load_weights, save_weights
-from milan.distributed import DTYPES, autocast, resolve_precision
+from milan.distributed import DTYPES
 from milan.errors import UserError
 from milan.files import read_json, write_json
-from milan.params import Compute, TinyClip
-from milan.transforms import normalise
+from milan.params import Model, TinyClip
+
+NO_TEXT = CLIPTextCfg(context_length=1, vocab_size=1, width=1, heads=1, layers=1)
 
 
-class ClipTower(nn.Module):
-    """An open_clip vision transformer, read as MILAN's teacher."""
+class Tower(nn.Module):
+    """A frozen image tower, read as MILAN's teacher: ClipTower, or timm's in teachers.py.
 
-    def __init__(self, visual: nn.Module):
+    size: pixels of a side of what it looks at; grid: patches of a side (N = grid x grid); feature_dim: width of its
+    features. forward: normalised images (B, 3, size, size) -> features (B, 1+N, D), class token first; importance
+    (B, N) float32: the last block's attention from the class token to each patch, mean over heads after the softmax,
+    keys that are no patch dropped, not renormalised (reference: clip_demo.py)."""
+
+    def __init__(self, visual: nn.Module, size: tuple[int, int], grid: tuple[int, int], feature_dim: int):
         super().__init__()
-        if not hasattr(visual, "transformer") or getattr(visual, "attn_pool", None) is not None:
-            raise UserError("The teacher must be a CLIP vision transformer with a class token (such as ViT-B-16).")
-        self.visual = visual
+        if size[0] != size[1] or grid[0] != grid[1]:
+            raise UserError(f"The teacher must look at squares, and this one looks at {size[0]} x {size[1]} pixels.")
+        self.visual, self.size, self.grid, self.feature_dim = visual, size[0], grid[0], feature_dim
 
-    def lowered(self, precision: str) -> "ClipTower":
+    def lowered(self, precision: str) -> "Tower":
         """Matrices kept in the precision that autocast would cast them to at every call; norms and embeddings stay in
         float32."""
         if precision != "fp32":
             convert_weights_to_lp(self, DTYPES[precision])
         return self
 
-    @property
-    def feature_dim(self) -> int:
-        return self.visual.proj.shape[1]
+
+class ClipTower(Tower):
+    """An open_clip vision transformer; its features are projected, as the class token's are for the contrast with text."""
+
+    def __init__(self, visual: nn.Module):
+        if fault := unlike_clip(visual):
+            raise UserError(f"The teacher must be a CLIP vision transformer with a class token (such as ViT-B-16): {fault}.")
+        super().__init__(visual, visual.image_size, visual.grid_size, visual.proj.shape[1])
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised images (B, 3, H, W) -> features (B, 1+N, D) after ln_post and projection, class token
-        first; importance (B, N) float32: the last block's attention from the class token to each patch, mean
-        over heads after the softmax, class key dropped, not renormalised (reference: clip_demo.py)."""
         tokens = self.visual._embeds(images)
         *blocks, last = self.visual.transformer.resblocks
         for block in blocks:
@@ -50,6 +59,19 @@ class ClipTower(nn.Module):
         importance = cls_attention(last, tokens)[:, 1:]
         tokens = self.visual.ln_post(last(tokens))
         return tokens @ self.visual.proj.to(tokens.dtype), importance
+
+
+def unlike_clip(visual: nn.Module) -> str | None:
+    """Why an image tower cannot be read as OpenAI's; None when it can."""
+    if not isinstance(visual, VisionTransformer):
+        return f"{type(visual).__name__} has no class token"
+    if visual.attn_pool is not None:
+        return "this one sums up an image by attention queries, not by its class token"
+    if visual.pool_type != "tok":
+        return "this one sums up an image by the mean of its patches, and its class token was never taught to"
+    if not isinstance(visual.transformer.resblocks[-1].attn, nn.MultiheadAttention):
+        return "this one has attention of another kind"
+    return None
 
 
 def cls_attention(block: nn.Module, tokens: Tensor) -> Tensor:
@@ -61,11 +83,22 @@ def cls_attention(block: nn.Module, tokens: Tensor) -> Tensor:
     weight, bias = attention.in_proj_weight, attention.in_proj_bias
     query = nn.functional.linear(normed[:, :1], weight[:width], bias[:width])
     keys = nn.functional.linear(normed, weight[width : 2 * width], bias[width : 2 * width])
-    query = query.view(batch, 1, heads, -1).transpose(1, 2).float()
-    keys = keys.view(batch, length, heads, -1).transpose(1, 2).float()
-    with torch.autocast(tokens.device.type, enabled=False):
-        logits = query @ keys.transpose(-2, -1) * (width // heads) ** -0.5
+    return mean_attention(
+        query.view(batch, 1, heads, -1).transpose(1, 2), keys.view(batch, length, heads, -1).transpose(1, 2)
+    )
+
+
+def mean_attention(query: Tensor, keys: Tensor) -> Tensor:
+    """query (B, heads, 1, d), keys (B, heads, L, d) -> (B, L) softmax over L, mean over heads; float32 whatever the
+    autocast."""
+    with torch.autocast(query.device.type, enabled=False):
+        logits = query.float() @ keys.float().transpose(-2, -1) * query.shape[-1] ** -0.5
     return logits.softmax(dim=-1).mean(dim=1).squeeze(1)
+
+
+def build_visual(embed_dim: int, vision_cfg: dict, quick_gelu: bool = False) -> nn.Module:
+    """The image tower of open_clip's own classes that one of its model configurations describes."""
+    return CLIP(embed_dim, vision_cfg, NO_TEXT, quick_gelu).visual
 
 
 def build_tiny(config: TinyClip, image_size: int, patch_size: int, vocabulary: int) -> CLIP:
@@ -133,41 +166,44 @@ def save_no_teacher(folder: Path) -> None:
     write_json(folder / "teacher.json", {"kind": "none"})
 
 
-def save_teacher(folder: Path, model: CLIP, config: dict) -> None:
-    """teacher.safetensors (image and text tower) and teacher.json, which says how to build the model."""
+def save_teacher(folder: Path, model: nn.Module, config: dict) -> None:
+    """teacher.safetensors (the image tower under `visual.`; a teacher trained here has its text tower beside it) and
+    teacher.json, which says how to build the model."""
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(folder / "teacher.safetensors", model.state_dict())
     write_json(folder / "teacher.json", config)
 
 
-def load_teacher(folder: Path) -> tuple[CLIP, Tokenizer, dict]:
-    """The frozen model in evaluation mode, its tokenizer and its config."""
-    folder = Path(folder)
-    config = read_json(folder / "teacher.json", kind=str)
+def read_config(folder: Path) -> dict:
+    """teacher.json. Raises UserError when no teacher was made."""
+    config = read_json(Path(folder) / "teacher.json", kind=str)
     if config["kind"] == "none":
         raise UserError(
             f"{folder} holds no teacher: pretrain.weights was set when it was made. Set it to null and run `dvc repro`."
         )
-    if config["kind"] == "tiny":
-        tokenizer = Tokenizer(config["tiny"]["context_length"], config["token_ids"])
-        model = build_tiny(TinyClip(**config["tiny"]), config["image_size"], config["patch_size"], len(tokenizer))
-    else:
-        tokenizer = Tokenizer(config["model"]["text_cfg"].get("context_length", 77))
-        model = CLIP(**config["model"])
-    model.load_state_dict(load_weights(folder / "teacher.safetensors"))
+    return config
+
+
+def tiny_config(tiny: TinyClip, model: Model, token_ids: list[int]) -> dict:
+    """teacher.json of a teacher that is trained here, for students of this size."""
+    return {
+        "kind": "tiny",
+        "tiny": vars(tiny),
+        "image_size": model.image_size,
+        "patch_size": model.patch_size,
+        "token_ids": token_ids,
+    }
+
+
+def load_teacher(folder: Path) -> tuple[CLIP, Tokenizer, dict]:
+    """Both towers of a teacher that was trained here, frozen and in evaluation mode, with tokenizer and config."""
+    config = read_config(folder)
+    if config["kind"] != "tiny":
+        raise UserError(f"{folder} holds an image tower and no text tower: a released teacher is asked for features alone.")
+    tokenizer = Tokenizer(config["tiny"]["context_length"], config["token_ids"])
+    model = build_tiny(TinyClip(**config["tiny"]), config["image_size"], config["patch_size"], len(tokenizer))
+    model.load_state_dict(load_weights(Path(folder) / "teacher.safetensors"))
     return model.eval().requires_grad_(False), tokenizer, config
-
-
-def load_tower(folder: Path, compute: Compute, device: torch.device) -> ClipTower:
-    """The frozen image tower on its device, in the recipe's precision."""
-    return ClipTower(load_teacher(folder)[0].visual).to(device).lowered(resolve_precision(compute, device))
-
-
-@torch.inference_mode()
-def look(tower: ClipTower, images: Tensor, compute: Compute, normalisation: str) -> tuple[Tensor, Tensor]:
-    """What the teacher makes of uint8 images (B, 3, H, W): features and importance, in the recipe's precision."""
-    with autocast(resolve_precision(compute, images.device), images.device):
-        return tower(normalise(images, normalisation))
 
 
 def text_classifier(model: CLIP, tokenizer: Tokenizer, classes: list[str], prompts: list[str]) -> Tensor:

@@ -160,12 +160,19 @@ class TinyClip:
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A released teacher: an open_clip model name with its tag, or a local file."""
+    """A released teacher: a model of open_clip's or timm's with the tag of its weights, or with a local file."""
 
+    library: str = choice("open_clip", "timm")
     model: str
     tag: str | None
     file: str | None
     sha256: str | None
+
+    def __post_init__(self):
+        if not (self.tag or self.file or (self.library == "timm" and "." in self.model)):
+            raise ValueError("give the tag of the weights (such as openai), or their file")
+        if self.sha256 is not None and not re.fullmatch("[0-9a-fA-F]{64}", self.sha256):
+            raise ValueError(f"sha256 {self.sha256!r} is no SHA-256: 64 hexadecimal digits (null: not checked)")
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from milan import distributed, segmenter
 from milan.classifier import build_classifier
-from milan.clip import ClipTower, build_tiny
+from milan.clip import Tower, tiny_config
 from milan.encoder import Encoder
 from milan.errors import UserError
 from milan.model import MaskedPretraining
 from milan.params import Params, Training, build, read_params
+from milan.pretrained import describe
 from milan.stage import fail
 from milan.targets import bank_bytes
+from milan.teachers import build_tower
 
 IMAGE_BYTES = 110_000  # of an ImageNet JPEG, in the mean
 SCENE_BYTES = 45_000  # of an ADE20K scene with its annotation, in the mean
@@ -120,7 +122,7 @@ def pretrain_cost(p: Params, variant: str) -> Cost | None:
     model = unmade(lambda: MaskedPretraining(m, row, p.pretrain.mask_ratio, width))
     images, noise = torch.randn(1, 3, m.image_size, m.image_size), torch.randn(1, m.n_patches)
     online = row.target == "clip" and not p.extract_targets.views
-    frozen = flops_of(tower, images) if online else 0.0
+    frozen = flops_of(tower, view_of(tower)) if online else 0.0
     return cost(
         model, lambda: model(images, noise, torch.randn(1, 1 + m.n_patches, width), torch.rand(1, m.n_patches)), 1, frozen
     )
@@ -134,7 +136,7 @@ def parts(p: Params) -> dict[str, float]:
     masked = torch.arange(model.n_visible, m.n_patches)[None]
     latent = torch.randn(1, 1 + model.n_visible, m.encoder.embed_dim)
     return {
-        "teacher": flops_of(tower, images),
+        "teacher": flops_of(tower, view_of(tower)),
         "encoder": flops_of(model.encoder, images, visible),
         "decoder": flops_of(model.decoder, latent, visible, masked),
     }
@@ -146,16 +148,16 @@ def flops_of(model: nn.Module, *inputs: Tensor) -> float:
     return float(counter.get_total_flops())
 
 
-def teacher(p: Params) -> ClipTower:
-    if p.teacher.tiny:
-        return unmade(lambda: ClipTower(build_tiny(p.teacher.tiny, p.model.image_size, p.model.patch_size, TOKENS).visual))
-    import open_clip
+def teacher(p: Params) -> Tower:
+    t = p.teacher
+    with unset_fake_temporarily():
+        config = tiny_config(t.tiny, p.model, list(range(TOKENS))) if t.tiny else describe(t.pretrained)
+    return unmade(lambda: build_tower(config))
 
-    config = open_clip.get_model_config(p.teacher.pretrained.model)
-    if config is None:
-        raise UserError(f"teacher.pretrained.model: open_clip knows no {p.teacher.pretrained.model!r}.")
-    sizes = {key: value for key, value in config.items() if key in ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu")}
-    return unmade(lambda: ClipTower(open_clip.model.CLIP(**sizes).visual))
+
+def view_of(tower: Tower) -> Tensor:
+    """An image of the size that the teacher looks at."""
+    return torch.randn(1, 3, tower.size, tower.size)
 
 
 def linear_cost(p: Params) -> Cost:

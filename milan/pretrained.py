@@ -1,49 +1,114 @@
-"""A released CLIP as the teacher: by open_clip name and tag, or from a local file; digest verified.
+"""A released teacher: by name and tag of open_clip or timm, or from a local file; digest verified.
 
-No code of a file runs that the recipe has not named by its digest: pickles are read with weights_only, and a
-TorchScript archive, as OpenAI publishes, which PyTorch says to treat as a program (its SECURITY.md), is opened only
-when its SHA-256 is teacher.pretrained.sha256.
+Whether the model can be MILAN's teacher is known before anything is fetched. What lies in the library's own cache is
+taken from there, without a network. No code of a file runs that the recipe has not named by its digest: pickles are
+read with weights_only, and a TorchScript archive, as OpenAI publishes, which PyTorch says to treat as a program (its
+SECURITY.md), is opened only when its SHA-256 is teacher.pretrained.sha256.
 """
 
+import argparse
+import contextlib
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlparse
 
 import open_clip
+import timm
 import torch
-from open_clip.model import CLIP
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from safetensors.torch import load_file
+from timm.models import list_pretrained
+from timm.models.vision_transformer import checkpoint_filter_fn
+from torch import Tensor, nn
 
 from milan.clip import save_teacher
 from milan.errors import UserError
 from milan.files import file_digest
-from milan.params import Pretrained
+from milan.params import Pretrained, nearest
+from milan.teachers import Tower, build_tower
 
-INTEGERS = ("input_resolution", "context_length", "vocab_size")  # OpenAI's files carry them among the weights
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Release:
+    """Where published weights lie: at an address of the publisher's, on the hub, or both."""
+
+    url: str | None
+    cache: Path  # the library's folder for what comes from addresses
+    repo: str | None
+    names: tuple[str, ...]  # of the file on the hub, best first
 
 
 def fetch_teacher(source: Pretrained, folder: Path) -> None:
-    """Write the released model into folder as teacher.safetensors and teacher.json."""
-    config = open_clip.get_model_config(source.model)
-    if config is None:
-        known = ", ".join(name for name in open_clip.list_models() if name.startswith("ViT"))
-        raise UserError(f"teacher.pretrained.model {source.model!r} is unknown to open_clip. It knows {known}.")
-    config = {name: value for name, value in config.items() if name in CLIP.__init__.__code__.co_varnames}
-    path = Path(source.file) if source.file else download(source)
-    verify(path, source.sha256)
-    model = CLIP(**config)
-    load_state(model, read_state(path, named=bool(source.sha256)), path)
-    save_teacher(folder, model, {"kind": "open_clip", "name": source.model, "model": config})
+    """Write the released image tower into folder as teacher.safetensors and teacher.json."""
+    config = describe(source)
+    path = Path(source.file) if source.file else located(source)
+    verify(path, source)
+    with torch.device("meta"):
+        tower = build_tower(config)
+    print(f"teacher: {path}", flush=True)
+    state = read_state(path, named=bool(source.sha256))
+    load_state(tower, timm_state(state, tower, path) if source.library == "timm" else image_state(state), path)
+    save_teacher(folder, tower, config)
 
 
-def download(source: Pretrained) -> Path:
-    """The tag's weights, from the network or open_clip's cache. A digest names the file of the original publisher;
-    the hub, which open_clip prefers, has the same weights in a file of other bytes."""
-    release = open_clip.get_pretrained_cfg(source.model, source.tag)
-    if not release:
-        known = ", ".join(open_clip.list_pretrained_tags_by_model(source.model)) or "none"
-        raise UserError(f"teacher.pretrained.tag {source.tag!r} is unknown for {source.model}. open_clip knows {known}.")
+def describe(source: Pretrained) -> dict:
+    """teacher.json of a released model: known to its library, and such that it can be the teacher. Fetches nothing."""
+    config = timm_config(source) if source.library == "timm" else open_clip_config(source)
     try:
-        return Path(open_clip.download_pretrained(release, prefer_hf_hub=source.sha256 is None))
+        refuse_timm_inside(config)
+        with torch.device("meta"):
+            build_tower(config)
+    except UserError as error:
+        raise UserError(f"teacher.pretrained.model {source.model!r} cannot be the teacher. {error}") from None
+    return config
+
+
+def open_clip_config(source: Pretrained) -> dict:
+    known = open_clip.list_models()
+    if source.model not in known:
+        raise UserError(
+            f"teacher.pretrained.model {source.model!r} is unknown to open_clip{nearest(source.model, known)}. "
+            f"It knows {', '.join(name for name in known if name.startswith('ViT'))}."
+        )
+    config = open_clip.get_model_config(source.model)
+    release = open_clip.get_pretrained_cfg(source.model, source.tag or "")
+    if release and release.get("quick_gelu", False) != config.get("quick_gelu", False):
+        other = f"{source.model}-quickgelu" if release.get("quick_gelu") else source.model.removesuffix("-quickgelu")
+        raise UserError(f"{source.model} computes another GELU than {source.tag} was trained with: set teacher.pretrained.model to {other}.")
+    model = {name: config[name] for name in ("embed_dim", "vision_cfg", "quick_gelu") if name in config}
+    return {"kind": "open_clip", "name": source.model, "model": model}
+
+
+def refuse_timm_inside(config: dict) -> None:
+    """open_clip also wraps models of timm's; they are taken from timm, or not at all."""
+    name = config["kind"] == "open_clip" and config["model"]["vision_cfg"].get("timm_model_name")
+    if name:
+        build_tower({"kind": "timm", "model": name})
+        raise UserError(f"Its image tower is timm's {name}: set library to timm and model to that name.")
+
+
+def timm_config(source: Pretrained) -> dict:
+    name, _, tag = source.model.partition(".")
+    if not timm.is_model(name):
+        raise UserError(
+            f"teacher.pretrained.model {source.model!r} is unknown to timm{nearest(name, timm.list_models())}. "
+            "timm.list_models() names those it knows."
+        )
+    if tag and source.tag:
+        raise UserError(f"teacher.pretrained: {source.model} names a tag already; set tag to null.")
+    return {"kind": "timm", "model": name}
+
+
+def located(source: Pretrained) -> Path:
+    """The tag's weights, from the cache or the network. A digest names the file of the original publisher; the hub, which
+    is preferred without one, has the same weights in a file of other bytes."""
+    release = timm_release(source) if source.library == "timm" else open_clip_release(source)
+    try:
+        return from_address(release) if release.url and (source.sha256 or not release.repo) else from_hub(release)
     except Exception as error:  # the clients of hub and network raise many kinds
         raise UserError(
             f"The weights {source.model} / {source.tag} are neither in the cache nor to be had from the network "
@@ -51,17 +116,69 @@ def download(source: Pretrained) -> Path:
         ) from None
 
 
-def verify(path: Path, sha256: str | None) -> None:
+def open_clip_release(source: Pretrained) -> Release:
+    known = open_clip.list_pretrained_tags_by_model(source.model)
+    release = open_clip.get_pretrained_cfg(source.model, source.tag)
+    if not release:
+        raise unknown_tag(source, source.tag, known)
+    repo, _, name = release.get("hf_hub", "").rpartition("/")
+    safe = Path(name).with_suffix(".safetensors").name if name else open_clip.constants.HF_SAFE_WEIGHTS_NAME
+    names = (safe, name or open_clip.constants.HF_WEIGHTS_NAME)
+    return Release(release.get("url"), Path("~/.cache/clip").expanduser(), repo, names)
+
+
+def timm_release(source: Pretrained) -> Release:
+    name, _, tag = source.model.partition(".")
+    tag = tag or source.tag
+    known = [other.partition(".")[2] for other in list_pretrained(f"{name}.*")]
+    if tag not in known:
+        raise unknown_tag(source, tag, known)
+    release = timm.get_pretrained_cfg(f"{name}.{tag}")
+    names = ("model.safetensors", release.hf_hub_filename or "pytorch_model.bin")
+    return Release(release.url, Path(torch.hub.get_dir()) / "checkpoints", release.hf_hub_id, names)
+
+
+def unknown_tag(source: Pretrained, tag: str, known: list[str]) -> UserError:
+    words = f"{nearest(tag, known)}. {source.library} knows {', '.join(known) or 'none'}."
+    return UserError(f"teacher.pretrained.tag {tag!r} is unknown for {source.model}{words}")
+
+
+def from_address(release: Release) -> Path:
+    path = release.cache / Path(urlparse(release.url).path).name
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(release.url, str(path))  # whole or not at all, with a bar
+    return path
+
+
+def from_hub(release: Release) -> Path:
+    for name in release.names:
+        # Not hf_hub_download(local_files_only=True): that, too, asks the hub for a list of coding agents.
+        if isinstance(path := try_to_load_from_cache(release.repo, name), str):
+            return Path(path)
+    for name in release.names:
+        with contextlib.suppress(RemoteEntryNotFoundError):
+            return Path(hf_hub_download(release.repo, name))  # with a bar
+    raise FileNotFoundError(release.repo)
+
+
+def verify(path: Path, source: Pretrained) -> None:
     if not path.is_file():
         raise UserError(f"teacher.pretrained.file {path} is no file.")
-    if sha256 and (found := file_digest(path)) != sha256.lower():
+    if source.sha256 and (found := file_digest(path)) != source.sha256.lower():
+        mend = "fetch it again" if source.file else f"delete {cached_as(path)} and run again, which fetches it anew"
         raise UserError(
-            f"{path} has SHA-256 {found}, the recipe (teacher.pretrained.sha256) says {sha256}: fetch it again, "
+            f"{path} has SHA-256 {found}, the recipe (teacher.pretrained.sha256) says {source.sha256}: {mend}, "
             "or, if it is another file that you trust, set teacher.pretrained.sha256 to what it has."
         )
 
 
-def read_state(path: Path, named: bool) -> dict[str, torch.Tensor]:
+def cached_as(path: Path) -> Path:
+    """What to delete: the hub's cache keeps a file's bytes beside its name, models--*/snapshots/<revision>/<name>."""
+    return path.parents[2] if path.parents[1].name == "snapshots" else path
+
+
+def read_state(path: Path, named: bool) -> State:
     """State dict of a safetensors file, a plain checkpoint or, when the recipe has named it by its digest, an OpenAI
     TorchScript archive."""
     if is_torchscript(path) and not named:
@@ -73,10 +190,11 @@ def read_state(path: Path, named: bool) -> dict[str, torch.Tensor]:
         state = read_tensors(path)
     except Exception as error:  # torch and safetensors raise many kinds for foreign files
         raise UserError(f"{path} is no checkpoint that can be read without running code from it ({str(error)[:200]}).") from None
-    state = state.get("state_dict", state) if isinstance(state, dict) else None
+    for name in ("state_dict", "model", "teacher"):  # open_clip's and SLIP's; DeiT's and MAE's; DINO's
+        state = state.get(name, state) if isinstance(state, dict) else None
     if not isinstance(state, dict):
         raise UserError(f"{path} holds no state dict: expected tensors by name, bare or under 'state_dict'.")
-    return {name.removeprefix("module."): tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+    return {name.removeprefix("module."): tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
 
 
 def read_tensors(path: Path):
@@ -84,7 +202,8 @@ def read_tensors(path: Path):
         return load_file(path)
     if is_torchscript(path):
         return torch.jit.load(path, map_location="cpu").state_dict()
-    return torch.load(path, map_location="cpu", weights_only=True)
+    with torch.serialization.safe_globals([argparse.Namespace]):  # DINO's and SLIP's carry their command line along
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def is_torchscript(path: Path) -> bool:
@@ -94,10 +213,30 @@ def is_torchscript(path: Path) -> bool:
         return any(name.endswith("constants.pkl") for name in archive.namelist())
 
 
-def load_state(model: CLIP, state: dict, path: Path) -> None:
+def image_state(state: State) -> State:
+    """The image tower of a CLIP; its text tower is asked nothing."""
+    return {name: tensor for name, tensor in state.items() if name.startswith("visual.")}
+
+
+def timm_state(state: State, tower: Tower, path: Path) -> State:
+    """The ViT in a checkpoint (bare, or DINO's `backbone.`, SLIP's `visual.`), its names turned into timm's by timm, its
+    classifier left out."""
+    place = next((name.removesuffix("cls_token") for name in state if name.endswith("cls_token")), "")
+    state = {name.removeprefix(place): tensor for name, tensor in state.items() if name.startswith(place)}
+    given, wanted = (of.get("patch_embed.proj.weight") for of in (state, tower.visual.state_dict()))
+    if given is not None and wanted is not None and given.numel() != wanted.numel():  # timm would resize it to fit
+        raise UserError(f"{path} does not fit teacher.pretrained.model. Its patches are {list(given.shape)}, not {list(wanted.shape)}.")
+    try:
+        state = checkpoint_filter_fn(state, tower.visual, adapt_layer_scale=True)
+    except Exception as error:  # timm reshapes what it takes for positions
+        raise UserError(f"{path} does not fit teacher.pretrained.model ({str(error)[:200]}).") from None
+    return {f"visual.{name}": tensor for name, tensor in state.items() if not name.startswith(("head.", "head_dist."))}
+
+
+def load_state(model: nn.Module, state: State, path: Path) -> None:
     """Load, or refuse with the exact list of missing, unexpected and misshapen keys."""
     wanted = model.state_dict()
-    state = {name: tensor.float() for name, tensor in state.items() if name not in INTEGERS}
+    state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     found = {
         "missing": sorted(wanted.keys() - state.keys()),
         "unexpected": sorted(state.keys() - wanted.keys()),
@@ -110,4 +249,4 @@ def load_state(model: CLIP, state: dict, path: Path) -> None:
     if any(found.values()):
         lists = "; ".join(f"{word}: {', '.join(names)}" for word, names in found.items() if names)
         raise UserError(f"{path} does not fit teacher.pretrained.model. {lists}.")
-    model.load_state_dict(state)
+    model.load_state_dict(state, assign=True)  # the model may be without values

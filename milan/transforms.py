@@ -53,6 +53,13 @@ def normalise(images: Tensor, name: str = "imagenet") -> Tensor:
     return (images.float() / 255 - mean) / std
 
 
+def resize(images: Tensor, size: int) -> Tensor:
+    """uint8 (..., 3, H, W) -> (..., 3, size, size), bicubic and antialiased; of that size already, untouched."""
+    if images.shape[-2:] == (size, size):
+        return images
+    return F.resize(images, [size, size], interpolation=BICUBIC, antialias=True)
+
+
 def renormalise(images: Tensor, source: str, target: str) -> Tensor:
     """Normalised one way -> normalised another way, without going back to bytes."""
     if source == target:

@@ -14,13 +14,14 @@ import torch
 
 from milan import distributed, targets, transforms
 from milan.checkpoint import save_weights
-from milan.clip import ClipTower, load_tower, look
+from milan.clip import Tower
 from milan.files import whole_folder
 from milan.params import Params
 from milan.progress import Progress
 from milan.records import Records
 from milan.samples import BankViews, CentreSamples
 from milan.stage import Stage, run
+from milan.teachers import load_tower, look
 
 
 def main(stage: Stage) -> None:
@@ -56,7 +57,7 @@ def extract(p: Params, records: Path, teacher: Path, folder: Path) -> dict:
     return found
 
 
-def write_bank(p: Params, train: Records, tower: ClipTower, folder: Path, device: torch.device) -> None:
+def write_bank(p: Params, train: Records, tower: Tower, folder: Path, device: torch.device) -> None:
     """This process's shards, those already there passed over."""
     x = p.extract_targets
     starts = list(enumerate(range(0, len(train), x.shard_images)))[distributed.rank() :: distributed.world_size()]
@@ -72,11 +73,11 @@ def write_bank(p: Params, train: Records, tower: ClipTower, folder: Path, device
     progress.close()
 
 
-def shard_arrays(p: Params, views: BankViews, tower: ClipTower, device: torch.device) -> dict[str, np.ndarray]:
+def shard_arrays(p: Params, views: BankViews, tower: Tower, device: torch.device) -> dict[str, np.ndarray]:
     parts: dict[str, list] = {name: [] for name in targets.ARRAYS}
     loader = torch.utils.data.DataLoader(views, batch_size=p.extract_targets.batch_size, num_workers=p.runtime.workers)
     for batch in loader:
-        features, importance = look(tower, batch["image"].to(device), p.compute, p.extract_targets.normalisation)
+        features, importance = look(tower, batch["image"].to(device), p.compute, p.extract_targets.normalisation, p.model.grid)
         parts["features"].append(features.half().cpu().numpy())
         parts["importance"].append(importance.cpu().numpy())
         parts["boxes"].append(batch["box"].numpy())
@@ -85,13 +86,13 @@ def shard_arrays(p: Params, views: BankViews, tower: ClipTower, device: torch.de
     }
 
 
-def write_probe_set(p: Params, val: Records, tower: ClipTower, path: Path, device: torch.device) -> dict:
+def write_probe_set(p: Params, val: Records, tower: Tower, path: Path, device: torch.device) -> dict:
     """Images, features and importance of a fixed set of validation images; how much importance falls on objects."""
     n = min(p.extract_targets.probe_images, len(val))
     chosen = torch.linspace(0, len(val) - 1, n).long().unique().tolist()
     samples = CentreSamples(val, p.linear_eval.resize, p.model.image_size)
     images = torch.stack([samples[i]["image"] for i in chosen])
-    features, importance = look(tower, images.to(device), p.compute, p.extract_targets.normalisation)
+    features, importance = look(tower, images.to(device), p.compute, p.extract_targets.normalisation, p.model.grid)
     found = {
         "images": images,
         "features": features.half(),
@@ -112,7 +113,7 @@ def perplexity(importance: torch.Tensor) -> float:
     return (-(q * q.clamp_min(1e-12).log()).sum(dim=1)).exp().mean().item()
 
 
-def importance_on_objects(p: Params, val: Records, tower: ClipTower, device: torch.device) -> dict:
+def importance_on_objects(p: Params, val: Records, tower: Tower, device: torch.device) -> dict:
     """Share of the importance that falls on the object, beside the object's share of the area, where masks are known."""
     if "mask" not in val.table(0).column_names:
         return {}
@@ -121,7 +122,7 @@ def importance_on_objects(p: Params, val: Records, tower: ClipTower, device: tor
     images = torch.stack([samples[i]["image"] for i in known])
     masks = torch.stack([transforms.decode_annotation(val[i]["mask"]) for i in known])
     cover = torch.nn.functional.adaptive_avg_pool2d((masks.unsqueeze(1) > 127).float(), p.model.grid).flatten(1)
-    importance = look(tower, images.to(device), p.compute, p.extract_targets.normalisation)[1].cpu()
+    importance = look(tower, images.to(device), p.compute, p.extract_targets.normalisation, p.model.grid)[1].cpu()
     mass = ((importance / importance.sum(dim=1, keepdim=True)) * cover).sum(dim=1)
     return {
         "extract_targets/importance_on_object": 100 * mass.mean().item(),

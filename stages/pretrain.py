@@ -13,7 +13,7 @@ import torch
 
 from milan import distributed, interop, optim, rng, transforms
 from milan.checkpoint import Scratch, save_weights
-from milan.clip import ClipTower, load_tower, look
+from milan.clip import Tower
 from milan.encoder import Encoder
 from milan.fit import Run, fit
 from milan.model import MaskedPretraining
@@ -22,6 +22,7 @@ from milan.records import Records
 from milan.samples import PretrainSamples
 from milan.stage import Stage, run
 from milan.targets import Bank
+from milan.teachers import load_tower, look
 
 
 def main(stage: Stage) -> None:
@@ -71,7 +72,7 @@ def train(p: Params, a: Namespace, scratch: Scratch, stage: Stage, about: dict) 
         images = transforms.normalise(batch["image"])
         if tower is None:
             return images, batch["noise"], batch.get("features"), batch.get("importance")
-        return images, batch["noise"], *look(tower, batch["image"], p.compute, p.extract_targets.normalisation)
+        return images, batch["noise"], *look(tower, batch["image"], p.compute, p.extract_targets.normalisation, p.model.grid)
 
     curve = fit(model, samples, optimizer, settings, to_inputs)
     if distributed.rank() == 0:
@@ -80,7 +81,7 @@ def train(p: Params, a: Namespace, scratch: Scratch, stage: Stage, about: dict) 
     return {"curve": curve}
 
 
-def targets_for(p: Params, a: Namespace, device: torch.device) -> tuple[Bank | None, ClipTower | None]:
+def targets_for(p: Params, a: Namespace, device: torch.device) -> tuple[Bank | None, Tower | None]:
     """Where CLIP features come from: the bank, the teacher itself, or nowhere (pixel targets)."""
     if p.pretrain.recipes[a.variant].target != "clip":
         return None, None

@@ -1,4 +1,4 @@
-"""The teacher: a frozen CLIP. Trained here on captions of the built-in world, or taken from a release.
+"""The teacher: a frozen CLIP, or another ViT. Trained here on captions of the built-in world, or taken from a release.
 
 At demo scale a tiny CLIP learns from captioned images that no student sees (so MILAN's edge over MAE includes
 what those captions tell). At paper scale: OpenAI's ViT-B/16 (as the release's main_pretrain.py); none when pretrain.weights
@@ -12,7 +12,7 @@ import torch
 
 from milan import contrast, distributed, evaluate, optim, rng, transforms, world
 from milan.checkpoint import Scratch
-from milan.clip import Tokenizer, build_tiny, save_no_teacher, save_teacher, text_classifier
+from milan.clip import Tokenizer, build_tiny, save_no_teacher, save_teacher, text_classifier, tiny_config
 from milan.files import whole_folder
 from milan.fit import Run, fit
 from milan.params import Params
@@ -62,8 +62,7 @@ def train(p: Params, records: Path, folder: Path, scratch: Scratch, tracker) -> 
         lambda batch: (transforms.normalise(batch["image"]), batch["tokens"]),
     )
     if distributed.rank() == 0:
-        config = {"kind": "tiny", "tiny": vars(t.tiny), "image_size": p.model.image_size, "patch_size": p.model.patch_size}
-        save_teacher(folder, model, {**config, "token_ids": tokenizer.ids.tolist()})
+        save_teacher(folder, model, tiny_config(t.tiny, p.model, tokenizer.ids.tolist()))
     return {"curve": curve, "metrics": assess(model.eval(), tokenizer, p, records, device)}
 
 

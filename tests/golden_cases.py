@@ -144,9 +144,8 @@ def clip_tower(case: Case) -> dict:
     """D: features, the last block's attention and importance, from an OpenAI state dict."""
     state = {name: case.weight(name, shape) for name, shape in case.shapes.items()}
     state |= {name: torch.tensor(value) for name, value in case.entry.get("extra_int_keys", {}).items()}
-    model = empty_clip(case.config)
-    pretrained.load_state(model, state, Path(case.name))
-    tower = ClipTower(model.visual).eval()
+    tower = ClipTower(empty_clip(case.config).visual).eval()
+    pretrained.load_state(tower, pretrained.image_state(state), Path(case.name))
     last, seen = tower.visual.transformer.resblocks[-1], []
     last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     side = case.config["image"]

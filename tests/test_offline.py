@@ -63,6 +63,45 @@ stages.segment.build(p, p.prepare_ade20k.classes, encoder.vit.state_dict(), torc
 """
 
 
+CACHED = """
+import json, os, sys
+from pathlib import Path
+import open_clip, timm, torch
+from open_clip.model import CLIP
+from safetensors.torch import save_file
+from milan.files import file_digest
+from milan.params import Pretrained
+from milan.pretrained import fetch_teacher
+
+config = {"embed_dim": 12, "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 64, "layers": 2},
+          "text_cfg": {"context_length": 6, "vocab_size": 20, "width": 16, "heads": 2, "layers": 1}}
+home = Path(os.environ["HOME"])
+(home / "ViT-tiny.json").write_text(json.dumps(config))
+open_clip.add_model_config(home / "ViT-tiny.json")
+open_clip.get_pretrained_cfg = lambda *_: {"hf_hub": "org/tiny/", "url": "https://publisher.invalid/tiny.safetensors"}
+
+def cached(folder, name, state):
+    folder.mkdir(parents=True)
+    save_file(state, folder / name)
+    return folder / name
+
+def on_hub(repo, name, state):
+    folder = Path(os.environ["HF_HOME"]) / "hub" / repo
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs/main").write_text("abc")
+    cached(folder / "snapshots/abc", name, state)
+
+clip, vit = CLIP(**config).state_dict(), timm.create_model("vit_tiny_patch16_224").state_dict()
+on_hub("models--org--tiny", "open_clip_model.safetensors", clip)
+on_hub("models--timm--vit_tiny_patch16_224.augreg_in21k", "model.safetensors", vit)
+digest = file_digest(cached(home / ".cache/clip", "tiny.safetensors", clip))
+fetch_teacher(Pretrained("open_clip", "ViT-tiny", "x", None, None), home / "a")
+fetch_teacher(Pretrained("open_clip", "ViT-tiny", "x", None, digest), home / "b")
+fetch_teacher(Pretrained("timm", "vit_tiny_patch16_224", "augreg_in21k", None, None), home / "c")
+print([sorted(path.name for path in (home / name).iterdir()) for name in "abc"])
+"""
+
+
 def run(code: str, tmp_path) -> str:
     """In a process of its own, with empty caches and no switch that tells libraries to stay offline."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_", "TORCH_HOME", "XDG_CACHE"))}
@@ -97,3 +136,9 @@ print([name for name, _ in tried])
 def test_nothing_reaches_for_a_hub(tmp_path):
     assert run(f"{GUARD}{WORK}print('tried:', tried)", tmp_path).splitlines()[-1] == "tried: []"
     assert not (tmp_path / "hub").exists() and not (tmp_path / "torch").exists()
+
+
+def test_weights_in_the_cache_need_no_network(tmp_path):
+    """Neither open_clip's, at an address or on the hub, nor timm's: not even to ask whether there are newer ones."""
+    *_, files, tried = run(f"{GUARD}{CACHED}print('tried:', tried)", tmp_path).splitlines()
+    assert files == str([["teacher.json", "teacher.safetensors"]] * 3) and tried == "tried: []"

@@ -48,6 +48,7 @@ def test_the_paper_s_derived_numbers():
     assert (paper.model.grid, paper.model.n_patches) == (14, 196)
 
 
+PRETRAINED = {"library": "open_clip", "model": "m", "tag": "openai", "file": None, "sha256": None}
 WRONG = {
     "unknown key at the top": ("pretrian", {}, ["unknown key 'pretrian'", "did you mean 'pretrain'"]),
     "unknown key in a section": ("pretrain.epoch", 3, ["pretrain: unknown key 'epoch'", "did you mean 'epochs'"]),
@@ -106,7 +107,10 @@ WRONG = {
     "teacher's heads that do not divide": ("teacher.tiny.head_width", 7, ["teacher:tiny", "width 128 is no multiple of head_width 7"]),
     "teacher's text heads": ("teacher.tiny.text_heads", 7, ["text_width 96 is no multiple of text_heads 7"]),
     "a world of one pixel": ("prepare_imagenet.size", 1, ["prepare_imagenet:size", "at least 16"]),
-    "two teachers": ("teacher.pretrained", {"model": "m", "tag": None, "file": None, "sha256": None}, ["teacher", "not both"]),
+    "two teachers": ("teacher.pretrained", PRETRAINED, ["teacher", "not both"]),
+    "neither tag nor file": ("teacher.pretrained", {**PRETRAINED, "tag": None}, ["teacher:pretrained", "give the tag"]),
+    "a digest that is none": ("teacher.pretrained", {**PRETRAINED, "sha256": "5806"}, ["sha256 '5806'", "64 hexadecimal"]),
+    "unknown library": ("teacher.pretrained", {**PRETRAINED, "library": "tim"}, ["library", "did you mean 'timm'"]),
     "no teacher": ("teacher.tiny", None, ["teacher", "either tiny"]),
 }
 

@@ -1,5 +1,6 @@
 """The plan's figures against formulas worked out by hand, and torch's own count on real models."""
 
+import dataclasses
 import sys
 
 import pytest
@@ -11,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from milan import plan
 from milan.clip import ClipTower, build_tiny
 from milan.model import MaskedPretraining
-from milan.params import read_params
+from milan.params import Pretrained, read_params
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,20 @@ def test_the_paper_s_arithmetic_by_hand(paper):
         "encoder": pytest.approx(encoder, rel=0.02),
         "decoder": pytest.approx(decoder, rel=0.02),
     }
+
+
+@pytest.mark.parametrize("library, model, tokens, width, depth, patch, projection", [
+    ("open_clip", "ViT-L-14-336", 577, 1024, 24, 14, 768),
+    ("open_clip", "xlm-roberta-base-ViT-B-32", 50, 768, 12, 32, 512),
+    ("timm", "vit_small_patch8_224", 785, 384, 12, 8, 0),
+])  # fmt: skip
+def test_any_released_teacher_is_counted_at_its_own_size(library, model, tokens, width, depth, patch, projection, paper):
+    given = dataclasses.replace(paper.teacher, pretrained=Pretrained(library, model, "any", None, None))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        tower = plan.teacher(dataclasses.replace(paper, teacher=given))
+        found = plan.flops_of(tower, plan.view_of(tower))
+    expected = 2 * (tokens - 1) * 3 * patch**2 * width + depth * block(tokens, tokens, width) + 2 * tokens * width * projection
+    assert found == pytest.approx(expected, rel=0.02) and tower.feature_dim == (projection or width)
 
 
 def test_steps_and_hours_by_hand(lines):

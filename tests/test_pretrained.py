@@ -1,24 +1,32 @@
 """A released CLIP as the teacher: every layout is read to the same weights, and what is not right is refused by name."""
 
+import argparse
 import hashlib
 import json
 import os
 import pickle
+import socket
 import zipfile
+from unittest import mock
 
 import open_clip
 import pytest
 import torch
 from open_clip.model import CLIP
 from safetensors.torch import save_file
+from timm.models import register_model
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from milan import pretrained
+from milan import plan, pretrained
 from milan.clip import load_teacher
 from milan.errors import UserError
-from milan.params import Pretrained
+from milan.params import Compute, Pretrained
+from milan.teachers import build_tower, load_tower
 
 NAME = "ViT-golden-tiny"
+CPU = Compute("cpu", 1, 1, 1, "fp32", True, False)
 CONFIG = {
     "embed_dim": 12,
     "quick_gelu": True,
@@ -37,7 +45,7 @@ def tiny_model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def state() -> dict[str, torch.Tensor]:
-    """In values that float16, which OpenAI publishes, holds exactly."""
+    """Both towers, in values that float16, which OpenAI publishes, holds exactly."""
     torch.manual_seed(0)
     return {name: tensor.half().float() for name, tensor in CLIP(**CONFIG).state_dict().items()}
 
@@ -47,12 +55,12 @@ def sha256(path) -> str:
 
 
 def source(path, digest: str | None = None) -> Pretrained:
-    return Pretrained(NAME, None, str(path), digest)
+    return Pretrained("open_clip", NAME, None, str(path), digest)
 
 
 def fetched(path, folder, digest: str | None = None):
     pretrained.fetch_teacher(source(path, digest), folder)
-    return load_teacher(folder)[0]
+    return load_tower(folder, CPU, torch.device("cpu"))
 
 
 def refusal(path, digest: str | None = None) -> str:
@@ -93,11 +101,13 @@ def write(kind: str, state: dict, folder):
 @pytest.mark.parametrize("kind", ["safetensors", "open_clip pt", "OpenAI pth", "TorchScript jit"])
 def test_every_layout_is_read_to_the_same_weights(kind, state, tmp_path):
     path = write(kind, state, tmp_path)
-    model = fetched(path, tmp_path / "teacher", sha256(path).upper())
-    ours = model.state_dict()
-    assert ours.keys() == state.keys()
-    assert all(ours[name].dtype == torch.float32 and ours[name].equal(tensor) for name, tensor in state.items())
-    assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
+    tower = fetched(path, tmp_path / "teacher", sha256(path).upper())
+    ours = tower.state_dict()
+    assert ours.keys() == {name for name in state if name.startswith("visual.")}
+    assert all(tensor.dtype == torch.float32 and tensor.equal(state[name]) for name, tensor in ours.items())
+    assert not tower.training and not any(parameter.requires_grad for parameter in tower.parameters())
+    with pytest.raises(UserError, match="no text tower"):
+        load_teacher(tmp_path / "teacher")
 
 
 @pytest.mark.filterwarnings("ignore:.*jit.*")
@@ -140,10 +150,10 @@ def test_another_file_than_the_recipe_names_is_refused(state, tmp_path):
 
 
 def test_missing_unexpected_and_misshapen_keys_are_listed(state, tmp_path):
-    changed = {name: tensor for name, tensor in state.items() if name not in ("logit_scale", "visual.proj")}
+    changed = {name: tensor for name, tensor in state.items() if name not in ("visual.class_embedding", "visual.proj")}
     changed |= {"visual.head.weight": torch.zeros(3), "visual.conv1.weight": torch.zeros(64, 3, 4, 4)}
     words = refusal(write("safetensors", changed, tmp_path))
-    assert "missing: logit_scale, visual.proj; unexpected: visual.head.weight; " in words
+    assert "missing: visual.class_embedding, visual.proj; unexpected: visual.head.weight; " in words
     assert "misshapen: visual.conv1.weight is [64, 3, 4, 4], not [64, 3, 8, 8]." in words
 
 
@@ -163,29 +173,195 @@ def test_a_missing_file_is_named(tmp_path):
     assert "absent.pt is no file" in refusal(tmp_path / "absent.pt")
 
 
-def test_unknown_models_and_tags_are_named(tmp_path):
-    with pytest.raises(UserError, match="'ViT-B-61' is unknown.*ViT-B-16"):
-        pretrained.fetch_teacher(Pretrained("ViT-B-61", "openai", None, None), tmp_path)
-    with pytest.raises(UserError, match="'opneai' is unknown for ViT-B-16-quickgelu.*openai"):
-        pretrained.fetch_teacher(Pretrained("ViT-B-16-quickgelu", "opneai", None, None), tmp_path)
+def saying(*words) -> str:
+    """What is said of a Pretrained, nothing fetched."""
+    with pytest.raises(UserError) as error, mock.patch("socket.socket.connect", side_effect=AssertionError("the network was asked")):
+        given = Pretrained(*words)
+        pretrained.describe(given)
+        pretrained.located(given)
+    return str(error.value)
 
 
-@pytest.mark.parametrize("digest", [None, "5806"])
-def test_a_digest_asks_for_the_publisher_s_own_file(digest, monkeypatch, tmp_path):
-    """The hub's copy has other bytes; OpenAI's address carries the digest that conf/scale/paper.yaml names."""
-    asked = {}
+@pytest.mark.parametrize("words, said", [
+    (("open_clip", "ViT-B-61", "openai", None, None), "'ViT-B-61' is unknown to open_clip; did you mean 'ViT-B-16'?"),
+    (("open_clip", "hf-hub:laion/x", "openai", None, None), "is unknown to open_clip"),
+    (("open_clip", "ViT-B-16-quickgelu", "opneai", None, None), "'opneai' is unknown for ViT-B-16-quickgelu; did you mean 'openai'?"),
+    (("open_clip", "ViT-B-16", "openai", None, None), "set teacher.pretrained.model to ViT-B-16-quickgelu"),
+    (("open_clip", "ViT-B-16-quickgelu", "datacomp_xl_s13b_b90k", None, None), "'datacomp_xl_s13b_b90k' is unknown"),
+    (("timm", "vit_bse_patch16_224", "dino", None, None), "is unknown to timm; did you mean 'vit_base_patch16_224'?"),
+    (("timm", "vit_base_patch16_224", "dion", None, None), "'dion' is unknown for vit_base_patch16_224; did you mean 'dino'?"),
+    (("timm", "vit_base_patch16_224.dion", None, None, None), "did you mean 'dino'?"),
+    (("timm", "vit_base_patch16_224.dino", "dino", None, None), "names a tag already"),
+])  # fmt: skip
+def test_unknown_names_come_with_the_nearest(words, said):
+    assert said in saying(*words)
 
-    def fetch(release, prefer_hf_hub=True):
-        asked.update(release, prefer_hf_hub=prefer_hf_hub)
-        return str(tmp_path / "file.pt")
 
-    monkeypatch.setattr(open_clip, "download_pretrained", fetch)
-    assert pretrained.download(Pretrained("ViT-B-16-quickgelu", "openai", None, digest)) == tmp_path / "file.pt"
-    assert asked["prefer_hf_hub"] is (digest is None)
-    assert "/5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/" in asked["url"]
+@pytest.mark.parametrize("words, said", [
+    (("open_clip", "RN50"), "ModifiedResNet has no class token"),
+    (("open_clip", "ViT-L-14-CLIPA"), "mean of its patches"),
+    (("open_clip", "coca_ViT-B-32"), "attention queries"),
+    (("open_clip", "ViT-B-16-SigLIP"), "no class token"),
+    (("open_clip", "MobileCLIP-B"), "set library to timm and model to that name"),
+    (("timm", "resnet18"), "ResNet is of another family"),
+    (("timm", "vit_small_patch16_36x1_224"), None),
+    (("timm", "vit_small_patch16_18x2_224"), "blocks of another kind"),
+    (("timm", "vit_base_patch16_siglip_224"), "no class token"),
+    (("timm", "vit_medium_patch16_gap_240"), "no class token"),
+])  # fmt: skip
+def test_what_cannot_be_the_teacher_is_refused_before_any_download(words, said):
+    if said is None:
+        pretrained.describe(Pretrained(*words, "x", None, None))
+    else:
+        told = saying(*words, "x", None, None)
+        assert said in told and words[1] in told and "cannot be the teacher" in told
 
 
-def test_no_network_is_told(monkeypatch):
-    monkeypatch.setattr(open_clip, "download_pretrained", lambda *_, **__: (_ for _ in ()).throw(ConnectionError()))
-    with pytest.raises(UserError, match=r"ConnectionError.*teacher\.pretrained\.file"):
-        pretrained.download(Pretrained("ViT-B-16-quickgelu", "openai", None, None))
+@pytest.mark.parametrize("name, size, grid, width", [
+    ("ViT-B-32", 224, 7, 512),
+    ("ViT-L-14", 224, 16, 768),
+    ("ViT-L-14-336", 336, 24, 768),
+    ("ViT-H-14", 224, 16, 1024),
+    ("xlm-roberta-base-ViT-B-32", 224, 7, 512),  # its text tower would come from the hub
+])  # fmt: skip
+def test_vits_of_any_size_can(name, size, grid, width):
+    config = pretrained.describe(Pretrained("open_clip", name, "x", None, None))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        tower = plan.unmade(lambda: build_tower(config))
+        features, importance = tower(torch.empty(2, 3, size, size))
+    assert (tower.size, tower.grid, tower.feature_dim) == (size, grid, width)
+    assert features.shape == (2, 1 + grid**2, width) and importance.shape == (2, grid**2)
+
+
+# timm's.
+
+
+def small_vit(**options) -> VisionTransformer:
+    torch.manual_seed(1)
+    return VisionTransformer(img_size=16, patch_size=8, embed_dim=32, depth=2, num_heads=4, **options).eval()
+
+
+@register_model
+def vit_golden_tiny(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **options):
+    return small_vit(**options)
+
+
+def fetched_vit(path, folder):
+    pretrained.fetch_teacher(Pretrained("timm", "vit_golden_tiny", None, str(path), None), folder)
+    return load_tower(folder, CPU, torch.device("cpu"))
+
+
+LAYOUTS = {
+    "timm": lambda vit: vit.state_dict(),
+    "DINO": lambda vit: {name: t for name, t in vit.state_dict().items() if not name.startswith("head.")},
+    "DINO, whole": lambda vit: {
+        "student": {"module.backbone.cls_token": torch.full((1, 1, 32), 9.0)},
+        "teacher": {"module.head.mlp.0.weight": torch.ones(2), **{f"module.backbone.{n}": t for n, t in vit.state_dict().items()}},
+        "args": argparse.Namespace(arch="vit_small"),
+        "epoch": 3,
+    },
+    "SLIP": lambda vit: {
+        "state_dict": {"module.logit_scale": torch.ones(()), **{f"module.visual.{n}": t for n, t in vit.state_dict().items()}},
+        "args": argparse.Namespace(model="SLIP_VITB16"),
+    },
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_dino_s_and_slip_s_layouts_are_read_to_the_same_weights(layout, tmp_path):
+    vit = small_vit()
+    torch.save(LAYOUTS[layout](vit), tmp_path / "a.pth")
+    tower = fetched_vit(tmp_path / "a.pth", tmp_path / "teacher")
+    wanted = {f"visual.{name}": tensor for name, tensor in vit.state_dict().items() if not name.startswith("head.")}
+    found = tower.state_dict()
+    assert found.keys() == wanted.keys() and all(found[name].equal(tensor) for name, tensor in wanted.items())
+    assert json.loads((tmp_path / "teacher/teacher.json").read_text()) == {"kind": "timm", "model": "vit_golden_tiny"}
+
+
+def test_a_vit_of_another_patch_size_is_not_bent_to_fit(tmp_path):
+    state = small_vit().state_dict()
+    save_file({**state, "patch_embed.proj.weight": torch.zeros(32, 3, 4, 4)}, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=r"patches are \[32, 3, 4, 4\], not \[32, 3, 8, 8\]"):
+        fetched_vit(tmp_path / "a.safetensors", tmp_path / "teacher")
+
+
+def test_a_malicious_pickle_is_no_vit(tmp_path):
+    torch.save({"teacher": small_vit().state_dict(), "args": Malice(tmp_path / "ran")}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match="without running code"):
+        fetched_vit(tmp_path / "a.pth", tmp_path / "teacher")
+    assert not (tmp_path / "ran").exists()
+
+
+# The cache and the network.
+
+
+@pytest.fixture
+def releases(monkeypatch, tmp_path):
+    """The tiny model with releases at an address and on the hub, empty caches, and no network."""
+    cfg = {"url": "https://publisher.invalid/given.safetensors", "hf_hub": "org/golden/"}
+    monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda model, tag: {**cfg, "quick_gelu": True} if tag == "golden" else {})
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("socket.getaddrinfo", mock.Mock(side_effect=OSError("blocked")))
+    return tmp_path
+
+
+def in_hub_cache(tmp_path, name: str, state: dict):
+    folder = tmp_path / "hub/models--org--golden"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs/main").write_text("abc")
+    path = folder / "snapshots/abc" / name
+    path.parent.mkdir(parents=True)
+    save_file(state, path) if name.endswith("safetensors") else torch.save(state, path)
+    return path
+
+
+@pytest.mark.parametrize("name", ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"])
+def test_what_the_hub_s_cache_has_needs_no_network(name, releases, state):
+    path = in_hub_cache(releases, name, state)
+    assert pretrained.located(Pretrained("open_clip", NAME, "golden", None, None)) == path
+    pretrained.fetch_teacher(Pretrained("open_clip", NAME, "golden", None, None), releases / "teacher")
+    assert not socket.getaddrinfo.called
+    ours = load_tower(releases / "teacher", CPU, torch.device("cpu")).state_dict()
+    assert all(tensor.equal(state[name]) for name, tensor in ours.items())
+
+
+def test_a_digest_asks_for_the_publisher_s_own_file(releases, state):
+    """Which the hub's copy is not: there its bytes are others."""
+    in_hub_cache(releases, "open_clip_model.safetensors", state)
+    path = releases / ".cache/clip/given.safetensors"
+    path.parent.mkdir(parents=True)
+    save_file(state, path)
+    given = Pretrained("open_clip", NAME, "golden", None, sha256(path))
+    assert pretrained.located(given) == path
+    pretrained.fetch_teacher(given, releases / "teacher")
+    path.write_bytes(b"broken")
+    with pytest.raises(UserError, match=rf"{path} has SHA-256 {sha256(path)}, .* delete {path} and run again"):
+        pretrained.fetch_teacher(given, releases / "never")
+    assert not socket.getaddrinfo.called and not (releases / "never").exists()
+
+
+def test_a_digest_that_the_hub_s_file_has_not(releases, state, monkeypatch):
+    monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda *_: {"hf_hub": "org/golden/", "quick_gelu": True})
+    in_hub_cache(releases, "open_clip_model.safetensors", state)
+    with pytest.raises(UserError, match=f"delete {releases}/hub/models--org--golden and run again"):
+        pretrained.fetch_teacher(Pretrained("open_clip", NAME, "golden", None, "ab" * 32), releases / "never")
+
+
+@pytest.mark.parametrize("digest", [None, "ab" * 32])
+def test_no_network_is_told(digest, releases, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.file_download._get_metadata_or_catch_error", mock.Mock(side_effect=ConnectionError))
+    with pytest.raises(UserError, match=r"neither in the cache .*set teacher\.pretrained\.file"):
+        pretrained.located(Pretrained("open_clip", NAME, "golden", None, digest))
+
+
+def test_openai_s_address_carries_the_digest_of_the_paper_s_recipe():
+    given = Pretrained("open_clip", "ViT-B-16-quickgelu", "openai", None, None)
+    assert "/5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/" in pretrained.open_clip_release(given).url
+
+
+def test_timm_s_releases():
+    release = pretrained.timm_release(Pretrained("timm", "vit_base_patch16_224", "dino", None, None))
+    assert release.repo == "timm/vit_base_patch16_224.dino" and release.names == ("model.safetensors", "pytorch_model.bin")
+    assert release == pretrained.timm_release(Pretrained("timm", "vit_base_patch16_224.dino", None, None, None))
+    assert release.url.endswith("dino_vitbase16_pretrain.pth")
