@@ -48,6 +48,13 @@ def test_the_paper_s_derived_numbers():
     assert (paper.model.grid, paper.model.n_patches) == (14, 196)
 
 
+def test_the_paper_expects_the_whole_sets():
+    paper, demo = (build(Params, composed(scale), scale) for scale in ("paper", "demo"))
+    assert vars(paper.prepare_imagenet.expect) == {"train": 1281167, "val": 50000, "classes": 1000}
+    assert vars(paper.prepare_ade20k.expect) == {"train": 20210, "val": 2000}
+    assert demo.prepare_imagenet.expect is demo.prepare_ade20k.expect is None
+
+
 WRONG = {
     "unknown key at the top": ("pretrian", {}, ["unknown key 'pretrian'", "did you mean 'pretrain'"]),
     "unknown key in a section": ("pretrain.epoch", 3, ["pretrain: unknown key 'epoch'", "did you mean 'epochs'"]),
@@ -106,6 +113,8 @@ WRONG = {
     "teacher's heads that do not divide": ("teacher.tiny.head_width", 7, ["teacher:tiny", "width 128 is no multiple of head_width 7"]),
     "teacher's text heads": ("teacher.tiny.text_heads", 7, ["text_width 96 is no multiple of text_heads 7"]),
     "a world of one pixel": ("prepare_imagenet.size", 1, ["prepare_imagenet:size", "at least 16"]),
+    "expectation of less than one image": ("prepare_imagenet.expect", {"train": 0, "val": 1, "classes": 2}, ["expect:train", "above 0"]),
+    "half an expectation": ("prepare_ade20k.expect", {"train": 5}, ["prepare_ade20k:expect: missing key val"]),
     "two teachers": ("teacher.pretrained", {"model": "m", "tag": None, "file": None, "sha256": None}, ["teacher", "not both"]),
     "no teacher": ("teacher.tiny", None, ["teacher", "either tiny"]),
 }
