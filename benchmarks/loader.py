@@ -18,6 +18,7 @@ from torchvision.transforms import v2
 
 from benchmarks import measure
 from milan import records, sources, transforms
+from milan.packing import Packing
 from milan.records import Records
 from milan.samples import PretrainSamples
 
@@ -42,9 +43,9 @@ def published(root: Path) -> datasets.ImageFolder:
 
 
 def ours(root: Path, packed: Path) -> PretrainSamples:
-    items = sources.image_folder(root, "train")
-    split = records.write_split(packed, "train", sources.rows(items, "packing", 1), 10_000)
-    records.write_manifest(packed, splits={"train": split}, wnids=[], classes=[], source="benchmark")
+    packed.mkdir()
+    splits = Packing(packed, shard_images=10_000, processes=1).pack({"train": sources.image_folder(root, "train")})
+    records.write_manifest(packed, splits=splits, wnids=[], classes=[], source="benchmark")
     return PretrainSamples(Records(packed, "train"), 0, SIZE, 196, SCALE, None)
 
 

@@ -60,6 +60,21 @@ class Data:
 
 
 @dataclass(frozen=True)
+class ImagenetCounts:
+    """What a complete set holds."""
+
+    train: int = field(metadata=POSITIVE)
+    val: int = field(metadata=POSITIVE)
+    classes: int = field(metadata=POSITIVE)
+
+
+@dataclass(frozen=True)
+class SceneCounts:
+    train: int = field(metadata=POSITIVE)
+    val: int = field(metadata=POSITIVE)
+
+
+@dataclass(frozen=True)
 class PrepareImagenet:
     seed: int
     train: int = field(metadata=POSITIVE)
@@ -68,6 +83,7 @@ class PrepareImagenet:
     size: int | None = field(metadata={"least": 16, "most": 65536})
     short_side: int | None = field(metadata=POSITIVE)
     shard_images: int = field(metadata=POSITIVE)
+    expect: ImagenetCounts | None
 
 
 @dataclass(frozen=True)
@@ -78,6 +94,7 @@ class PrepareAde20k:
     size: int | None = field(metadata={"least": 16, "most": 65536})
     classes: int = field(metadata=POSITIVE)
     shard_images: int = field(metadata=POSITIVE)
+    expect: SceneCounts | None
 
 
 @dataclass(frozen=True)

@@ -47,8 +47,8 @@ class Progress:
             self.line()
 
 
-def track(items: Iterable, name: str, total: int) -> Iterator:
-    progress = Progress(name, total)
+def track(items: Iterable, name: str, total: int, start: int = 0) -> Iterator:
+    progress = Progress(name, total, start)
     for item in items:
         yield item
         progress.update()

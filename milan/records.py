@@ -6,6 +6,7 @@ manifest.json beside the shards counts the splits, lists the classes and the sha
 """
 
 import bisect
+import contextlib
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -14,33 +15,33 @@ from pathlib import Path
 import pyarrow as pa
 
 from milan.errors import UserError
-from milan.files import file_digest, read_json
+from milan.files import file_digest, full_disk_said, read_json
 
 SCHEMA = {"image": pa.large_binary(), "name": pa.string(), "label": pa.int32(), "caption": pa.string(), "mask": pa.large_binary()}
 
 
-def write_split(folder: Path, split: str, rows: Iterable[dict], shard_images: int) -> dict:
-    """Write rows (dicts with any of SCHEMA's keys, all the same ones) into folder/split-00000.arrow, ...
+def write_shard(path: Path, rows: Iterable[dict], columns: Iterable[str]) -> dict:
+    """Write rows (dicts with any of SCHEMA's keys) under path, or nothing at all when the rows end in an error.
 
-    Returns the manifest entry {"images": n, "shards": [{"file", "images", "sha256"}]}. A shard appears under
-    its name only when it is whole."""
-    folder.mkdir(parents=True, exist_ok=True)
-    shards = []
-    for number, chunk in enumerate(chunks(rows, shard_images)):
-        path = folder / f"{split}-{number:05d}.arrow"
-        write_shard(path, chunk)
-        shards.append({"file": path.name, "images": len(chunk), "sha256": file_digest(path)})
-    return {"images": sum(shard["images"] for shard in shards), "shards": shards}
-
-
-def write_shard(path: Path, rows: list[dict]) -> None:
-    schema = pa.schema([(name, kind) for name, kind in SCHEMA.items() if any(name in row for row in rows)])
-    temporary = path.with_suffix(".part")
-    with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        # One batch an image batch of 256: a reader touches only the pages that it needs.
-        for chunk in chunks(rows, 256):
-            writer.write_batch(pa.RecordBatch.from_pylist(chunk, schema=schema))
-    os.replace(temporary, path)
+    columns: all keys of the rows. Returns the shard's entry in the manifest {"file", "images", "sha256"}. Raises UserError
+    on a full disk."""
+    schema = pa.schema([(name, kind) for name, kind in SCHEMA.items() if name in set(columns)])
+    temporary, images = path.with_suffix(".part"), 0
+    with full_disk_said(path):
+        try:
+            with open(temporary, "wb") as sink:
+                with pa.ipc.new_file(sink, schema) as writer:
+                    # One batch an image batch of 256: a reader touches only the pages that it needs.
+                    for chunk in chunks(rows, 256):
+                        writer.write_batch(pa.RecordBatch.from_pylist(chunk, schema=schema))
+                        images += len(chunk)
+                sink.flush()
+                os.fsync(sink.fileno())
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+    return {"file": path.name, "images": images, "sha256": file_digest(path)}
 
 
 def chunks(items: Iterable, size: int) -> Iterator[list]:
@@ -60,6 +61,14 @@ def write_manifest(folder: Path, **entries) -> dict:
     temporary.write_text(json.dumps(entries, indent=1, sort_keys=True) + "\n")
     os.replace(temporary, folder / "manifest.json")
     return entries
+
+
+def drop_unlisted(folder: Path) -> None:
+    """Remove the files that the manifest does not name: seals, and leftovers of interrupted runs."""
+    listed = {shard["file"] for split in read_manifest(folder)["splits"].values() for shard in split["shards"]}
+    for path in folder.iterdir():
+        if path.name not in {"manifest.json", *listed}:
+            path.unlink()
 
 
 def read_manifest(folder: Path) -> dict:
@@ -88,6 +97,17 @@ class Records:
         for shard in self.shards:
             self.starts.append(self.starts[-1] + shard["images"])
         self._tables: dict[int, pa.Table] = {}
+
+    @property
+    def classes(self) -> list[str]:
+        """The names of the classes, in the order of the labels. Raises UserError when the images came without labels."""
+        if not self.manifest["classes"]:
+            raise UserError(
+                f"{self.folder} has no labels, since data.imagenet is a folder of images without classes. What needs none: "
+                "`dvc repro pretrain segment`. For linear evaluation and fine-tuning put the images into train/<class>/ and "
+                "val/<class>/."
+            )
+        return self.manifest["classes"]
 
     def __len__(self) -> int:
         return self.starts[-1]

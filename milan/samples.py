@@ -99,7 +99,7 @@ class OneView(Dataset):
 
 
 class CentreSamples(Dataset):
-    """The evaluation view: item index -> {"image", "label", "index"}."""
+    """The evaluation view: item index -> {"image", "index"[, "label"]}."""
 
     def __init__(self, records: Records, resize: int, size: int):
         self.records, self.resize, self.size = records, resize, size
@@ -110,7 +110,8 @@ class CentreSamples(Dataset):
     def __getitem__(self, index: int) -> dict:
         record = self.records[index]
         image = transforms.centre(transforms.decode(record["image"], record["name"]), self.resize, self.size)
-        return {"image": image, "label": torch.tensor(record["label"]), "index": torch.tensor(index)}
+        label = {"label": torch.tensor(record["label"])} if "label" in record else {}
+        return {"image": image, **label, "index": torch.tensor(index)}
 
 
 class SceneSamples(Dataset):

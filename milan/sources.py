@@ -1,65 +1,231 @@
-"""The layouts in which data sets come: checked files in, rows for the records out.
+"""The layouts in which data sets come: a folder in, items for the records out, before anything is decoded.
 
-Every image is opened and decoded once here, so that a broken one is found in minutes rather than in the middle
-of a night's training; all broken ones are listed together.
+An item is a row of the records with places (see archives) where the row has bytes: {"image", "name"[, "label"]
+[, "caption"][, "mask"]}. Labels are places in the list of classes, which is in the order of WordNet ids.
 """
 
 import csv
-import io
-import json
-from collections.abc import Iterator
-from contextlib import closing
-from pathlib import Path
+import dataclasses
+import re
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
 
-import numpy as np
-from PIL import Image, UnidentifiedImageError
-
+from milan.archives import File, Place, Row, parquet_rows, tar_spans, tree
 from milan.errors import UserError
+from milan.labels import DEVKIT, KAGGLE, LABELS, class_names, val_labels
 from milan.progress import track
-from milan.records import chunks
-from milan.workers import ordered
 
 IMAGES = {".jpeg", ".jpg", ".png", ".webp", ".bmp"}
-LISTED = 20
+TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
+HELD_OUT = 50  # without a val/, every 50th image is one of validation
+LAYOUTS = (
+    f"train/ and val/ with a folder a class; {TRAIN_TAR} and {VAL_TAR} with {DEVKIT}, {KAGGLE} or {LABELS}; "
+    "train-*.parquet and val*-*.parquet; or images in any folders, without labels"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """A classification set. Without labels wnids and classes are empty."""
+
+    train: list[dict]
+    val: list[dict]
+    wnids: list[str]
+    classes: list[str]
+
+
+def read_images(root: Path) -> Images:
+    """The set in a folder of one of LAYOUTS. Raises UserError for any other, naming what is odd."""
+    existing(root, f"expected {LAYOUTS}")
+    tables = {split: parquet_files(root, split) for split in ("train", "val")}
+    if (root / TRAIN_TAR).exists():
+        return from_tars(root)
+    if tables["train"]:
+        return from_parquet(root, tables)
+    if class_folders(root / "train"):
+        return from_class_folders(root)
+    return without_labels(root)
+
+
+def from_tars(root: Path) -> Images:
+    """The archives as ILSVRC2012 gives them: a tar of a tar a class, and a flat one whose labels stand elsewhere."""
+    outer, train, broken = root / TRAIN_TAR, [], []
+    members = sorted(
+        (m for m in tar_spans(outer) if re.fullmatch(r"(./)?n\d+\.tar", m.name)), key=lambda m: PurePosixPath(m.name).stem
+    )
+    wnids = [PurePosixPath(member.name).stem for member in members]
+    for label, member in enumerate(track(members, f"indexing {TRAIN_TAR} (classes)", len(members))):
+        try:
+            train += of_class(wnids[label], label, tar_spans(outer, member))
+        except UserError as error:
+            broken.append(str(error))
+    if broken:
+        raise UserError(" ".join(broken[:20]))
+    refuse_empty_classes(outer, wnids, train)
+    if not (root / VAL_TAR).exists():
+        raise UserError(f"{root} holds {TRAIN_TAR} and no {VAL_TAR}: put it there too.")
+    return Images(train, flat(root, tar_spans(root / VAL_TAR), wnids), wnids, class_names(root, wnids))
+
+
+def from_class_folders(root: Path) -> Images:
+    """train/<class>/<file> with val/<class>/<file>, or with a flat val/ whose labels stand elsewhere."""
+    train, wnids = image_folder(root, "train"), class_folders(root / "train")
+    val = existing(root / "val", f"expected {LAYOUTS}")
+    if class_folders(val):
+        same_classes(root)
+        return Images(train, with_object_masks(root, image_folder(root, "val")), wnids, class_names(root, wnids))
+    return Images(train, flat(root, [File(path) for path in val.iterdir()], wnids), wnids, class_names(root, wnids))
+
+
+def from_parquet(root: Path, tables: dict[str, list[Path]]) -> Images:
+    """train-*.parquet and val-*.parquet (or validation-*), in root or root/data. Images keep the order of their rows."""
+    if not tables["val"]:
+        raise UserError(f"{root} holds train-*.parquet and no val-*.parquet or validation-*.parquet: put them there too.")
+    paths = [path for split in tables.values() for path in split]
+    read = dict(zip(paths, (parquet_rows(path) for path in track(paths, "indexing parquet files", len(paths)))))
+    wnids, places = parquet_classes(read, tables["train"])
+    splits = {
+        split: [item for path in paths for item in labelled_rows(path, *read[path][:2], places)]
+        for split, paths in tables.items()
+    }
+    check_classes(tables["train"][0].parent, wnids, splits["train"])
+    return Images(**splits, wnids=wnids, classes=class_names(root, wnids))
+
+
+def without_labels(root: Path) -> Images:
+    """Images in any folders: all but those of val/, or of pairs/, are for training; without a val/ every 50th, from the first
+    on, is held out."""
+    places = {
+        name: place for name, place in tree(root).items() if is_image(name) and not name.startswith(("pairs/", "val_objects/"))
+    }
+    val = {name: place for name, place in places.items() if name.startswith("val/")}
+    val = val or dict(list(places.items())[::HELD_OUT])
+    if len(places) == len(val):
+        raise UserError(f"{root} holds no images ({', '.join(sorted(IMAGES))}) to train on. Expected {LAYOUTS}.")
+    items = [[{"image": place, "name": name} for name, place in some] for some in (places.items() - val.items(), val.items())]
+    return Images(*(sorted(some, key=lambda item: item["name"]) for some in items), wnids=[], classes=[])
+
+
+def is_image(name: str) -> bool:
+    return PurePosixPath(name).suffix.lower() in IMAGES
+
+
+def of_class(wnid: str, label: int, places: Iterable[Place]) -> list[dict]:
+    """The images among the files of a class, in the order of their names."""
+    found = sorted((place for place in places if is_image(base(place))), key=base)
+    return [{"image": place, "name": f"{wnid}/{base(place)}", "label": label} for place in found]
+
+
+def base(place: Place) -> str:
+    """A file's own name."""
+    return place.path.name if isinstance(place, File) else PurePosixPath(place.name).name
 
 
 def image_folder(root: Path, split: str) -> list[dict]:
-    """root/split/<class>/<file> -> items {"path", "name", "label"}; classes in the order of their folders' names
-    (for ImageNet: by WordNet id)."""
-    folder = existing(root / split, f"expected {root} to hold train/ and val/ with a folder a class")
-    items, empty = [], []
-    for label, wnid in enumerate(class_folders(folder)):
-        found = [path for path in sorted((folder / wnid).iterdir()) if path.suffix.lower() in IMAGES]
-        items += [{"path": path, "name": f"{wnid}/{path.name}", "label": label} for path in found]
-        empty += [] if found else [wnid]
-    if not items:
-        raise UserError(f"{folder} holds no images ({', '.join(sorted(IMAGES))}) in class folders.")
-    if empty:
-        raise UserError(f"{len(empty)} class folder(s) of {folder} hold no image, the first is {empty[0]}. Fill or remove them.")
+    """root/split/<class>/<file> -> items; classes in the order of their folders' names (for ImageNet: by WordNet id)."""
+    folder, items = existing(root / split, f"expected {LAYOUTS}"), []
+    wnids = class_folders(folder)
+    for label, wnid in enumerate(track(wnids, f"listing {split} (classes)", len(wnids))):
+        items += of_class(wnid, label, (File(path) for path in (folder / wnid).iterdir()))
+    refuse_empty_classes(folder, wnids, items)
     return items
 
 
+def check_classes(where: Path, wnids: list[str], items: list[dict]) -> None:
+    if not items:
+        raise UserError(f"{where} holds no images ({', '.join(sorted(IMAGES))}) of any class.")
+    if len(wnids) < 2:
+        raise UserError(
+            f"{where} has one class; at least two are needed to tell classes apart. Images without labels belong "
+            "right into train/, or anywhere but in train/."
+        )
+
+
+def refuse_empty_classes(where: Path, wnids: list[str], items: list[dict]) -> None:
+    check_classes(where, wnids, items)
+    empty = [wnids[label] for label in sorted(set(range(len(wnids))) - {item["label"] for item in items})]
+    if empty:
+        raise UserError(f"{len(empty)} class(es) of {where} hold no image, the first is {empty[0]}. Fill or remove them.")
+
+
 def class_folders(folder: Path) -> list[str]:
-    return sorted(child.name for child in folder.iterdir() if child.is_dir())
+    return sorted(child.name for child in folder.iterdir() if child.is_dir()) if folder.is_dir() else []
 
 
-def same_classes(root: Path) -> list[str]:
-    """The class folders of root/train; UserError unless root/val has just these, since labels are places in the list."""
+def same_classes(root: Path) -> None:
+    """UserError unless root/train and root/val have just the same class folders, since labels are places in the list."""
     train, val = (class_folders(root / split) for split in ("train", "val"))
-    if train != val:
-        odd = [
-            f"{split} has {', '.join(some[:5])}{' ...' if len(some) > 5 else ''} alone"
-            for split, some in (("train", sorted(set(train) - set(val))), ("val", sorted(set(val) - set(train))))
-            if some
-        ]
+    odd = [
+        f"{split} has {', '.join(some[:5])}{' ...' if len(some) > 5 else ''} alone"
+        for split, some in (("train", sorted(set(train) - set(val))), ("val", sorted(set(val) - set(train))))
+        if some
+    ]
+    if odd:
         raise UserError(f"{root}/train and {root}/val must have the same class folders: {'; '.join(odd)}.")
-    if len(train) < 2:
-        raise UserError(f"{root}/train has one class folder; at least two are needed to tell classes apart.")
-    return train
+
+
+def flat(root: Path, places: Iterable[Place], wnids: list[str]) -> list[dict]:
+    """Validation images with the labels that the devkit or a table gives them, in the order of class and name."""
+    table, known = val_labels(root)
+    label_of, by_class, odd = {wnid: k for k, wnid in enumerate(wnids)}, {}, []
+    for place in places:
+        if is_image(base(place)):
+            wnid = known.get(PurePosixPath(base(place)).stem)
+            by_class.setdefault(wnid, []).append(place)
+            odd += [] if wnid in label_of else [f"{base(place)} is {wnid or 'not in it'}"]
+    if odd:
+        raise UserError(
+            f"{table} gives {len(odd)} validation image(s) none of the {len(wnids)} classes of the training images: "
+            f"{', '.join(odd[:5])}{' ...' if len(odd) > 5 else ''}."
+        )
+    if not by_class:
+        raise UserError(f"{root} holds no validation images ({', '.join(sorted(IMAGES))}).")
+    return [item for wnid in sorted(by_class) for item in of_class(wnid, label_of[wnid], by_class[wnid])]
+
+
+def parquet_files(root: Path, split: str) -> list[Path]:
+    pattern = re.compile(r"train-.*\.parquet" if split == "train" else r"val(idation)?-.*\.parquet")
+    folders = [folder for folder in (root, root / "data") if folder.is_dir()]
+    return [path for folder in folders for path in sorted(folder.iterdir()) if pattern.fullmatch(path.name)]
+
+
+def parquet_classes(read: dict[Path, tuple], train: list[Path]) -> tuple[list[str], list[int]]:
+    """Class names, and the place of each of the files' labels among them: by WordNet id where the names are such, else as
+    the files have them (in Hugging Face's ImageNet by WordNet id, too)."""
+    names = next((names for _, _, names in read.values() if names), None)
+    for path, (_, _, own) in read.items():
+        if own and own != names:
+            raise UserError(f"{path} names its classes otherwise than {next(iter(read))}: the files must be of one set.")
+    if names is None:
+        most = max((label for path in train for label in read[path][1] if label is not None), default=-1)
+        names = [f"class {k}" for k in range(most + 1)]
+    order = (
+        sorted(range(len(names)), key=names.__getitem__) if all(re.fullmatch(r"n\d{8}", n) for n in names) else range(len(names))
+    )
+    return [names[k] for k in order], [place for _, place in sorted(zip(order, range(len(names))))]
+
+
+def labelled_rows(path: Path, rows: list[Row], labels: list[int | None], places: list[int]) -> list[dict]:
+    for row, label in zip(rows, labels):
+        if label is None or not 0 <= label < len(places):
+            raise UserError(
+                f"{row.archive}: row {row.number} has the label {label}, with {len(places)} classes (0 to {len(places) - 1})."
+            )
+    return [
+        {"image": row, "name": row.name or f"{path.stem}/{row.number}", "label": places[label]}
+        for row, label in zip(rows, labels)
+    ]
+
+
+def with_object_masks(root: Path, items: list[dict]) -> list[dict]:
+    """Add "mask" to the val items whose object's pixels are known (root/val_objects/<stem>.png, 255 = object)."""
+    masks = {path.stem: File(path) for path in (root / "val_objects").glob("*.png")}
+    found = [masks.get(PurePosixPath(item["name"]).stem) for item in items]
+    return [{**item, "mask": mask} if mask else item for item, mask in zip(items, found)]
 
 
 def caption_pairs(root: Path) -> list[dict]:
-    """root/pairs/captions.csv with columns file, caption -> items {"path", "name", "caption"}; none when absent."""
+    """root/pairs/captions.csv with columns file, caption -> items {"image", "name", "caption"}; none when absent."""
     table = root / "pairs" / "captions.csv"
     if not table.exists():
         return []
@@ -67,53 +233,27 @@ def caption_pairs(root: Path) -> list[dict]:
         rows = list(csv.DictReader(file))
     if not rows or any(not row.get("file") or not row.get("caption") for row in rows):
         raise UserError(f"{table} must have the columns file and caption, and a value of both in every line.")
-    return [{"path": table.parent / row["file"], "name": row["file"], "caption": row["caption"]} for row in rows]
+    return [{"image": File(table.parent / row["file"]), "name": row["file"], "caption": row["caption"]} for row in rows]
 
 
 def class_captions(items: list[dict], names: list[str], most: int) -> list[dict]:
     """Up to `most` of an image folder's items, evenly spread, captioned with the names of their classes."""
     chosen = items[:: max(1, -(-len(items) // most))]
-    return [{"path": i["path"], "name": i["name"], "caption": f"a photo of a {names[i['label']]}"} for i in chosen]
+    return [{"image": i["image"], "name": i["name"], "caption": f"a photo of a {names[i['label']]}"} for i in chosen]
 
 
-def with_object_masks(root: Path, items: list[dict]) -> list[dict]:
-    """Add "mask_path" to the val items whose object's pixels are known (root/val_objects/<stem>.png, 255 = object)."""
-    masks = {path.stem: path for path in (root / "val_objects").glob("*.png")}
-    return [{**item, "mask_path": masks[item["path"].stem]} if item["path"].stem in masks else item for item in items]
-
-
-def scene_classes(root: Path, classes: int) -> list[str]:
-    """Names from root/objectInfo.txt or objectInfo150.txt (tab separated, a header, the name last or second), else numbers."""
-    for name in ("objectInfo.txt", "objectInfo150.txt"):
-        if (root / name).exists():
-            lines = (root / name).read_text().splitlines()[1:]
-            found = [line.split("\t")[-1].split(",")[0].strip() for line in lines if line.strip()]
-            if len(found) == classes:
-                return found
-    return [f"class {k}" for k in range(1, classes + 1)]
-
-
-def class_names(root: Path, wnids: list[str]) -> list[str]:
-    """Readable names where root/classes.json gives them, else the folders' names."""
-    path = root / "classes.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
-    return [known.get(wnid, wnid) for wnid in wnids]
-
-
-def scene_folder(root: Path, split: str) -> list[dict]:
-    """ADEChallengeData2016: images/<split>/*.jpg with annotations/<split>/*.png -> items {"path", "mask_path", "name"}."""
-    folder = existing(root / "images" / split, f"expected {root} to be ADEChallengeData2016, with images/ and annotations/")
-    items, missing = [], []
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() not in IMAGES:
-            continue
-        mask = root / "annotations" / split / f"{path.stem}.png"
-        (items if mask.exists() else missing).append({"path": path, "mask_path": mask, "name": path.stem})
-    if missing:
-        raise UserError(f"{len(missing)} scenes have no annotation, the first is {missing[0]['mask_path']}.")
-    if not items:
-        raise UserError(f"{folder} holds no images ({', '.join(sorted(IMAGES))}).")
-    return items
+def refuse_other_counts(section: str, found: dict[str, int], expect) -> None:
+    """UserError unless what was found is what the recipe expects (a dataclass of the same names; None: anything)."""
+    wrong = [
+        f"{found[name]:,} instead of {count:,} ({name})"
+        for name, count in (dataclasses.asdict(expect) if expect else {}).items()
+        if found[name] != count
+    ]
+    if wrong:
+        raise UserError(
+            f"The data are not those of the recipe: {', '.join(wrong)}. Complete them; when the set is a subset or your own, "
+            f"-S {section}.expect=null."
+        )
 
 
 def refuse_too_few(needs: dict[str, tuple[int, int]], processes: int) -> None:
@@ -131,85 +271,9 @@ def refuse_too_few(needs: dict[str, tuple[int, int]], processes: int) -> None:
 
 
 def existing(folder: Path, hint: str) -> Path:
-    if not folder.is_dir():
+    if not folder.exists():
         raise UserError(
             f"{folder} is missing: {hint}. Give the right folder (-S data.imagenet=/path, -S data.ade20k=/path), or null for the "
             "built-in world."
         )
     return folder
-
-
-def rows(items: list[dict], name: str, processes: int, short_side: int | None = None, classes: int = 255) -> Iterator[dict]:
-    """Items as record rows, read and checked by several processes, in order; raises one UserError that lists
-    every unreadable file at the end. classes: the largest annotation value allowed in masks."""
-    broken = []
-    jobs = chunks(((item, short_side, classes) for item in items), 64)
-    with closing(ordered(read_jobs, jobs, processes)) as results:
-        for row, fault in track((result for some in results for result in some), name, len(items)):
-            if fault:
-                broken.append(fault)
-            else:
-                yield row
-    if broken:
-        more = f" and {len(broken) - LISTED} more" if len(broken) > LISTED else ""
-        raise UserError(
-            f"{len(broken)} of {len(items)} files cannot be used: {'; '.join(broken[:LISTED])}{more}. Mend or remove them and run again."
-        )
-
-
-def read_jobs(jobs: list[tuple]) -> list[tuple]:
-    return [read_job(job) for job in jobs]
-
-
-def read_job(job: tuple[dict, int | None, int | None]) -> tuple[dict | None, str | None]:
-    """(row, None), or (None, what is wrong with the file)."""
-    item, short_side, classes = job
-    row = {key: value for key, value in item.items() if key not in ("path", "mask_path")}
-    path = item["path"]
-    try:
-        row["image"] = checked_image(path, short_side)
-        if "mask_path" in item:
-            path = item["mask_path"]
-            row["mask"] = checked_mask(path, row["image"], classes)
-    except UnidentifiedImageError:
-        return None, f"{path} (no image)"
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return None, f"{path} ({error or type(error).__name__})"
-    return row, None
-
-
-def checked_image(path: Path, short_side: int | None) -> bytes:
-    """The file's bytes, verbatim, once they have proved to decode; re-encoded only when they are to be shrunk."""
-    data = path.read_bytes()
-    if not data:
-        raise ValueError("empty file")
-    with Image.open(io.BytesIO(data)) as image:
-        image.load()
-        if short_side is None or min(image.size) <= short_side:
-            return data
-        factor = short_side / min(image.size)
-        size = tuple(max(short_side, round(side * factor)) for side in image.size)
-        out = io.BytesIO()
-        image.convert("RGB").resize(size, Image.BICUBIC, reducing_gap=3.0).save(out, "JPEG", quality=92, subsampling=0)
-        return out.getvalue()
-
-
-def has_labels(mask: bytes) -> bool:
-    """Whether any pixel of an annotation is of a class, neither 0 nor 255."""
-    with Image.open(io.BytesIO(mask)) as image:
-        return bool((np.asarray(image) % 255).any())
-
-
-def checked_mask(path: Path, image: bytes, classes: int) -> bytes:
-    data = path.read_bytes()
-    if not data:
-        raise ValueError("empty file")
-    with Image.open(io.BytesIO(data)) as mask, Image.open(io.BytesIO(image)) as picture:
-        if mask.mode not in ("L", "P"):
-            raise ValueError(f"annotation of mode {mask.mode}, expected one 8-bit channel")
-        if mask.size != picture.size:
-            raise ValueError(f"annotation of {mask.size} for an image of {picture.size}")
-        strange = set(np.unique(np.asarray(mask)).tolist()) - set(range(classes + 1))
-    if strange:
-        raise ValueError(f"annotation value {min(strange)} with {classes} classes")
-    return data

@@ -37,7 +37,7 @@ def main(stage: Stage) -> None:
 def train(p: Params, a: Namespace, scratch: Scratch, stage: Stage, recipe: str) -> dict:
     device, x = distributed.set_up(p.compute), p.finetune
     records = Records(a.records, "train")
-    classes = len(records.manifest["classes"])
+    classes = len(records.classes)
     rng.seed_globals(a.seed, "finetune init")
     vit = build_classifier(p.model, x, classes, load_weights(a.weights / "encoder.safetensors")).to(device)
     optimizer = optim.adamw(layer_groups(vit, x), x.betas)

@@ -1,18 +1,18 @@
 """Pack the segmentation scenes into records (splits train and val, image and annotation side by side).
 
-Give data.ade20k the ADEChallengeData2016 folder; with null, scenes of the built-in world are drawn in that very
-layout and packed by the very same code. Annotation value 0 stays "unlabelled"; training ignores it.
+Give data.ade20k the ADEChallengeData2016 folder, its zip (read in place) or the folder that holds either; with null,
+scenes of the built-in world are drawn in that very layout and packed by the very same code. Annotation value 0 stays "unlabelled"; training ignores it.
 Costs: built-in world a few seconds; ADE20K some minutes, 1 GB.
 """
 
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
-from milan import records, sources, world
+from milan import records, scenes, sources, world
 from milan.errors import UserError
 from milan.files import SCRATCH, whole_folder
+from milan.packing import Packing, has_labels
 from milan.params import Params, PrepareAde20k
 from milan.progress import Progress
 from milan.stage import Stage, run
@@ -27,7 +27,7 @@ def main(stage: Stage) -> None:
     if root is None:
         draw(drawn, p)
     with whole_folder(stage.args.out, recipe) as folder:
-        manifest = pack(Path(root or drawn), folder, stage.params, source=root or "the built-in world")
+        manifest = pack(Path(root or drawn), folder, stage.params, root)
     shutil.rmtree(drawn, ignore_errors=True)
     stage.write_metrics({f"prepare_ade20k/{name}": split["images"] for name, split in manifest["splits"].items()}, recipe)
 
@@ -40,24 +40,28 @@ def draw(root: Path, p: PrepareAde20k) -> None:
     progress.close()
 
 
-def pack(root: Path, folder: Path, params: Params, source: str) -> dict:
-    p, splits = params.prepare_ade20k, {}
-    scenes = {split: sources.scene_folder(root, name) for split, name in SPLITS.items()}
-    sources.refuse_too_few({"segment": (params.segment.batch_size, len(scenes["train"]))}, params.world)
+def pack(root: Path, folder: Path, params: Params, given: str | None) -> dict:
+    p, places = params.prepare_ade20k, scenes.scene_places(root)
+    items = {split: scenes.scene_items(places, name, root) for split, name in SPLITS.items()}
+    if given:
+        sources.refuse_other_counts("prepare_ade20k", {split: len(some) for split, some in items.items()}, p.expect)
+    sources.refuse_too_few({"segment": (params.segment.batch_size, len(items["train"]))}, params.world)
+    splits = Packing(folder, p.shard_images, os.cpu_count(), classes=p.classes).pack(items)
+    classes = scenes.scene_classes(places, p.classes)
+    manifest = records.write_manifest(folder, splits=splits, classes=classes, source=given or "the built-in world")
+    refuse_unlabelled(folder, root)
+    records.drop_unlisted(folder)
+    return manifest
+
+
+def refuse_unlabelled(folder: Path, root: Path) -> None:
+    """UserError when not one pixel of all annotations of a split has a label."""
     for split, name in SPLITS.items():
-        rows = sources.rows(scenes[split], f"packing {split}", os.cpu_count(), classes=p.classes)
-        splits[split] = records.write_split(folder, split, some_labelled(rows, root / "annotations" / name), p.shard_images)
-    return records.write_manifest(folder, splits=splits, classes=sources.scene_classes(root, p.classes), source=source)
-
-
-def some_labelled(rows: Iterator[dict], folder: Path) -> Iterator[dict]:
-    """The rows; UserError at the end when not one pixel of all their annotations has a label."""
-    labelled = False
-    for row in rows:
-        labelled = labelled or sources.has_labels(row["mask"])
-        yield row
-    if not labelled:
-        raise UserError(f"{folder}: every pixel of every annotation is unlabelled (0 or 255), so there is nothing to learn.")
+        packed = records.Records(folder, split)
+        if not any(has_labels(packed[i]["mask"]) for i in range(len(packed))):
+            raise UserError(
+                f"{root}: every pixel of every annotation in annotations/{name} is unlabelled (0 or 255), so there is nothing to learn."
+            )
 
 
 if __name__ == "__main__":

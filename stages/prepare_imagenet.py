@@ -1,8 +1,19 @@
 """Pack the classification images into records (splits train, val and, where there are captions, pairs).
 
-Give data.imagenet the folder that holds train/ and val/ in class folders; with null the built-in captioned
-world is drawn as real JPEG files in that very layout and packed by the very same code. The captions of a teacher that
-is trained here come from pairs/captions.csv (columns file, caption), or from the names of the class folders.
+Give data.imagenet a folder that holds one of these; with null the built-in captioned world is drawn as real JPEG files in
+the first layout and packed by the very same code:
+
+    train/<class>/ and val/<class>/     or a flat val/, with its labels as below
+    ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, read in place, with the val labels in one of
+        ILSVRC2012_devkit_t12.tar.gz    as published
+        LOC_val_solution.csv            as on Kaggle
+        val_labels.txt                  lines of a file's name and its WordNet id
+    train-*.parquet and val-*.parquet   (or validation-*, or in data/) with the columns image and label, as on Hugging Face
+    images in any folders               without labels: pretraining and segmentation run, what needs labels does not.
+                                        val/ is for validation where there is one, else every 50th image is
+
+The captions of a teacher that is trained here come from pairs/captions.csv (columns file, caption), or from the names of the
+classes. A run that was killed, or that met broken files, keeps the shards that it finished.
 Costs: built-in world about 30 s; ImageNet about an hour on 16 cores, 145 GB.
 """
 
@@ -11,7 +22,9 @@ import shutil
 from pathlib import Path
 
 from milan import records, sources, world
+from milan.errors import UserError
 from milan.files import SCRATCH, whole_folder
+from milan.packing import Packing
 from milan.params import Params, PrepareImagenet
 from milan.progress import Progress
 from milan.stage import Stage, run
@@ -24,7 +37,7 @@ def main(stage: Stage) -> None:
     if root is None:
         draw(drawn, p)
     with whole_folder(stage.args.out, recipe) as folder:
-        manifest = pack(Path(root or drawn), folder, stage.params, source=root or "the built-in world")
+        manifest = pack(Path(root or drawn), folder, stage.params, root)
     shutil.rmtree(drawn, ignore_errors=True)
     splits = {f"prepare_imagenet/{name}": split["images"] for name, split in manifest["splits"].items()}
     stage.write_metrics({**splits, "prepare_imagenet/classes": len(manifest["classes"])}, recipe)
@@ -38,32 +51,48 @@ def draw(root: Path, p: PrepareImagenet) -> None:
     progress.close()
 
 
-def pack(root: Path, folder: Path, params: Params, source: str) -> dict:
+def pack(root: Path, folder: Path, params: Params, given: str | None) -> dict:
     p = params.prepare_imagenet
-    items = {"train": sources.image_folder(root, "train")}
-    items["val"] = sources.with_object_masks(root, sources.image_folder(root, "val"))
-    wnids = sources.same_classes(root)
-    classes = sources.class_names(root, wnids)
-    items["pairs"] = sources.caption_pairs(root)
-    if p.pairs and not items["pairs"]:
-        items["pairs"] = sources.class_captions(items["train"], classes, p.pairs)
+    images = sources.read_images(root)
+    if given:
+        found = {"train": len(images.train), "val": len(images.val), "classes": len(images.classes)}
+        sources.refuse_other_counts("prepare_imagenet", found, p.expect)
+    pairs = captioned(root, images, params)
+    sources.refuse_too_few(needs(params, len(images.train), len(pairs), bool(images.classes)), params.world)
+    packing = Packing(folder, p.shard_images, os.cpu_count(), p.short_side)
+    splits = packing.pack({"train": images.train, "val": images.val, **({"pairs": pairs} if pairs else {})})
+    manifest = records.write_manifest(
+        folder, splits=splits, wnids=images.wnids, classes=images.classes, source=given or "the built-in world"
+    )
+    records.drop_unlisted(folder)
+    return manifest
+
+
+def captioned(root: Path, images: sources.Images, params: Params) -> list[dict]:
+    """What a teacher that is trained here learns from: pairs/captions.csv, else images with the names of their classes."""
+    pairs, most = sources.caption_pairs(root), params.prepare_imagenet.pairs
+    if pairs or not most:
+        return pairs
+    if images.classes:
         print("No pairs/captions.csv: the teacher that is trained here will learn from the class names, as captions.", flush=True)
-    sources.refuse_too_few(needs(params, len(items["train"]), len(items["pairs"])), params.world)
-    splits = {}
-    for split in filter(items.get, items):
-        rows = sources.rows(items[split], f"packing {split}", os.cpu_count(), p.short_side)
-        splits[split] = records.write_split(folder, split, rows, p.shard_images)
-    return records.write_manifest(folder, splits=splits, wnids=wnids, classes=classes, source=source)
+        return sources.class_captions(images.train, images.classes, most)
+    if params.teacher.tiny:
+        raise UserError(
+            f"{root} has neither labels nor {root / 'pairs' / 'captions.csv'} (columns file, caption), and the teacher that is "
+            "trained here needs one of them. Write captions of some images, or take a released teacher, as the recipe paper "
+            "does (conf/scale/paper.yaml: teacher.tiny null, teacher.pretrained a model of open_clip)."
+        )
+    return []
 
 
-def needs(p: Params, train: int, pairs: int) -> dict[str, tuple[int, int]]:
+def needs(p: Params, train: int, pairs: int, labelled: bool) -> dict[str, tuple[int, int]]:
     """{stage: (its global batch, the images it trains on)} of what will run."""
-    trains = p.pretrain.weights is None and any(p.pretrain.recipes[v].target != "none" for v in p.variants)
-    found = {
-        "linear_eval": (p.linear_eval.batch_size, train),
-        "finetune": (p.finetune.batch_size, round(p.finetune.labels * train)),
-    }
-    found |= {"pretrain": (p.pretrain.batch_size, train)} if trains else {}
+    found = {}
+    if labelled:
+        found["linear_eval"] = (p.linear_eval.batch_size, train)
+        found["finetune"] = (p.finetune.batch_size, round(p.finetune.labels * train))
+    if p.pretrain.weights is None and any(p.pretrain.recipes[v].target != "none" for v in p.variants):
+        found["pretrain"] = (p.pretrain.batch_size, train)
     return found | ({"teacher": (p.teacher.batch_size, pairs)} if p.teacher.tiny else {})
 
 

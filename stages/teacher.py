@@ -67,9 +67,12 @@ def train(p: Params, records: Path, folder: Path, scratch: Scratch, tracker) -> 
 
 
 def assess(model, tokenizer: Tokenizer, p: Params, records: Path, device: torch.device) -> dict:
-    """Zero-shot and linear-probe accuracy of the teacher itself."""
-    train, val = (CentreSamples(Records(records, split), p.linear_eval.resize, p.model.image_size) for split in ("train", "val"))
+    """Zero-shot and linear-probe accuracy of the teacher itself; nothing for images without labels."""
     classes = Records(records, "val").manifest["classes"]
+    if not classes:
+        print("The images have no labels: how good the teacher is cannot be said.", flush=True)
+        return {}
+    train, val = (CentreSamples(Records(records, split), p.linear_eval.resize, p.model.image_size) for split in ("train", "val"))
     classifier = text_classifier(model, tokenizer, classes, world.PROMPTS)
     features = [evaluate.outputs(model.encode_image, d, 256, device, "teacher features") for d in (train, val)]
     unit = torch.nn.functional.normalize(features[1][0], dim=1)

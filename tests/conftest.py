@@ -14,6 +14,8 @@ import pytest
 import torch
 import yaml
 
+from milan import records
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -34,6 +36,16 @@ def change(tree: dict, place: str, value) -> None:
     for section in sections:
         tree = tree[section]
     tree[last] = value
+
+
+def write_split(folder: Path, split: str, rows: list[dict], shard_images: int) -> dict:
+    """Rows as shards of a split; its entry for the manifest."""
+    folder.mkdir(parents=True, exist_ok=True)
+    columns = {name for row in rows for name in row}
+    shards = [
+        records.write_shard(folder / f"{split}-{k:05d}.arrow", chunk, columns) for k, chunk in enumerate(records.chunks(rows, shard_images))
+    ]
+    return {"images": len(rows), "shards": shards}
 
 
 @pytest.fixture

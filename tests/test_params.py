@@ -49,6 +49,13 @@ def test_the_paper_s_derived_numbers():
 
 
 PRETRAINED = {"library": "open_clip", "model": "m", "tag": "openai", "file": None, "sha256": None}
+def test_the_paper_expects_the_whole_sets():
+    paper, demo = (build(Params, composed(scale), scale) for scale in ("paper", "demo"))
+    assert vars(paper.prepare_imagenet.expect) == {"train": 1281167, "val": 50000, "classes": 1000}
+    assert vars(paper.prepare_ade20k.expect) == {"train": 20210, "val": 2000}
+    assert demo.prepare_imagenet.expect is demo.prepare_ade20k.expect is None
+
+
 WRONG = {
     "unknown key at the top": ("pretrian", {}, ["unknown key 'pretrian'", "did you mean 'pretrain'"]),
     "unknown key in a section": ("pretrain.epoch", 3, ["pretrain: unknown key 'epoch'", "did you mean 'epochs'"]),
@@ -111,6 +118,8 @@ WRONG = {
     "neither tag nor file": ("teacher.pretrained", {**PRETRAINED, "tag": None}, ["teacher:pretrained", "give the tag"]),
     "a digest that is none": ("teacher.pretrained", {**PRETRAINED, "sha256": "5806"}, ["sha256 '5806'", "64 hexadecimal"]),
     "unknown library": ("teacher.pretrained", {**PRETRAINED, "library": "tim"}, ["library", "did you mean 'timm'"]),
+    "expectation of less than one image": ("prepare_imagenet.expect", {"train": 0, "val": 1, "classes": 2}, ["expect:train", "above 0"]),
+    "half an expectation": ("prepare_ade20k.expect", {"train": 5}, ["prepare_ade20k:expect: missing key val"]),
     "no teacher": ("teacher.tiny", None, ["teacher", "either tiny"]),
 }
 

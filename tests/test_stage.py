@@ -16,11 +16,12 @@ from PIL import Image
 
 from milan import records
 from milan.checkpoint import save_weights
+from milan.encoder import Encoder
 from milan.errors import UserError
 from milan.params import Params, build
 from milan.stage import Stage, flat
 from milan.tracking import Tracker
-from tests.conftest import ROOT, change, forked, script
+from tests.conftest import ROOT, change, forked, script, write_split
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -122,7 +123,7 @@ def test_broken_images_are_all_named(desk, tree):
     change(tree, "data.imagenet", str(desk / "images"))
     write_recipe(tree)
     said = run_light("prepare_imagenet", *PREPARE)
-    assert "3 of 5 files cannot be used" in said
+    assert "3 of 7 files cannot be used" in said
     assert all(name in said for name in ("n01/cut.JPEG", "n02/empty.JPEG (empty file)", "n02/text.JPEG"))
 
 
@@ -135,12 +136,57 @@ def test_too_few_images_stop_the_first_stage_before_it_packs(desk, tree):
     assert "pretrain takes 64 images a step and has 2" in said and "-S pretrain.batch_size=2 -S pretrain.micro_batch=2" in said
 
 
+def test_other_counts_than_expected_stop_the_stage_before_it_decodes(desk, tree):
+    class_folders(desk / "images", {"train/n01/broken.JPEG": b"no image"})
+    change(tree, "data.imagenet", str(desk / "images"))
+    change(tree, "prepare_imagenet.expect", {"train": 4, "val": 2, "classes": 2})
+    write_recipe(tree)
+    said = run_light("prepare_imagenet", *PREPARE)
+    assert "3 instead of 4 (train)" in said and "-S prepare_imagenet.expect=null" in said and "cannot be used" not in said
+
+
+def plain_images(root: Path, captions: bool) -> None:
+    """Ten images without labels, one of them for validation; two have captions."""
+    root.mkdir()
+    for k in range(10):
+        (root / f"{k}.jpg").write_bytes(jpeg())
+    if captions:
+        (root / "pairs").mkdir()
+        (root / "pairs" / "captions.csv").write_text("file,caption\n../1.jpg,grey noise\n../2.jpg,more of it\n")
+
+
+def test_without_labels_a_teacher_that_is_trained_here_needs_captions(desk, tree):
+    plain_images(desk / "images", captions=False)
+    change(tree, "data.imagenet", str(desk / "images"))
+    write_recipe(tree)
+    said = run_light("prepare_imagenet", *PREPARE)
+    assert "neither labels nor" in said and "pairs/captions.csv" in said and "teacher.pretrained" in said
+
+
+@pytest.mark.parametrize("name", ["linear_eval", "finetune"])
+def test_without_labels_what_needs_them_says_what_runs(desk, tree, name):
+    """And nothing is asked of them before: ten images are too few for a labelled stage's batch here."""
+    plain_images(desk / "images", captions=True)
+    tree["linear_eval"] |= {"batch_size": 64, "micro_batch": 64}
+    change(tree, "data.imagenet", str(desk / "images"))
+    write_recipe(tree)
+    subprocess.run([sys.executable, "-m", "stages.prepare_imagenet", "--out", "records", "--metrics", "m.json"], check=True, timeout=100)
+    found = {split: records.Records("records", split) for split in ("train", "val", "pairs")}
+    assert {split: len(some) for split, some in found.items()} == {"train": 9, "val": 1, "pairs": 2}
+    assert set(found["train"][0]) == {"image", "name"} and found["train"].manifest["classes"] == []
+    encoder = Encoder(build(Params, tree, "params.yaml").model).vit.state_dict()
+    save_weights(desk / "weights" / "encoder.safetensors", encoder)
+    status, said = run_heavy(name, "--variant", "milan", "--seed", "0", "--records", "records", "--weights", "weights", *MADE)
+    assert status == 1, said
+    assert "has no labels" in said and "`dvc repro pretrain segment`" in refused(said, "outs/made", "metrics.json", "curve.csv")
+
+
 def test_once_mended_the_stage_goes_through_without_mlflow(desk, tree):
     """The same folder with the broken file replaced; MLflow cannot be imported, and the work does not mind."""
     class_folders(desk / "images", {"val/n01/empty.JPEG": b""})
     change(tree, "data.imagenet", str(desk / "images"))
     write_recipe(tree)
-    assert "1 of 3 files" in run_light("prepare_imagenet", *PREPARE)
+    assert "1 of 5 files" in run_light("prepare_imagenet", *PREPARE)
     (desk / "images/val/n01/empty.JPEG").write_bytes(jpeg())
     subprocess.run([sys.executable, "-m", "stages.prepare_imagenet", *PREPARE], check=True, timeout=100)
     manifest = records.read_manifest(desk / "outs/data")
@@ -173,7 +219,7 @@ def test_an_earlier_stage_s_output_is_missing(desk, name):
 def pretrained_folder(desk: Path) -> list[str]:
     """Records of 4 images and a weights folder without sense, as arguments."""
     rows = [{"image": jpeg(), "name": str(i), "label": i % 2} for i in range(4)]
-    splits = {split: records.write_split(desk / "records", split, rows, 10) for split in ("train", "val")}
+    splits = {split: write_split(desk / "records", split, rows, 10) for split in ("train", "val")}
     records.write_manifest(desk / "records", splits=splits, classes=["a", "b"])
     save_weights(desk / "weights" / "encoder.safetensors", {"not_a_weight": torch.zeros(1)})
     return ["--variant", "milan", "--seed", "0", "--records", "records", "--weights", "weights", *MADE]
@@ -225,7 +271,7 @@ def test_scenes_without_a_label_are_refused(desk, tree):
     change(tree, "data.ade20k", str(desk / "scenes"))
     write_recipe(tree)
     said = run_light("prepare_ade20k", *PREPARE)
-    assert "annotations/validation: every pixel of every annotation is unlabelled" in said
+    assert "every pixel of every annotation in annotations/validation is unlabelled" in said
 
 
 def test_weights_that_do_not_fit(desk):

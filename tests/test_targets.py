@@ -14,6 +14,7 @@ from milan.errors import UserError
 from milan.records import Records
 from milan.samples import BankViews, PretrainSamples
 from milan.targets import Bank
+from tests.conftest import write_split
 
 IMAGES, VIEWS, N, D, SHARD = 5, 3, 4, 2, 2
 SIDE = 64
@@ -87,7 +88,7 @@ def image_records(folder) -> Records:
         out = io.BytesIO()
         Image.fromarray(np.stack([x * 3, y * 3, np.full_like(x, 40 * index)], axis=-1)).save(out, "PNG")
         rows.append({"image": out.getvalue(), "name": str(index), "label": index})
-    records.write_manifest(folder, splits={"train": records.write_split(folder, "train", rows, 3)}, classes=["a"])
+    records.write_manifest(folder, splits={"train": write_split(folder, "train", rows, 3)}, classes=["a"])
     return Records(folder, "train")
 
 

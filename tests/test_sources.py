@@ -1,0 +1,396 @@
+"""The layouts of ImageNet and ADE20K: the same images come in alike from all of them, and what is odd is named."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+import scipy.io
+
+from milan import records, scenes, sources
+from milan.archives import File
+from milan.errors import UserError
+from milan.packing import Packing
+from milan.params import ImagenetCounts, SceneCounts
+from tests import layouts
+from tests.layouts import WNIDS, WORDS, class_tree, encoded, folders, images, parquet, parquets, scene_files, tar, tars, zipped
+
+NAMES = ["tench", "goldfish", "golden retriever"]
+
+
+def kaggle_folders(root: Path) -> Path:
+    """As Kaggle has them: train in class folders, val in one heap."""
+    given = images()
+    class_tree(root, {f"train/{name}": data for name, data in given["train"].items()})
+    class_tree(root, {f"val/{name.split('/')[1]}": data for name, data in given["val"].items()})
+    layouts.kaggle(root, {Path(name).stem: name.split("/")[0] for name in given["val"]})
+    return root
+
+
+LAYOUTS = {
+    "folders": folders,
+    "folders and a flat val": kaggle_folders,
+    "tars and the devkit": tars,
+    "tars and Kaggle's table": lambda root: tars(root, "kaggle"),
+    "tars and a list": lambda root: tars(root, "list"),
+    "parquet with words": parquets,
+    "parquet with WordNet ids": lambda root: parquets(root, [WNIDS[2], WNIDS[0], WNIDS[1]]),
+    "parquet without names": lambda root: parquets(root, None),
+}
+
+
+def said_items(items: list[dict]) -> list[tuple]:
+    return [(item["name"], item["label"], item["image"].read()) for item in items]
+
+
+def expected(split: str) -> list[tuple]:
+    return [(name, WNIDS.index(name.split("/")[0]), data) for name, data in images()[split].items()]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_the_same_images_in_the_order_of_wordnet_ids(tmp_path, layout):
+    found = sources.read_images(LAYOUTS[layout](tmp_path / "set"))
+    assert said_items(found.train) == expected("train")
+    assert said_items(found.val) == expected("val")
+
+
+def test_every_layout_gives_the_same_record_files(tmp_path):
+    digests = {}
+    for layout, make in LAYOUTS.items():
+        found, out = sources.read_images(make(tmp_path / layout)), tmp_path / "out" / layout
+        out.mkdir(parents=True)
+        splits = Packing(out, shard_images=5, processes=1).pack({"train": found.train, "val": found.val})
+        digests[layout] = [shard["sha256"] for split in ("train", "val") for shard in splits[split]["shards"]]
+    assert {len(shards) for shards in digests.values()} == {3 + 2}
+    assert all(shards == digests["folders"] for shards in digests.values()), digests
+
+
+@pytest.mark.parametrize(
+    "layout, wnids, classes",
+    [
+        ("folders", WNIDS, WNIDS),
+        ("tars and the devkit", WNIDS, NAMES),
+        ("tars and a list", WNIDS, WNIDS),
+        ("parquet with words", WORDS, WORDS),
+        ("parquet with WordNet ids", WNIDS, WNIDS),
+        ("parquet without names", ["class 0", "class 1", "class 2"], ["class 0", "class 1", "class 2"]),
+    ],
+)
+def test_what_the_classes_are_called(tmp_path, layout, wnids, classes):
+    found = sources.read_images(LAYOUTS[layout](tmp_path / "set"))
+    assert (found.wnids, found.classes) == (wnids, classes)
+    (tmp_path / "set" / "classes.json").write_text(json.dumps({wnids[1]: "the second"}))
+    base = wnids if layout == "tars and the devkit" else classes
+    assert sources.read_images(tmp_path / "set").classes == [base[0], "the second", base[2]]
+
+
+def refusal(root: Path) -> str:
+    with pytest.raises(UserError) as error:
+        sources.read_images(root)
+    return str(error.value)
+
+
+# Tars.
+
+
+def test_broken_inner_tars_are_all_named(tmp_path):
+    root = tars(tmp_path / "set")
+    inner = layouts.train_tars(images()["train"])
+    inner |= {f"{WNIDS[0]}.tar": inner[f"{WNIDS[0]}.tar"][:1500], f"{WNIDS[2]}.tar": b"x" * 1024}
+    (root / "ILSVRC2012_img_train.tar").write_bytes(tar(inner))
+    said = refusal(root)
+    assert (
+        all(f"ILSVRC2012_img_train.tar: {wnid}.tar is no whole" in said for wnid in (WNIDS[0], WNIDS[2])) and WNIDS[1] not in said
+    )
+
+
+def test_a_truncated_download_is_named(tmp_path):
+    root = tars(tmp_path / "set")
+    for name in ("ILSVRC2012_img_val.tar", "ILSVRC2012_img_train.tar"):
+        (root / name).write_bytes((root / name).read_bytes()[:-12_000])
+        assert f"{name} is no whole, uncompressed tar" in refusal(root)
+
+
+def test_a_class_without_images_and_a_tar_of_nothing(tmp_path):
+    root = tars(tmp_path / "set")
+    (root / "ILSVRC2012_img_train.tar").write_bytes(
+        tar({**layouts.train_tars(images()["train"]), "n09.tar": tar({"note.txt": b"n"})})
+    )
+    assert "1 class(es)" in refusal(root) and "the first is n09" in refusal(root)
+    (root / "ILSVRC2012_img_train.tar").write_bytes(tar({"README": b"n"}))
+    assert "holds no images" in refusal(root)
+
+
+@pytest.mark.parametrize(
+    "name, word",
+    [
+        ("ILSVRC2012_img_val.tar", "holds ILSVRC2012_img_train.tar and no ILSVRC2012_img_val.tar"),
+        (
+            "ILSVRC2012_devkit_t12.tar.gz",
+            "does not say the classes of its validation images: put ILSVRC2012_devkit_t12.tar.gz, LOC_val",
+        ),
+    ],
+)
+def test_a_missing_part_is_named(tmp_path, name, word):
+    root = tars(tmp_path / "set")
+    (root / name).unlink()
+    assert word in refusal(root)
+
+
+def test_labels_of_classes_or_images_that_are_not_there(tmp_path):
+    root = tars(tmp_path / "set", "list")
+    lines = (root / "val_labels.txt").read_text().splitlines()
+    (root / "val_labels.txt").write_text("\n".join([lines[0].split()[0] + " n99999999", *lines[2:]]))
+    said = refusal(root)
+    assert "val_labels.txt gives 2 validation image(s) none of the 3 classes" in said
+    assert "ILSVRC2012_val_00000001.JPEG is n99999999" in said and "ILSVRC2012_val_00000004.JPEG is not in it" in said
+
+
+TABLES = {
+    "LOC_val_solution.csv": [
+        "",
+        "ImageId,PredictionString\n",
+        "a,b\n1,2\n",
+        "ImageId,PredictionString\nILSVRC2012_val_00000001,\n",
+    ],
+    "val_labels.txt": ["ILSVRC2012_val_00000001.JPEG\n", "a b c\n"],
+}
+
+
+@pytest.mark.parametrize("name, content", [(name, content) for name, contents in TABLES.items() for content in contents])
+def test_tables_of_another_form_are_named(tmp_path, name, content):
+    root = tars(tmp_path / "set")
+    (root / name).write_text(content)
+    assert name in refusal(root) and ("must have the columns" in refusal(root) or "line 1 is not" in refusal(root))
+    (root / name).write_bytes(b"\xff\xfe\x00")
+    assert f"{name} is no text" in refusal(root)
+
+
+@pytest.mark.parametrize("meta", [b"", b"no mat", "another"])
+def test_a_devkit_that_cannot_be_read_is_named(tmp_path, meta):
+    root = tars(tmp_path / "set")
+    if meta == "another":
+        out = io.BytesIO()
+        scipy.io.savemat(out, {"synsets": 3})
+        meta = out.getvalue()
+    with tarfile.open(root / "ILSVRC2012_devkit_t12.tar.gz", "w:gz") as archive:
+        for name, data in {"data/meta.mat": meta, "data/ILSVRC2012_validation_ground_truth.txt": b"1\n"}.items():
+            member = tarfile.TarInfo(f"kit/{name}")
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    assert "data/meta.mat cannot be read" in refusal(root)
+
+
+# Parquet.
+
+
+@pytest.mark.parametrize("names", [WORDS, None])
+@pytest.mark.parametrize("label", [-1, 3, None])
+def test_a_label_out_of_range_is_named_with_its_file(tmp_path, names, label):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    root = parquets(tmp_path / "set", names)
+    path = root / "data" / "validation-00000-of-00001.parquet"
+    table = pq.read_table(path)
+    labels = [*table.column("label").to_pylist()[:-1], label]
+    pq.write_table(table.set_column(1, "label", pa.array(labels, pa.int64())), path)
+    assert f"validation-00000-of-00001.parquet: row 5 has the label {label}, with 3 classes (0 to 2)" in refusal(root)
+
+
+def test_parquet_files_of_different_sets_and_without_validation(tmp_path):
+    root = parquets(tmp_path / "set")
+    parquet(root / "data" / "val-0.parquet", dict(list(images()["val"].items())[:2]), ["a", "b", "c"])
+    assert "names its classes otherwise" in refusal(root)
+    for path in (root / "data").glob("val*"):
+        path.unlink()
+    assert "no val-*.parquet" in refusal(root)
+
+
+def test_parquet_rows_without_names_are_named_by_file_and_place(tmp_path):
+    found = sources.read_images(parquets(tmp_path / "set", plain=True))
+    assert [item["name"] for item in found.train][6:8] == ["train-00000-of-00002/6", "train-00001-of-00002/0"]
+
+
+# Folders.
+
+
+@pytest.mark.parametrize("missing", ["root", "val", "images"])
+def test_a_missing_folder_is_named_with_the_layouts(tmp_path, missing):
+    root = tmp_path / "imagenet"
+    if missing != "root":
+        class_tree(root, {"train/n01/x.JPEG": b"x", "train/n02/x.JPEG": b"x"} if missing == "val" else {"train/notes.txt": b"x"})
+    said = refusal(root)
+    assert f"{root}{'/val' if missing == 'val' else ''}" in said
+    assert all(word in said for word in ("train/ and val/", "ILSVRC2012_img_train.tar", "train-*.parquet", "without labels"))
+
+
+def test_classes_that_differ_between_the_splits_are_named(tmp_path):
+    root = class_tree(tmp_path, {f"{folder}/1.JPEG": b"x" for folder in ("train/a", "train/b", "val/a", "val/c")})
+    assert "train has b alone; val has c alone" in refusal(root)
+
+
+def test_one_class_is_none(tmp_path):
+    assert "one class; at least two" in refusal(class_tree(tmp_path, {"train/all/1.JPEG": b"x", "val/all/1.JPEG": b"x"}))
+
+
+def test_an_empty_class_folder_is_named(tmp_path):
+    root = class_tree(tmp_path, {f"{folder}/1.JPEG": b"x" for folder in ("train/a", "train/b", "val/a")})
+    (root / "val/b").mkdir()
+    assert "1 class(es)" in refusal(root) and "val hold no image, the first is b" in refusal(root)
+
+
+def test_other_files_are_passed_over(tmp_path):
+    root = class_tree(folders(tmp_path), {f"train/{WNIDS[0]}/notes.txt": b"n", "train/list.txt": b"n"})
+    assert said_items(sources.read_images(root).train) == expected("train")
+
+
+# Without labels.
+
+
+def named(items: list[dict]) -> list[str]:
+    assert all(set(item) == {"image", "name"} for item in items)
+    return [item["name"] for item in items]
+
+
+def test_images_in_any_folders_lose_every_fiftieth_to_validation(tmp_path):
+    names = [f"{k % 3}/deep/{k:03d}.jpg" for k in range(120)]
+    files = {name: name.encode() for name in names} | {
+        "notes.txt": b"n",
+        ".trash/x.jpg": b"t",
+        "pairs/p.jpg": b"p",
+        "pairs/captions.csv": b"c",
+    }
+    found = sources.read_images(class_tree(tmp_path, files))
+    order = sorted(names)
+    assert named(found.val) == [order[0], order[50], order[100]]
+    assert named(found.train) == [name for k, name in enumerate(order) if k % 50]
+    assert [item["image"].read().decode() for item in found.train] == named(found.train)
+    assert found.wnids == found.classes == []
+
+
+def test_two_images_are_one_for_each(tmp_path):
+    found = sources.read_images(class_tree(tmp_path, {"b.png": b"b", "a.png": b"a"}))
+    assert (named(found.train), named(found.val)) == (["b.png"], ["a.png"])
+
+
+def test_an_own_val_is_taken(tmp_path):
+    files = {"train/x.jpg": b"1", "train/y.jpg": b"1", "val/deep/z.jpg": b"1"}
+    found = sources.read_images(class_tree(tmp_path, files))
+    assert (named(found.train), named(found.val)) == (["train/x.jpg", "train/y.jpg"], ["val/deep/z.jpg"])
+
+
+@pytest.mark.parametrize("files", [{}, {"notes.txt": b"n"}, {"one.jpg": b"1"}, {"val/one.jpg": b"1"}, {"pairs/p.jpg": b"p"}])
+def test_nothing_to_train_on(tmp_path, files):
+    assert "holds no images" in refusal(class_tree(tmp_path, files))
+
+
+# Captions and masks.
+
+
+def test_captions_and_object_masks(tmp_path):
+    assert sources.caption_pairs(tmp_path) == []
+    class_tree(tmp_path, {"pairs/captions.csv": b'file,caption\n0.JPEG,"a disc, red"\n', "val_objects/v1.png": b""})
+    assert sources.caption_pairs(tmp_path) == [
+        {"image": File(tmp_path / "pairs" / "0.JPEG"), "name": "0.JPEG", "caption": "a disc, red"}
+    ]
+    items = [{"name": f"n01/v{i}.JPEG"} for i in (0, 1)]
+    assert sources.with_object_masks(tmp_path, items) == [
+        items[0],
+        {**items[1], "mask": File(tmp_path / "val_objects" / "v1.png")},
+    ]
+
+
+@pytest.mark.parametrize("table", ["file,caption\n", "file,text\na,b\n", "file,caption\na.JPEG,\n", "file,caption\na.JPEG\n"])
+def test_captions_without_a_file_or_a_caption_are_refused(table, tmp_path):
+    class_tree(tmp_path, {"pairs/captions.csv": table.encode()})
+    with pytest.raises(UserError, match=r"captions\.csv must have the columns file and caption"):
+        sources.caption_pairs(tmp_path)
+
+
+def test_class_names_serve_as_captions(tmp_path):
+    items = [{"image": File(tmp_path / str(i)), "name": str(i), "label": i % 2} for i in range(10)]
+    names = ["red disc", "dog"]
+    assert [pair["caption"] for pair in sources.class_captions(items, names, 100)] == [
+        "a photo of a red disc",
+        "a photo of a dog",
+    ] * 5
+    few = sources.class_captions(items, names, 4)
+    assert [pair["name"] for pair in few] == ["0", "3", "6", "9"]
+    assert few[1] == {"image": File(tmp_path / "3"), "name": "3", "caption": "a photo of a dog"}
+
+
+# Counts.
+
+
+def test_too_few_images_are_said_with_the_options_that_mend_it():
+    sources.refuse_too_few({"pretrain": (64, 64), "finetune": (32, 40)}, 2)
+    with pytest.raises(UserError) as error:
+        sources.refuse_too_few({"teacher": (64, 10), "pretrain": (32, 40), "finetune": (16, 3)}, 2)
+    said = str(error.value)
+    assert "teacher takes 64 images a step and has 10, finetune takes 16 images a step and has 3" in said
+    assert "-S teacher.batch_size=8 -S teacher.micro_batch=4 -S finetune.batch_size=2 -S finetune.micro_batch=1" in said
+
+
+def test_other_counts_than_the_recipe_s_are_said_with_the_mend():
+    found = {"train": 1281166, "val": 50000, "classes": 999}
+    with pytest.raises(UserError) as error:
+        sources.refuse_other_counts("prepare_imagenet", found, ImagenetCounts(1281167, 50000, 1000))
+    said = str(error.value)
+    assert "1,281,166 instead of 1,281,167 (train), 999 instead of 1,000 (classes)" in said and "val" not in said
+    assert "-S prepare_imagenet.expect=null" in said
+    sources.refuse_other_counts("prepare_imagenet", found, None)
+    sources.refuse_other_counts("prepare_ade20k", {"train": 2, "val": 1}, SceneCounts(2, 1))
+
+
+# Scenes.
+
+ANNOTATIONS = {"s2": layouts.annotation(layouts.FITTING), "s1": layouts.annotation(layouts.FITTING * 0)}
+
+
+def scene_layouts(root: Path) -> list[Path]:
+    """The same scenes as a folder, as the folder that holds it, as a zip and as the folder that holds that."""
+    files = {
+        **scene_files(ANNOTATIONS),
+        **scene_files(ANNOTATIONS, "validation"),
+        "objectInfo150.txt": b"Idx\tName\n1\twall, paint\n2\tsky\n",
+    }
+    one = class_tree(root / "one" / "ADEChallengeData2016", files)
+    return [one, one.parent, zipped(root / "two" / "ADEChallengeData2016.zip", files), root / "two"]
+
+
+@pytest.mark.parametrize("kind", range(4))
+def test_scenes_of_a_folder_and_of_a_zip_are_the_same(tmp_path, kind):
+    root = scene_layouts(tmp_path)[kind]
+    places = scenes.scene_places(root)
+    items = scenes.scene_items(places, "training", root)
+    said = [(item["name"], item["image"].read(), item["mask"].read()) for item in items]
+    assert said == [(name, encoded(size=(8, 6)), ANNOTATIONS[name]) for name in ("s1", "s2")]
+    assert scenes.scene_classes(places, 2) == ["wall", "sky"]
+    assert scenes.scene_classes(places, 3) == scenes.scene_classes({}, 3) == ["class 1", "class 2", "class 3"]
+
+
+def test_a_missing_annotation_is_named(tmp_path):
+    root = class_tree(tmp_path, scene_files({"with": ANNOTATIONS["s1"], "without": None}))
+    with pytest.raises(UserError, match=r"1 scenes of .* have no annotation, the first is annotations/training/without\.png"):
+        scenes.scene_items(scenes.scene_places(root), "training", root)
+    with pytest.raises(UserError, match="holds no images .* in images/validation"):
+        scenes.scene_items(scenes.scene_places(root), "validation", root)
+
+
+def test_no_scenes_and_no_zip(tmp_path):
+    with pytest.raises(UserError, match="images is missing: expected ADEChallengeData2016"):
+        scenes.scene_places(tmp_path)
+    with pytest.raises(UserError, match=r"nowhere is missing.*-S data\.ade20k=/path"):
+        scenes.scene_places(tmp_path / "nowhere")
+    (tmp_path / "ADEChallengeData2016.zip").write_bytes(b"PK half a download")
+    with pytest.raises(UserError, match=r"ADEChallengeData2016\.zip is no whole zip"):
+        scenes.scene_places(tmp_path)
+
+
+def test_records_of_images_without_labels_have_no_such_column(tmp_path):
+    found = sources.read_images(class_tree(tmp_path / "set", {f"{k}.jpg": encoded(seed=k) for k in range(3)}))
+    splits = Packing(tmp_path, shard_images=5, processes=1).pack({"train": found.train, "val": found.val})
+    records.write_manifest(tmp_path, splits=splits, classes=found.classes)
+    assert records.Records(tmp_path, "train")[0] == {"image": encoded(seed=1), "name": "1.jpg"}
