@@ -69,7 +69,7 @@ WRONG = {
     "word for a number": ("pretrain.epochs", "many", ["pretrain:epochs", "'many' is no number"]),
     "list for a number": ("pretrain.epochs", [1], ["pretrain:epochs", "expected float", "[1]"]),
     "fraction for an int": ("pretrain.batch_size", 64.5, ["pretrain:batch_size", "expected int", "64.5"]),
-    "bool for an int": ("compute.processes", True, ["compute:processes", "expected int", "True"]),
+    "bool for an int": ("runtime.processes", True, ["runtime:processes", "expected int", "True"]),
     "bool for a float": ("pretrain.lr", True, ["pretrain:lr", "expected float", "True"]),
     "number for a bool": ("compute.deterministic", 1, ["compute:deterministic", "expected bool", "1"]),
     "number for a list": ("pretrain.betas", 0.9, ["pretrain:betas", "0.9"]),

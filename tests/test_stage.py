@@ -36,7 +36,8 @@ def desk(workplace, monkeypatch, tree) -> Path:
     (workplace / "broken" / "mlflow").mkdir(parents=True)
     (workplace / "broken" / "mlflow" / "__init__.py").write_text("raise ImportError('no MLflow here')\n")
     monkeypatch.setenv("PYTHONPATH", f"{workplace / 'broken'}{os.pathsep}{ROOT}")
-    tree["compute"] |= {"processes": 1, "precision": "fp32"}
+    tree["compute"]["precision"] = "fp32"
+    tree["runtime"]["processes"] = 1
     for name in ("teacher", "pretrain", "linear_eval", "finetune", "segment"):
         tree[name] |= {"batch_size": 2, "micro_batch": 2}
     tree["finetune"]["labels"] = 1.0
