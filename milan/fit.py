@@ -86,6 +86,10 @@ def deaf(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def unlogged(point: dict) -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class Run:
     """What a training run is given besides its model and data."""
@@ -96,7 +100,7 @@ class Run:
     runtime: Runtime
     seed: int
     scratch: Scratch
-    log: Callable[[dict], None] = lambda point: None
+    log: Callable[[dict], None] = unlogged
     schedule: Callable[..., float] = optim.lr_at
     micro_batch: int | None = None
 

@@ -85,12 +85,14 @@ def test_a_data_set_smaller_than_a_batch_is_said():
 # A run that can be watched, harmed and repeated.
 
 
+def unharmed(epoch: int, index: int) -> None:
+    pass
+
+
 class Points:
     """item (epoch, index) -> a point whose value follows from both; `harm` is called with every key."""
 
-    def __init__(
-        self, harm: Callable[[int, int], None] = lambda epoch, index: None, value: Callable[[int, int], float] | None = None
-    ):
+    def __init__(self, harm: Callable[[int, int], None] = unharmed, value: Callable[[int, int], float] | None = None):
         self.harm, self.value = harm, value
 
     def __len__(self) -> int:
