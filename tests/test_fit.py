@@ -1,6 +1,7 @@
 """The training loop: the same data and numbers for any number of processes, and the same bytes after any interruption."""
 
 import dataclasses
+import errno
 import hashlib
 import os
 import signal
@@ -391,6 +392,36 @@ def test_a_non_finite_loss_stops_the_run_and_names_step_and_save(workplace, numb
     assert f"step {step} of {STEPS}" in said and "the loss became nan" in said
     assert f"state-{step - 1:09d}.pt" in said and "Lower this stage's lr" in said
     assert settings().scratch.load()["step"] == step - 1
+
+
+def test_a_full_disk_while_saving_names_what_is_kept(workplace, undisturbed, monkeypatch):
+    """The third save meets a full disk: the second is there, named, whole and continued from."""
+    real, met = os.fsync, []
+
+    def full(descriptor: int) -> None:
+        met.append(descriptor)
+        if len(met) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(UserError) as error:
+        train(Points(), settings())
+    said = str(error.value)
+    assert "state-000000003.pt is full" in said and "the state of step 3" in said and "run `dvc repro` again" in said
+    assert f"the last good state is {settings().scratch.folder}/state-000000002.pt" in said
+    assert sorted(path.name for path in settings().scratch.folder.iterdir()) == ["state-000000001.pt", "state-000000002.pt"]
+    train(Points(), settings(), workplace / "out")
+    assert digest(workplace / "out") == undisturbed
+
+
+def test_a_full_disk_under_two_processes_is_the_parent_s_to_say(workplace, monkeypatch):
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(UserError, match="state-000000001.pt is full.*no state had been saved yet"):
+        launched(2, train, Points(), settings())
 
 
 def test_a_non_finite_loss_before_any_save(workplace):

@@ -69,6 +69,12 @@ WRONG = {
     "word for a number": ("pretrain.epochs", "many", ["pretrain:epochs", "'many' is no number"]),
     "list for a number": ("pretrain.epochs", [1], ["pretrain:epochs", "expected float", "[1]"]),
     "fraction for an int": ("pretrain.batch_size", 64.5, ["pretrain:batch_size", "expected int", "64.5"]),
+    "processes that share no batch": (
+        "runtime.processes",
+        3,
+        ["pretrain.batch_size 128 makes 2 micro-batches of 64", "3 processes", "change pretrain.micro_batch or runtime.processes"],
+    ),
+    "nodes that share no batch": ("runtime.nodes", 2, ["4 processes cannot share", "runtime.processes"]),
     "bool for an int": ("runtime.processes", True, ["runtime:processes", "expected int", "True"]),
     "bool for a float": ("pretrain.lr", True, ["pretrain:lr", "expected float", "True"]),
     "number for a bool": ("compute.deterministic", 1, ["compute:deterministic", "expected bool", "1"]),

@@ -3,6 +3,7 @@
 import importlib
 import io
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from PIL import Image
 
 from milan import records
 from milan.checkpoint import save_weights
+from milan.encoder import Encoder
 from milan.errors import UserError
 from milan.params import Params, build
 from milan.stage import Stage, flat
@@ -233,6 +235,30 @@ def test_weights_that_do_not_fit(desk):
     status, said = run_heavy("finetune", *pretrained_folder(desk))
     assert status == 1, said
     assert "blocks.0.attn.qkv.weight" in refused(said, "outs/made", "metrics.json", "curve.csv")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("place, kept", [("optim.adamw", []), ("evaluate.knn_top1", ["state-000000003.pt"])])
+def test_a_preemption_outside_training(desk, tree, monkeypatch, processes, place, kept):
+    """SIGTERM to the stage before its first step, or in the evaluation after its third: 75, no metrics, the steps kept."""
+    arguments = pretrained_folder(desk)
+    save_weights(desk / "weights" / "encoder.safetensors", Encoder(build(Params, tree, "p").model).vit.state_dict())
+    tree["runtime"]["processes"] = processes
+    for name in ("pretrain", "linear_eval", "finetune", "segment"):
+        tree[name]["batch_size"] = 4
+    tree["linear_eval"] |= {"epochs": 3, "views": 0}
+    write_recipe(tree)
+
+    def preempted(*_) -> None:
+        os.kill(os.getpid() if processes == 1 else os.getppid(), signal.SIGTERM)
+        time.sleep(60)
+
+    monkeypatch.setattr(f"milan.{place}", preempted)
+    status, said = run_heavy("linear_eval", *arguments)
+    assert status == 75, said
+    assert "Stopped" in refused(said, "metrics.json", "curve.csv")
+    assert Path(".scratch/preempted").read_text() == "linear_eval milan seed 0\n"
+    assert [path.name for path in Path().glob(".scratch/linear_eval-milan-0-*/state-*.pt")] == kept
 
 
 def test_an_unknown_variant(desk):
