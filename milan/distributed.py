@@ -2,6 +2,7 @@
 them on each node; milan/nodes.py brings the nodes together)."""
 
 import contextlib
+import ctypes
 import datetime
 import logging
 import os
@@ -24,6 +25,7 @@ from milan.errors import PREEMPTED, Preempted, UserError
 from milan.params import Compute, Params
 from milan.workers import end_with
 
+PR_SET_PDEATHSIG = 1  # prctl(2): the signal that a process gets when its parent dies
 STOP_SECONDS = 300  # between the signal that asks a process to save and end, and the one that ends it
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -119,7 +121,8 @@ def on_this_node(function: Callable[..., dict], arguments: tuple | None, place: 
             f"runtime.processes is {place.processes}, and {socket.gethostname()} has {torch.cuda.device_count()} GPU(s): set it to "
             "the number of GPUs of a node (a run continues with another number)."
         )
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in ("torch.distributed.elastic", "torch.distributed.elastic.agent.server.api"):  # which has a level of its own
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -160,6 +163,8 @@ def in_process(place: Place, function: Callable[..., dict], arguments: tuple | N
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)  # outside training (milan/fit.py) there is nothing to save
     end_with(os.getppid())
+    with contextlib.suppress(AttributeError):  # of Linux; torch asks for SIGINT, which in training would mean: save and end
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     local = int(os.environ["LOCAL_RANK"])
     rank = place.node * place.processes + local
     watch = nodes.Watch(place.folder, place.node, place.nodes, rank) if place.nodes > 1 and local == 0 else None

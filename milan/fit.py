@@ -147,8 +147,7 @@ class Loop:
         if self.world == 1:
             return model
         ids = [self.device.index] if self.device.type == "cuda" else None
-        # Buffers are the same everywhere as they are: what there is of them is batch norms' (milan/batch_norm.py).
-        return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False)
+        return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
 
     def loader(self) -> DataLoader:
         sampler = KeyedBatches(self.order, self.step, self.rank, self.world)

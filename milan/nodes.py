@@ -24,7 +24,9 @@ from milan.files import SCRATCH, read_json, write_json
 
 NODES = SCRATCH / "nodes"
 LOOK_SECONDS = 1.0  # between two looks at what the others say
-WAIT_SECONDS = 600.0  # that a head waits for missing nodes
+WAIT_SECONDS = 600.0  # that a head waits for missing nodes,
+QUIET_SECONDS = 5.0  # and says nothing of it at first,
+TELL_SECONDS = 15.0  # then a line so often
 FRESH_SECONDS = 15.0  # since a head's last sign of life, within which its call is answered
 LOST_SECONDS = 120.0  # without a sign of life, after which a node is lost
 
@@ -76,7 +78,8 @@ def free_port() -> int:
 
 def gather(call: Call) -> None:
     """Wait until every place is taken, with a line now and then."""
-    began = told = time.monotonic()
+    began = time.monotonic()
+    told = began - TELL_SECONDS + QUIET_SECONDS
     while True:
         write_json(call.folder / "call.json", asdict(call))  # again and again: a sign of life
         here = comers(call)
@@ -88,9 +91,9 @@ def gather(call: Call) -> None:
                 f"{said} after {WAIT_SECONDS:.0f} s. Start `python -m milan.follow` in this folder on each node but this one, "
                 f"or set runtime.nodes={1 + len(here)}."
             )
-        if time.monotonic() >= told:
+        if time.monotonic() - told >= TELL_SECONDS:
             print(f"{call.module}: waiting for nodes: {said}.", file=sys.stderr, flush=True)
-            told = time.monotonic() + 15
+            told = time.monotonic()
         time.sleep(LOOK_SECONDS)
 
 

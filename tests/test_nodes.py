@@ -176,6 +176,7 @@ def test_a_silent_node_is_lost(lan, monkeypatch):
 
 def test_missing_nodes_are_waited_for_and_then_said(follower, monkeypatch, capfd):
     monkeypatch.setattr("milan.nodes.WAIT_SECONDS", 1.0)
+    monkeypatch.setattr("milan.nodes.QUIET_SECONDS", 0.2)
     with pytest.raises(UserError) as error:
         launched(1, whereabouts, "never ", nodes=3)
     said = f"1 of 2 other nodes are here ({os.uname().nodename})"
