@@ -1,5 +1,14 @@
-"""The one exception a user should ever see: it says what is wrong, where, and how to mend it."""
+"""The two ways in which a stage ends early on purpose: a mistake that a user can mend, and a signal."""
+
+PREEMPTED = 75  # exit status EX_TEMPFAIL: stopped by a signal, saved, run again to continue
 
 
 class UserError(Exception):
     """A mistake or an accident outside the code; stages print its text as one paragraph and exit 1."""
+
+
+class Preempted(SystemExit):
+    """A signal asked for an end (a scheduler's preemption, a Ctrl-C in training), and what can be kept is saved."""
+
+    def __init__(self):
+        super().__init__(PREEMPTED)

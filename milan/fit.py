@@ -7,7 +7,6 @@ and the same draws for any number of processes, and results agree to float round
 
 import contextlib
 import math
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -19,8 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from milan import distributed, optim, rng
+from milan.batch_norm import RunningStatistics
 from milan.checkpoint import Scratch
-from milan.errors import UserError
+from milan.errors import Preempted, UserError
 from milan.params import Compute, Runtime, Training
 from milan.progress import Progress
 
@@ -80,6 +80,16 @@ class KeyedBatches:
         return order.keys(*rest)
 
 
+def deaf(_: int) -> None:
+    """For a loader's worker: a signal to the whole group must not end it before its process has saved."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def unlogged(point: dict) -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class Run:
     """What a training run is given besides its model and data."""
@@ -90,7 +100,7 @@ class Run:
     runtime: Runtime
     seed: int
     scratch: Scratch
-    log: Callable[[dict], None] = lambda point: None
+    log: Callable[[dict], None] = unlogged
     schedule: Callable[..., float] = optim.lr_at
     micro_batch: int | None = None
 
@@ -117,7 +127,7 @@ class Loop:
         if self.order.micro_batches % self.world:
             raise UserError(
                 f"batch_size {t.batch_size} makes {self.order.micro_batches} micro-batches of {self.order.micro_batch}, "
-                f"which {self.world} processes cannot share evenly: change micro_batch or compute.processes."
+                f"which {self.world} processes cannot share evenly: change micro_batch or runtime.processes."
             )
         self.accumulation = self.order.micro_batches // self.world
         self.dataset, self.step, self.curve, self.checked = dataset, 0, [], []
@@ -125,10 +135,10 @@ class Loop:
 
     def train(self) -> list[dict]:
         self.resume()
+        self.running = RunningStatistics(self.model)
         self.forward = self.wrapped()
         with self.stop_on_signals():
             self.steps()
-        distributed.share_buffers(self.model)
         self.model.eval()
         return self.curve
 
@@ -144,7 +154,12 @@ class Loop:
         workers = self.run.runtime.workers
         cuda = self.device.type == "cuda"
         return DataLoader(
-            self.dataset, batch_sampler=sampler, num_workers=workers, pin_memory=cuda, persistent_workers=workers > 0
+            self.dataset,
+            batch_sampler=sampler,
+            num_workers=workers,
+            pin_memory=cuda,
+            persistent_workers=workers > 0,
+            worker_init_fn=deaf,
         )
 
     def steps(self) -> None:
@@ -156,9 +171,9 @@ class Loop:
             losses.append(self.one_step(batches))
             self.step += 1
             if self.is_check():
-                self.check(losses)
+                asked_to_stop = self.check(losses)
                 losses = []
-                self.save_when_due()
+                self.save_when_due(asked_to_stop)
             progress.update(1, **({"loss": self.shown_loss()} if self.curve or self.checked else {}))
         progress.close()
         if self.rank == 0 and self.step > first:
@@ -190,7 +205,9 @@ class Loop:
                 with distributed.autocast(self.precision, self.device):
                     loss = self.forward(*inputs)
                 self.scaler.scale(loss / self.accumulation).backward()
+            self.running.note()
             losses.append(loss.detach())
+        self.running.update(self.order.micro_batches)
         self.update()
         return torch.stack(losses).mean()
 
@@ -210,14 +227,17 @@ class Loop:
     def to_device(self, batch: dict) -> dict:
         return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
 
-    def check(self, losses: list[Tensor]) -> None:
-        """Look at the losses since the last check; the only place where the host waits for the device."""
-        loss = distributed.mean(torch.stack(losses).mean()).item()
+    def check(self, losses: list[Tensor]) -> bool:
+        """Look at the losses since the last check, the only place where the host waits for the device; and tell whether
+        any process was asked to stop."""
+        mean = torch.stack(losses).mean()
+        loss, asked = distributed.mean(torch.stack([mean, torch.full_like(mean, self.asked_to_stop)])).tolist()
         if not math.isfinite(loss):
             self.stop_on_non_finite(loss)
         self.checked.append(loss)
         if self.closes_point():
             self.point(sum(self.checked) / len(self.checked))
+        return asked > 0
 
     def point(self, loss: float) -> None:
         epoch = round(self.step / self.order.steps_per_epoch, 4)
@@ -227,24 +247,22 @@ class Loop:
             self.run.log(self.curve[-1])
 
     def stop_on_non_finite(self, loss: float) -> None:
-        saves = self.run.scratch.saves()
-        kept = f"the last good state is {saves[0]}" if saves else "no state had been saved yet"
         raise UserError(
             f"{self.run.name}: the loss became {loss} at or shortly before step {self.step} of {self.order.total_steps} "
-            f"(learning rate {self.lr:.3g}); {kept}. Lower this stage's lr, set clip_grad, or use compute.precision=bf16 or fp32."
+            f"(learning rate {self.lr:.3g}); {self.run.scratch.kept()}. Lower this stage's lr, set clip_grad, or use compute.precision=bf16 or fp32."
         )
 
-    def save_when_due(self) -> None:
-        if self.rank != 0 or self.step == self.order.total_steps:
-            return
-        if self.asked_to_stop or time.monotonic() - self.saved_at >= self.run.runtime.save_seconds:
+    def save_when_due(self, asked_to_stop: bool) -> None:
+        """The last step is saved too, so that an evaluation that is interrupted needs no step again."""
+        due = time.monotonic() - self.saved_at >= self.run.runtime.save_seconds
+        if self.rank == 0 and (due or asked_to_stop or self.step == self.order.total_steps):
             self.run.scratch.save(self.step, self.state())
             self.saved_at = time.monotonic()
-        if self.asked_to_stop:
-            print(
-                f"{self.run.name}: stopped by a signal at step {self.step}; saved. Run `dvc repro` again to continue.", flush=True
-            )
-            os._exit(distributed.PREEMPTED)
+        if asked_to_stop:
+            distributed.barrier()  # nobody leaves before the state is saved: the first to leave ends the others
+            if self.rank == 0:
+                print(f"{self.run.name}: stopped by a signal at step {self.step}; saved.", flush=True)
+            raise Preempted
 
     def state(self) -> dict:
         return {
@@ -257,9 +275,10 @@ class Loop:
         }
 
     def resume(self) -> None:
-        state = self.run.scratch.load(self.device)
-        if state is None:
+        newest = distributed.from_rank_0(self.run.scratch.newest() if self.rank == 0 else None)
+        if newest is None:
             return
+        state = self.run.scratch.read(newest, self.device)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
@@ -276,7 +295,7 @@ class Loop:
             self.asked_to_stop = True
 
         numbers = (signal.SIGTERM, signal.SIGINT)
-        before = [signal.signal(number, note if self.rank == 0 else signal.SIG_IGN) for number in numbers]
+        before = [signal.signal(number, note) for number in numbers]
         try:
             yield
         finally:

@@ -37,8 +37,6 @@ class Compute:
     """What changes the last bits of a result."""
 
     device: str = choice("auto", "cpu", "cuda")
-    processes: int = field(metadata=FEW)
-    nodes: int = field(metadata=FEW)
     threads: int = field(metadata=FEW)
     precision: str = choice("auto", "fp32", "bf16", "fp16")
     deterministic: bool
@@ -47,8 +45,14 @@ class Compute:
 
 @dataclass(frozen=True)
 class Runtime:
-    """What never changes a result."""
+    """Where it runs, which like the hardware itself is recorded (in MLflow) and no reason to run again.
 
+    Loader workers and saves change nothing. The number of processes (on each node) and of nodes changes the order of
+    sums, and so the last bits of a result; a run may be continued with another. One thing follows it knowingly:
+    segmentation's batch norm on GPUs (see stages/segment.py)."""
+
+    processes: int = field(metadata=FEW)
+    nodes: int = field(metadata=FEW)
     workers: int = field(metadata=COUNT)
     save_seconds: float = field(metadata=COUNT)
 
@@ -334,7 +338,10 @@ class Params:
         for name in ("pretrain", "linear_eval", "finetune", "segment"):
             self.check_shares(name, getattr(self, name))
         if self.teacher.tiny and self.teacher.batch_size % self.world:
-            raise ValueError(f"teacher.batch_size {self.teacher.batch_size} cannot be shared by {self.world} processes")
+            raise ValueError(
+                f"teacher.batch_size {self.teacher.batch_size} cannot be shared by {self.world} processes: change it or "
+                "runtime.processes"
+            )
         if (self.finetune.mixup or self.finetune.cutmix) and self.finetune.micro_batch % 2:
             raise ValueError(f"finetune.micro_batch {self.finetune.micro_batch} must be even: mixup mixes pairs")
         if self.segment.micro_batch < 2:
@@ -343,7 +350,7 @@ class Params:
     @property
     def world(self) -> int:
         """Processes on all nodes."""
-        return self.compute.processes * self.compute.nodes
+        return self.runtime.processes * self.runtime.nodes
 
     @property
     def no_teacher(self) -> bool:
@@ -355,7 +362,7 @@ class Params:
         if micro_batches % self.world:
             raise ValueError(
                 f"{name}.batch_size {training.batch_size} makes {micro_batches} micro-batches of {training.micro_batch}, which "
-                f"{self.world} processes cannot share evenly: change {name}.micro_batch or compute.processes"
+                f"{self.world} processes cannot share evenly: change {name}.micro_batch or runtime.processes"
             )
 
 

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import signal
 import subprocess
 import sys
 import textwrap
@@ -13,11 +14,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from milan import tracking
-from milan.errors import UserError
+from milan.errors import PREEMPTED, Preempted, UserError
 from milan.files import SCRATCH, dvc_hash, file_digest, fingerprint, write_json, write_whole
 from milan.params import Params, nearest, read_params
 
 LAST_STAGE = "figures"
+STOPPED = "Stopped. What was saved is kept; run `dvc repro` again to continue."
 
 
 class Stage:
@@ -63,12 +65,14 @@ class Stage:
 def run(name: str, main: Callable[[Stage], None], doc: str, **arguments: type) -> None:
     """Parse --arguments (a keyword each: its type), read the recipe, call main(stage) under a tracking run.
 
-    Exit status 0, or 1 with one paragraph on what is wrong; a traceback only for a fault of this program."""
+    Exit status 0, or 1 with one paragraph on what is wrong; a traceback only for a fault of this program. After a SIGTERM
+    75, which DVC does not pass on, so .scratch/preempted says it too (docs/slurm.sh looks for that)."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="the recipe (default: %(default)s)")
     for argument, kind in arguments.items():
         parser.add_argument(f"--{argument.replace('_', '-')}", type=kind, required=True, metavar=kind.__name__.upper())
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, preempt)
     try:
         stage = Stage(name, args, read_params(args.params))
         refuse_what_is_not_there(stage.params)
@@ -77,11 +81,19 @@ def run(name: str, main: Callable[[Stage], None], doc: str, **arguments: type) -
     except UserError as error:
         fail(str(error))
     except KeyboardInterrupt:
-        fail("Stopped. What was saved is kept; run `dvc repro` again to continue.", 130)
+        fail(STOPPED, 130)
+    except Preempted:
+        write_whole(SCRATCH / "preempted", f"{stage.title}\n".encode())
+        fail(STOPPED, PREEMPTED)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         fail(f"The disk is full ({error.filename or 'while writing'}). Free some space (`dvc gc -w`) and run `dvc repro` again.")
+
+
+def preempt(*_) -> None:
+    """Training has a handler of its own, which saves first; anywhere else, what is finished is on disk."""
+    raise Preempted
 
 
 def refuse_what_is_not_there(p: Params) -> None:
@@ -135,6 +147,9 @@ def tracked(stage: Stage, main: Callable[[Stage], None]) -> None:
             stage.tracker.evaluates(present(stage.args.weights))
         main(stage)
         status = "FINISHED"
+    except (Preempted, KeyboardInterrupt):
+        status = "KILLED"
+        raise
     finally:
         stage.tracker.event("metrics", step=0, values={"wall_seconds": time.monotonic() - began})
         stage.tracker.event("tags", values=hashes(stage.args))

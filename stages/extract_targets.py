@@ -29,7 +29,7 @@ def main(stage: Stage) -> None:
     inputs = [a.records / "manifest.json", a.teacher / ("teacher.json" if p.no_teacher else "teacher.safetensors")]
     recipe = stage.fingerprint(p.extract_targets, p.model, p.compute, p.pretrain.crop_scale, inputs=inputs)
     with whole_folder(a.out, recipe) as folder:
-        result = nothing(p, folder) if p.no_teacher else distributed.launch(extract, p.compute, p, a.records, a.teacher, folder)
+        result = nothing(p, folder) if p.no_teacher else distributed.launch(extract, p, a.records, a.teacher, folder)
     stage.write_metrics(result, recipe)
 
 
@@ -58,17 +58,17 @@ def extract(p: Params, records: Path, teacher: Path, folder: Path) -> dict:
 
 
 def write_bank(p: Params, train: Records, tower: Tower, folder: Path, device: torch.device) -> None:
-    """This process's shards, those already there passed over."""
+    """This process's share of the shards that are not there yet."""
     x = p.extract_targets
-    starts = list(enumerate(range(0, len(train), x.shard_images)))[distributed.rank() :: distributed.world_size()]
-    progress = Progress(
-        "target bank (images)", sum(min(x.shard_images, len(train) - s) for _, s in starts), shown=distributed.rank() == 0
-    )
-    for number, start in starts:
-        span = range(start, min(start + x.shard_images, len(train)))
-        if not targets.has_shard(folder, number):
-            views = BankViews(train, span, x.views, x.seed, p.model.image_size, p.pretrain.crop_scale)
-            targets.write_shard(folder, number, shard_arrays(p, views, tower, device))
+    starts = range(0, len(train), x.shard_images)
+    # Rank 0 looks for all, before any is written: the shares must be of one list.
+    missing = distributed.from_rank_0([number for number in range(len(starts)) if not targets.has_shard(folder, number)])
+    mine = missing[distributed.rank() :: distributed.world_size()]
+    spans = {number: range(starts[number], min(starts[number] + x.shard_images, len(train))) for number in mine}
+    progress = Progress("target bank (images)", sum(map(len, spans.values())), shown=distributed.rank() == 0)
+    for number, span in spans.items():
+        views = BankViews(train, span, x.views, x.seed, p.model.image_size, p.pretrain.crop_scale)
+        targets.write_shard(folder, number, shard_arrays(p, views, tower, device))
         progress.update(len(span))
     progress.close()
 

@@ -27,7 +27,7 @@ def main(stage: Stage) -> None:
         p.finetune, p.model, p.compute, inputs=[a.records / "manifest.json", a.weights / "encoder.safetensors"]
     )
     scratch = Scratch(f"finetune-{a.variant}-{a.seed}", recipe)
-    result = distributed.launch(train, p.compute, p, a, scratch, stage, recipe)
+    result = distributed.launch(train, p, a, scratch, stage, recipe)
     stage.write_curve(result["curve"])
     stage.write_metrics(result["metrics"], recipe)
     stage.tracker.model(a.out, f"classifier-{a.variant}-{a.seed}")

@@ -29,7 +29,7 @@ def main(stage: Stage) -> None:
         p.linear_eval, p.model, p.compute, inputs=[a.records / "manifest.json", a.weights / "encoder.safetensors"]
     )
     scratch = Scratch(f"linear_eval-{a.variant}-{a.seed}", recipe)
-    result = distributed.launch(train, p.compute, p, a, scratch, stage, recipe)
+    result = distributed.launch(train, p, a, scratch, stage, recipe)
     stage.write_curve(result["curve"])
     stage.write_metrics(result["metrics"], recipe)
     stage.tracker.model(a.out, f"head-{a.variant}-{a.seed}")

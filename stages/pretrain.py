@@ -34,7 +34,7 @@ def main(stage: Stage) -> None:
         save_weights(a.out / "encoder.safetensors", given_encoder(p, a.seed), **about)
         curve = []
     else:
-        curve = distributed.launch(train, p.compute, p, a, scratch, stage, about)["curve"]
+        curve = distributed.launch(train, p, a, scratch, stage, about)["curve"]
     stage.write_curve(curve)
     stage.write_metrics({"pretrain/loss": curve[-1]["loss"]} if curve else {}, recipe)
     stage.tracker.model(a.out, f"{a.variant}-{a.seed}")

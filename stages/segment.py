@@ -2,6 +2,9 @@
 
 The paper's own ADE20K recipe was not released; this is the MAE-style one (512 px crops, 160,000 steps, slide
 inference). Costs: demo about half a minute a variant. Expect 52.7 mIoU (paper) for MILAN ViT-B/16 on ADE20K.
+
+Batch norm sees the images of one micro-batch on all GPUs: 2 x 8 as published, so with another number of GPUs set
+segment.micro_batch to 16 / GPUs (the run says so). On CPUs it sees one process's micro-batch.
 """
 
 from argparse import Namespace
@@ -35,7 +38,7 @@ def main(stage: Stage) -> None:
         p.segment, p.model, p.compute, inputs=[a.scenes / "manifest.json", a.weights / "encoder.safetensors"]
     )
     scratch = Scratch(f"segment-{a.variant}-{a.seed}", recipe)
-    result = distributed.launch(train, p.compute, p, a, scratch, stage, recipe)
+    result = distributed.launch(train, p, a, scratch, stage, recipe)
     stage.write_curve(result["curve"])
     stage.write_metrics(result["metrics"], recipe)
     stage.tracker.model(a.out, f"segmenter-{a.variant}-{a.seed}")
@@ -68,6 +71,8 @@ def train(p: Params, a: Namespace, scratch: Scratch, stage: Stage, recipe: str) 
 def build(p: Params, classes: int, encoder: dict[str, Tensor], device: torch.device) -> segmenter.Segmenter:
     x, e = p.segment, p.model.encoder
     norm = "sync" if device.type == "cuda" else "batch"
+    if norm == "sync":
+        say_what_batch_norm_sees(x.batch_size, x.micro_batch)
     model = segmenter.Segmenter(
         x.crop_size,
         p.model.patch_size,
@@ -86,6 +91,18 @@ def build(p: Params, classes: int, encoder: dict[str, Tensor], device: torch.dev
     except ValueError as error:
         raise UserError(f"{error}. Were the pretrained weights made with another model section of params.yaml?") from None
     return model.to(device)
+
+
+def say_what_batch_norm_sees(batch_size: int, micro_batch: int) -> None:
+    """On GPUs the one thing besides rounding that depends on the number of processes: as published, all of the batch."""
+    world = distributed.world_size()
+    if distributed.rank() == 0 and micro_batch * world != batch_size:
+        mend = f"-S segment.micro_batch={batch_size // world}" if batch_size % world == 0 else "another number of processes"
+        print(
+            f"segment: batch norm sees {micro_batch} x {world} images at a time, as published the whole batch of {batch_size}: "
+            f"for that, {mend}.",
+            flush=True,
+        )
 
 
 def assess(p: Params, model: segmenter.Segmenter, val: Records, device: torch.device) -> dict:

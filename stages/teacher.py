@@ -31,7 +31,7 @@ def main(stage: Stage) -> None:
     result = {"curve": [], "metrics": {}}
     with whole_folder(a.out, recipe) as folder:
         if p.teacher.tiny:
-            result = distributed.launch(train, p.compute, p, a.records, folder, scratch, stage.tracker)
+            result = distributed.launch(train, p, a.records, folder, scratch, stage.tracker)
         elif p.no_teacher:
             print("pretrain.weights is set: no teacher is needed.", flush=True)
             save_no_teacher(folder)

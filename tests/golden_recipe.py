@@ -76,9 +76,9 @@ def values(p: params.Params) -> dict:
     found |= {f"{name}.effective_batch": s.batch_size for name, s in (("pretrain", x), ("linprobe", probe), ("finetune", f))}
     return found | {
         "pretrain.blr": x.lr * 256 / x.batch_size,
-        "pretrain.gpus": p.compute.processes * p.compute.nodes,
+        "pretrain.gpus": p.world,
         "pretrain.per_gpu": x.micro_batch,
-        "pretrain.accum_iter": x.batch_size // (x.micro_batch * p.compute.processes),
+        "pretrain.accum_iter": x.batch_size // (x.micro_batch * p.world),
         "pretrain.drop_last": Order(10, 4, 4, 1, 0).steps_per_epoch == 2,
         "linprobe.blr_base": probe.lr * 256 / probe.batch_size,
         "linprobe.sync_bn": not isinstance(LinearHead(4, 2).norm, nn.BatchNorm1d),

@@ -1,11 +1,14 @@
 """The training loop: the same data and numbers for any number of processes, and the same bytes after any interruption."""
 
+import dataclasses
+import errno
 import hashlib
 import os
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from torch import Tensor, nn
 
 from milan import distributed, masking, optim, rng
 from milan.checkpoint import Scratch, save_weights
-from milan.errors import UserError
+from milan.errors import PREEMPTED, UserError
 from milan.fit import Order, Run, fit
 from milan.model import MaskedPretraining
 from milan.params import Compute, Model, Recipe, Runtime, Tower, Training
@@ -83,12 +86,14 @@ def test_a_data_set_smaller_than_a_batch_is_said():
 # A run that can be watched, harmed and repeated.
 
 
+def unharmed(epoch: int, index: int) -> None:
+    pass
+
+
 class Points:
     """item (epoch, index) -> a point whose value follows from both; `harm` is called with every key."""
 
-    def __init__(
-        self, harm: Callable[[int, int], None] = lambda epoch, index: None, value: Callable[[int, int], float] | None = None
-    ):
+    def __init__(self, harm: Callable[[int, int], None] = unharmed, value: Callable[[int, int], float] | None = None):
         self.harm, self.value = harm, value
 
     def __len__(self) -> int:
@@ -112,18 +117,20 @@ class Regression(nn.Module):
         return (self.layers(x) - y).square().mean()
 
 
-def compute(processes: int = 1) -> Compute:
-    return Compute("cpu", processes, 1, 1, "fp32", True, False)
+COMPUTE = Compute("cpu", 1, "fp32", True, False)
 
 
-def settings(processes: int = 1, scratch: Scratch | None = None, name: str = "tiny", **changes) -> Run:
+def settings(scratch: Scratch | None = None, name: str = "tiny", **changes) -> Run:
     training = dict(
         epochs=EPOCHS, warmup_epochs=1, batch_size=BATCH, micro_batch=MICRO, lr=0.01, min_lr=0, weight_decay=0.05, clip_grad=1.0
     )
     scratch = scratch or Scratch(name, "recipe")
-    return Run(
-        name, Training(**(training | changes)), compute(processes), Runtime(workers=0, save_seconds=0), seed=3, scratch=scratch
-    )
+    return Run(name, Training(**(training | changes)), COMPUTE, Runtime(1, 1, workers=0, save_seconds=0), seed=3, scratch=scratch)
+
+
+def patient(run: Run) -> Run:
+    """The same run, of which nothing is due to be saved for an hour."""
+    return dataclasses.replace(run, runtime=dataclasses.replace(run.runtime, save_seconds=3600))
 
 
 def train(data: Points, run: Run, out: Path | None = None) -> dict:
@@ -229,14 +236,19 @@ def assert_same(one: dict, other: dict) -> None:
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def launched(processes: int, function: Callable[..., dict], *arguments) -> dict:
-    return distributed.launch(function, compute(processes), *arguments)
+def without_recipe(p: SimpleNamespace, function: Callable[..., dict], *arguments) -> dict:
+    return function(*arguments)
+
+
+def launched(processes: int, function: Callable[..., dict], *arguments, nodes: int = 1) -> dict:
+    p = SimpleNamespace(compute=COMPUTE, runtime=Runtime(processes, nodes, 0, 0), world=processes * nodes)
+    return distributed.launch(without_recipe, p, function, *arguments)
 
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_one_two_and_four_processes_agree(workplace, processes):
     alone = train(Points(), settings(name="alone"))
-    assert_same(alone, launched(processes, train, Points(), settings(processes)))
+    assert_same(alone, launched(processes, train, Points(), settings()))
     other_draws = train(Points(), settings(name="other", micro_batch=4))
     assert other_draws["weights"] != alone["weights"]
 
@@ -276,12 +288,12 @@ def test_pretraining_agrees_over_processes(workplace, recipe):
     options = dict(epochs=2, lr=1e-3)
     alone = pretrain(recipe, settings(name="alone", **options))
     for processes in (2, 4):
-        assert_same(alone, launched(processes, pretrain, recipe, settings(processes, name=f"by {processes}", **options)))
+        assert_same(alone, launched(processes, pretrain, recipe, settings(name=f"by {processes}", **options)))
 
 
 def test_a_batch_that_processes_cannot_share_is_said(workplace):
     with pytest.raises(UserError, match="4 micro-batches of 2.*3 processes cannot share"):
-        launched(3, train, Points(), settings(3))
+        launched(3, train, Points(), settings())
 
 
 # Interruptions.
@@ -355,12 +367,11 @@ def test_a_changed_recipe_starts_afresh(workplace):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_exits_75_and_the_next_run_continues(workplace, undisturbed, capfd, number):
     """Preemption, or Ctrl-C; nothing was due to be saved for an hour."""
-    patient = settings()
-    patient = Run(**{**vars(patient), "runtime": Runtime(workers=0, save_seconds=3600)})
-    assert forked(train, Points(at(2, 3, lambda: kill(number))), patient, workplace / "out") == distributed.PREEMPTED == 75
-    assert [path.name for path in patient.scratch.saves()] == ["state-000000007.pt"]
+    run = patient(settings())
+    assert forked(train, Points(at(2, 3, lambda: kill(number))), run, workplace / "out") == PREEMPTED == 75
+    assert [path.name for path in run.scratch.saves()] == ["state-000000007.pt"]
     assert "stopped by a signal at step 7; saved" in capfd.readouterr().out
-    train(Points(), patient, workplace / "out")
+    train(Points(), run, workplace / "out")
     assert digest(workplace / "out") == undisturbed
 
 
@@ -381,6 +392,36 @@ def test_a_non_finite_loss_stops_the_run_and_names_step_and_save(workplace, numb
     assert f"step {step} of {STEPS}" in said and "the loss became nan" in said
     assert f"state-{step - 1:09d}.pt" in said and "Lower this stage's lr" in said
     assert settings().scratch.load()["step"] == step - 1
+
+
+def test_a_full_disk_while_saving_names_what_is_kept(workplace, undisturbed, monkeypatch):
+    """The third save meets a full disk: the second is there, named, whole and continued from."""
+    real, met = os.fsync, []
+
+    def full(descriptor: int) -> None:
+        met.append(descriptor)
+        if len(met) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(UserError) as error:
+        train(Points(), settings())
+    said = str(error.value)
+    assert "state-000000003.pt is full" in said and "the state of step 3" in said and "run `dvc repro` again" in said
+    assert f"the last good state is {settings().scratch.folder}/state-000000002.pt" in said
+    assert sorted(path.name for path in settings().scratch.folder.iterdir()) == ["state-000000001.pt", "state-000000002.pt"]
+    train(Points(), settings(), workplace / "out")
+    assert digest(workplace / "out") == undisturbed
+
+
+def test_a_full_disk_under_two_processes_is_the_parent_s_to_say(workplace, monkeypatch):
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(UserError, match="state-000000001.pt is full.*no state had been saved yet"):
+        launched(2, train, Points(), settings())
 
 
 def test_a_non_finite_loss_before_any_save(workplace):
@@ -448,12 +489,12 @@ def test_the_parent_gets_rank_0_s_word(workplace):
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_one_of_two_processes_killed_and_continued(workplace, victim):
-    whole = launched(2, train, Points(), settings(2, name="undisturbed"), workplace / "undisturbed")
+    whole = launched(2, train, Points(), settings(name="undisturbed"), workplace / "undisturbed")
     harm = at(2, 3, lambda: rank_of(victim) and kill())
     with pytest.raises(UserError, match="process was lost"):
-        launched(2, train, Points(harm), settings(2), workplace / "out")
+        launched(2, train, Points(harm), settings(), workplace / "out")
     assert not (workplace / "out").exists()
-    assert launched(2, train, Points(), settings(2), workplace / "out") == whole
+    assert launched(2, train, Points(), settings(), workplace / "out") == whole
     assert digest(workplace / "out") == digest(workplace / "undisturbed")
 
 
@@ -462,8 +503,8 @@ def launched_in_a_child(data: Points, run: Run, out: Path) -> None:
 
 
 def test_sigterm_to_the_launcher_saves_and_the_next_run_continues(workplace):
-    launched(2, train, Points(), settings(2, name="undisturbed"), workplace / "undisturbed")
-    patient = Run(**{**vars(settings(2)), "runtime": Runtime(workers=0, save_seconds=3600)})
+    launched(2, train, Points(), settings(name="undisturbed"), workplace / "undisturbed")
+    run = patient(settings())
 
     def ask() -> None:
         """Rank 0 asks its launcher to stop, and works on until the word comes round."""
@@ -471,7 +512,7 @@ def test_sigterm_to_the_launcher_saves_and_the_next_run_continues(workplace):
             os.kill(os.getppid(), signal.SIGTERM)
 
     slow = Points(lambda epoch, index: (ask() if (epoch, index) == (1, 5) else None, time.sleep(0.01 if epoch else 0)))
-    assert forked(launched_in_a_child, slow, patient, workplace / "out") == distributed.PREEMPTED
-    assert len(patient.scratch.saves()) == 1
-    launched(2, train, Points(), patient, workplace / "out")
+    assert forked(launched_in_a_child, slow, run, workplace / "out") == PREEMPTED
+    assert len(run.scratch.saves()) == 1
+    launched(2, train, Points(), run, workplace / "out")
     assert digest(workplace / "out") == digest(workplace / "undisturbed")

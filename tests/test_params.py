@@ -48,7 +48,6 @@ def test_the_paper_s_derived_numbers():
     assert (paper.model.grid, paper.model.n_patches) == (14, 196)
 
 
-PRETRAINED = {"library": "open_clip", "model": "m", "tag": "openai", "file": None, "sha256": None}
 def test_the_paper_expects_the_whole_sets():
     paper, demo = (build(Params, composed(scale), scale) for scale in ("paper", "demo"))
     assert vars(paper.prepare_imagenet.expect) == {"train": 1281167, "val": 50000, "classes": 1000}
@@ -56,6 +55,7 @@ def test_the_paper_expects_the_whole_sets():
     assert demo.prepare_imagenet.expect is demo.prepare_ade20k.expect is None
 
 
+PRETRAINED = {"library": "open_clip", "model": "m", "tag": "openai", "file": None, "sha256": None}
 WRONG = {
     "unknown key at the top": ("pretrian", {}, ["unknown key 'pretrian'", "did you mean 'pretrain'"]),
     "unknown key in a section": ("pretrain.epoch", 3, ["pretrain: unknown key 'epoch'", "did you mean 'epochs'"]),
@@ -77,7 +77,13 @@ WRONG = {
     "word for a number": ("pretrain.epochs", "many", ["pretrain:epochs", "'many' is no number"]),
     "list for a number": ("pretrain.epochs", [1], ["pretrain:epochs", "expected float", "[1]"]),
     "fraction for an int": ("pretrain.batch_size", 64.5, ["pretrain:batch_size", "expected int", "64.5"]),
-    "bool for an int": ("compute.processes", True, ["compute:processes", "expected int", "True"]),
+    "processes that share no batch": (
+        "runtime.processes",
+        3,
+        ["pretrain.batch_size 128 makes 2 micro-batches of 64", "3 processes", "change pretrain.micro_batch or runtime.processes"],
+    ),
+    "nodes that share no batch": ("runtime.nodes", 2, ["4 processes cannot share", "runtime.processes"]),
+    "bool for an int": ("runtime.processes", True, ["runtime:processes", "expected int", "True"]),
     "bool for a float": ("pretrain.lr", True, ["pretrain:lr", "expected float", "True"]),
     "number for a bool": ("compute.deterministic", 1, ["compute:deterministic", "expected bool", "1"]),
     "number for a list": ("pretrain.betas", 0.9, ["pretrain:betas", "0.9"]),

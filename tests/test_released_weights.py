@@ -18,7 +18,7 @@ from tests.conftest import change
 from tests.test_dvc import entry
 
 SETTINGS = {
-    "compute.processes": 1,
+    "runtime.processes": 1,
     "compute.threads": 1,
     "compute.precision": "fp32",
     "variants": ["milan"],

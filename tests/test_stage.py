@@ -3,6 +3,7 @@
 import importlib
 import io
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -37,7 +38,8 @@ def desk(workplace, monkeypatch, tree) -> Path:
     (workplace / "broken" / "mlflow").mkdir(parents=True)
     (workplace / "broken" / "mlflow" / "__init__.py").write_text("raise ImportError('no MLflow here')\n")
     monkeypatch.setenv("PYTHONPATH", f"{workplace / 'broken'}{os.pathsep}{ROOT}")
-    tree["compute"] |= {"processes": 1, "precision": "fp32"}
+    tree["compute"]["precision"] = "fp32"
+    tree["runtime"]["processes"] = 1
     for name in ("teacher", "pretrain", "linear_eval", "finetune", "segment"):
         tree[name] |= {"batch_size": 2, "micro_batch": 2}
     tree["finetune"]["labels"] = 1.0
@@ -278,6 +280,30 @@ def test_weights_that_do_not_fit(desk):
     status, said = run_heavy("finetune", *pretrained_folder(desk))
     assert status == 1, said
     assert "blocks.0.attn.qkv.weight" in refused(said, "outs/made", "metrics.json", "curve.csv")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("place, kept", [("optim.adamw", []), ("evaluate.knn_top1", ["state-000000003.pt"])])
+def test_a_preemption_outside_training(desk, tree, monkeypatch, processes, place, kept):
+    """SIGTERM to the stage before its first step, or in the evaluation after its third: 75, no metrics, the steps kept."""
+    arguments = pretrained_folder(desk)
+    save_weights(desk / "weights" / "encoder.safetensors", Encoder(build(Params, tree, "p").model).vit.state_dict())
+    tree["runtime"]["processes"] = processes
+    for name in ("pretrain", "linear_eval", "finetune", "segment"):
+        tree[name]["batch_size"] = 4
+    tree["linear_eval"] |= {"epochs": 3, "views": 0}
+    write_recipe(tree)
+
+    def preempted(*_) -> None:
+        os.kill(os.getpid() if processes == 1 else os.getppid(), signal.SIGTERM)
+        time.sleep(60)
+
+    monkeypatch.setattr(f"milan.{place}", preempted)
+    status, said = run_heavy("linear_eval", *arguments)
+    assert status == 75, said
+    assert "Stopped" in refused(said, "metrics.json", "curve.csv")
+    assert Path(".scratch/preempted").read_text() == "linear_eval milan seed 0\n"
+    assert [path.name for path in Path().glob(".scratch/linear_eval-milan-0-*/state-*.pt")] == kept
 
 
 def test_an_unknown_variant(desk):
