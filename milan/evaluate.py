@@ -9,6 +9,8 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from milan import distributed, transforms
 from milan.progress import track
 
+SIMILARITIES = 2**28  # held at a time: 1 GiB in float32
+
 
 def share_of(dataset: Dataset) -> Subset:
     """This process's samples: every world_size-th one, none twice."""
@@ -56,15 +58,26 @@ def accuracy(logits: Tensor, labels: Tensor, prefix: str) -> Iterator[tuple[str,
 
 @torch.inference_mode()
 def knn_top1(
-    train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, k: int = 20, temperature: float = 0.07
+    train: Tensor,
+    train_labels: Tensor,
+    test: Tensor,
+    test_labels: Tensor,
+    device: torch.device,
+    k: int = 20,
+    temperature: float = 0.07,
 ) -> float:
-    """Weighted k-nearest-neighbour accuracy in % on L2-normalised features (Wu et al. 2018: votes exp(cos / T))."""
-    train, test = (nn.functional.normalize(x.float(), dim=1) for x in (train, test))
-    classes, right = int(train_labels.max()) + 1, 0
-    for features, labels in zip(test.split(512), test_labels.split(512), strict=True):
-        similarity, neighbours = (features @ train.T).topk(min(k, len(train)), dim=1)
-        votes = torch.zeros(len(features), classes).to(features)
+    """Weighted k-nearest-neighbour accuracy in % on L2-normalised features (Wu et al. 2018: votes exp(cos / T)).
+
+    Every process is given all features and judges its share of the test images; every process gets the result."""
+    train, train_labels = nn.functional.normalize(train.float(), dim=1).to(device), train_labels.to(device)
+    classes, right = int(train_labels.max()) + 1, torch.zeros(1, dtype=torch.int64, device=device)
+    mine = slice(distributed.rank(), None, distributed.world_size())
+    rows = max(1, SIMILARITIES // len(train))
+    for features, labels in zip(test[mine].split(rows), test_labels[mine].split(rows), strict=True):
+        unit = nn.functional.normalize(features.float(), dim=1).to(device)
+        similarity, neighbours = (unit @ train.T).topk(min(k, len(train)), dim=1)
+        votes = torch.zeros(len(unit), classes, device=device)
         # Relative to the nearest neighbour's vote, so that no temperature overflows.
         votes.scatter_add_(1, train_labels[neighbours], ((similarity - similarity[:, :1]) / temperature).exp())
-        right += (votes.argmax(dim=1) == labels).sum().item()
-    return 100 * right / len(test)
+        right += (votes.argmax(dim=1) == labels.to(device)).sum()
+    return 100 * distributed.total(right).item() / len(test)

@@ -93,7 +93,7 @@ def assess(p: Params, train: Records, val: Records, encode: Callable, head: Line
     ]
     logits = torch.cat([head(part.to(device)).cpu() for part in features[1][0].split(x.micro_batch)])
     found = evaluate.accuracy(logits, features[1][1], "linear_eval")
-    return {**dict(found), "linear_eval/knn_top1": evaluate.knn_top1(*features[0], *features[1])}
+    return {**dict(found), "linear_eval/knn_top1": evaluate.knn_top1(*features[0], *features[1], device)}
 
 
 if __name__ == "__main__":

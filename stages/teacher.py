@@ -80,7 +80,7 @@ def assess(model, tokenizer: Tokenizer, p: Params, records: Path, device: torch.
     return {
         "teacher/zero_shot_top1": zero_shot["teacher/zero_shot/top1"],
         "teacher/linear_top1": probe_top1(*features[0], *features[1]),
-        "teacher/knn_top1": evaluate.knn_top1(*features[0], *features[1]),
+        "teacher/knn_top1": evaluate.knn_top1(*features[0], *features[1], device),
     }
 
 

@@ -24,6 +24,7 @@ def test_fewer_than_five_classes():
 ANGLES = torch.tensor([0.0, 0.1, 0.3, 1.5, 1.6])
 POINTS = torch.stack([ANGLES.cos(), ANGLES.sin()], dim=1) * torch.tensor([[1.0], [5], [0.1], [3], [9]])  # lengths do not count
 LABELS = torch.tensor([0, 0, 1, 1, 1])
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("k, temperature, expected", [
@@ -35,9 +36,9 @@ LABELS = torch.tensor([0, 0, 1, 1, 1])
 ])  # fmt: skip
 def test_nearest_neighbours_by_hand(k, temperature, expected):
     test = torch.tensor([[math.cos(0.21), math.sin(0.21)]]) * torch.tensor([[7.0], [0.2], [1]])
-    assert evaluate.knn_top1(POINTS, LABELS, test, torch.full((3,), expected), k, temperature) == 100
+    assert evaluate.knn_top1(POINTS, LABELS, test, torch.full((3,), expected), CPU, k, temperature) == 100
     assert evaluate.knn_top1(
-        POINTS, LABELS, test, torch.tensor([1 - expected] * 2 + [expected]), k, temperature
+        POINTS, LABELS, test, torch.tensor([1 - expected] * 2 + [expected]), CPU, k, temperature
     ) == pytest.approx(100 / 3)
 
 
@@ -76,4 +77,22 @@ def test_every_sample_once_and_in_order(workplace, processes, n):
 
 def test_the_smallest_temperature_is_the_nearest_neighbour_alone():
     """Votes of exp(1 / 1e-6) would be beyond all floats."""
-    assert evaluate.knn_top1(POINTS, LABELS, POINTS, LABELS, k=3, temperature=1e-6) == 100
+    assert evaluate.knn_top1(POINTS, LABELS, POINTS, LABELS, CPU, k=3, temperature=1e-6) == 100
+
+
+def nearest(n: int) -> dict:
+    """n test images, of which all but the first are one of the points, with its label."""
+    angles, labels = torch.cat([torch.tensor([0.29]), ANGLES[:n]])[:n], torch.cat([torch.tensor([0]), LABELS])[:n]
+    return {"top1": evaluate.knn_top1(POINTS, LABELS, torch.stack([angles.cos(), angles.sin()], dim=1), labels, CPU, k=1)}
+
+
+@pytest.mark.parametrize("processes, n", [(1, 4), (2, 4), (3, 4), (2, 1)])
+def test_processes_share_the_nearest_neighbours(workplace, processes, n):
+    """The first, at 0.29, is nearest to a 1 and labelled 0."""
+    assert launched(processes, nearest, n)["top1"] == 100 * (n - 1) / n
+
+
+def test_nearest_neighbours_a_few_rows_at_a_time(monkeypatch):
+    monkeypatch.setattr(evaluate, "SIMILARITIES", 10)  # two rows of five points
+    labels = torch.tensor([0, 0, 1, 1, 0])
+    assert evaluate.knn_top1(POINTS, LABELS, POINTS, labels, CPU, k=1) == 80
