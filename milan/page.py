@@ -34,7 +34,9 @@ class Picture(NamedTuple):
     height: int
 
 
-def render(r: Results, pictures: list[Picture], bars: Picture, trail: list[Origin], data: list[Data], here: dict, recipe: str) -> str:
+def render(
+    r: Results, pictures: list[Picture], bars: Picture, trail: list[Origin], data: list[Data], here: dict, recipe: str
+) -> str:
     """The page. here: {"revision", "hardware"} of whoever writes it, for what no run is known for; recipe: text of params.yaml."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(duration=duration, date=date, revision=revision)

@@ -96,7 +96,9 @@ def finished_runs(experiment: str) -> list[Run]:
     client, found, page = tracking.Sender(None, None, live=False).client, [], None
     known = client.get_experiment_by_name(experiment)
     while known:
-        page = client.search_runs([known.experiment_id], "attributes.status = 'FINISHED'", max_results=1000, page_token=page and page.token)
+        page = client.search_runs(
+            [known.experiment_id], "attributes.status = 'FINISHED'", max_results=1000, page_token=page and page.token
+        )
         found += [
             Run(run.info.run_id, run.info.start_time / 1000, run.data.metrics["wall_seconds"], run.data.tags)
             for run in page

@@ -161,6 +161,6 @@ def test_mlflow_shows_a_curve_and_a_picture(compared):
     compared.locator(".js-plotly-plot .points path").nth(9).wait_for()
     assert compared.locator(".js-plotly-plot .points path").count() == 10
     compared.goto(f"{run}/artifacts/figures/masks.png")
-    picture = compared.locator("img[src^='blob:']")
+    picture = compared.get_by_role("img", name="figures/masks.png")
     picture.wait_for()
     assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") == 64
