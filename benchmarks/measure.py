@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from milan.machine import cpu_name
 from milan.params import Model, Tower
 from milan.progress import Progress
 
@@ -67,14 +68,6 @@ def machine(device: torch.device) -> dict:
     """Hardware and versions, in words."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version()}
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:

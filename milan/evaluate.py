@@ -81,3 +81,15 @@ def knn_top1(
         votes.scatter_add_(1, train_labels[neighbours], ((similarity - similarity[:, :1]) / temperature).exp())
         right += (votes.argmax(dim=1) == labels.to(device)).sum()
     return 100 * distributed.total(right).item() / len(test)
+
+
+def confused(predicted: Tensor, labels: Tensor, classes: int = 50, rows: int = 5000) -> Tensor:
+    """(n, 2) pairs of actual and predicted class (n,), for a confusion matrix that is small enough to read and to keep
+    in git. Of more classes than `classes`, the images of the 20 with the most mistakes that were taken for one of the
+    same 20; of more images than `rows`, every second, every third, ... one."""
+    pairs = torch.stack([labels, predicted], dim=1)
+    if labels.max() >= classes:
+        mistakes = torch.bincount(labels[predicted != labels], minlength=int(pairs.max()) + 1)
+        worst = mistakes.argsort(descending=True, stable=True)[:20]
+        pairs = pairs[torch.isin(pairs, worst).all(dim=1)]
+    return pairs[:: max(1, -(-len(pairs) // rows))]

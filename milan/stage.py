@@ -2,9 +2,11 @@
 
 import argparse
 import contextlib
+import csv
 import dataclasses
 import errno
 import fcntl
+import io
 import signal
 import subprocess
 import sys
@@ -13,12 +15,12 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from milan import tracking
+from milan import machine, tracking
 from milan.errors import PREEMPTED, Preempted, UserError
 from milan.files import SCRATCH, dvc_hash, file_digest, fingerprint, write_json, write_whole
 from milan.params import Params, nearest, read_params
 
-LAST_STAGE = "figures"
+LAST_STAGE = "page"
 STOPPED = "Stopped. What was saved is kept; run `dvc repro` again to continue."
 
 
@@ -53,6 +55,13 @@ class Stage:
         lines = [",".join(names)] + [",".join(repr(point[name]) for name in names) for point in curve]
         write_whole(self.args.curve, ("\n".join(lines) + "\n").encode())
         self.tracker.artifact(self.args.curve)
+
+    def write_confusion(self, pairs: list[tuple[str, str]]) -> None:
+        """CSV of (actual, predicted), a row an image: what DVC's confusion template draws."""
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([("actual", "predicted"), *pairs])
+        write_whole(self.args.confusion, text.getvalue().encode())
+        self.tracker.artifact(self.args.confusion)
 
     def write_metrics(self, metrics: dict, recipe: str) -> None:
         """Deterministic values only, with the recipe's fingerprint."""
@@ -140,6 +149,7 @@ def fail(text: str, status: int = 1) -> None:
 
 def tracked(stage: Stage, main: Callable[[Stage], None]) -> None:
     tags = {"stage": stage.name, "scale": stage.params.scale, "git_revision": git_revision(), **variation(stage)}
+    tags["hardware"] = machine.hardware(stage.params.compute.device)
     logger = tracking.Logger(stage.title, f"milan-{stage.params.scale}", tags, flat(stage.params))
     stage.tracker, status, began = logger.tracker, "FAILED", time.monotonic()
     try:

@@ -29,6 +29,7 @@ def main(stage: Stage) -> None:
     scratch = Scratch(f"finetune-{a.variant}-{a.seed}", recipe)
     result = distributed.launch(train, p, a, scratch, stage, recipe)
     stage.write_curve(result["curve"])
+    stage.write_confusion(result["confusion"])
     stage.write_metrics(result["metrics"], recipe)
     stage.tracker.model(a.out, f"classifier-{a.variant}-{a.seed}")
     scratch.clean()
@@ -47,7 +48,7 @@ def train(p: Params, a: Namespace, scratch: Scratch, stage: Stage, recipe: str) 
     )
     if distributed.rank() == 0:
         save_weights(a.out / "classifier.safetensors", vit.state_dict(), fingerprint=recipe, classes=classes)
-    return {"curve": curve, "metrics": assess(p, vit, Records(a.records, "val"), device)}
+    return {"curve": curve, **assess(p, vit, Records(a.records, "val"), device)}
 
 
 def layer_groups(vit: torch.nn.Module, x) -> list[dict]:
@@ -75,8 +76,15 @@ def assess(p: Params, vit: torch.nn.Module, val: Records, device: torch.device) 
             return vit(images)
 
     centre = CentreSamples(val, p.finetune.resize, p.model.image_size)
-    return dict(evaluate.accuracy(*evaluate.outputs(logits, centre, 256, device, "fine-tuned", p.runtime.workers), "finetune"))
+    found, labels = evaluate.outputs(logits, centre, 256, device, "fine-tuned", p.runtime.workers)
+    pairs = evaluate.confused(found.argmax(dim=1), labels)
+    names = val.manifest["classes"]
+    return {
+        "metrics": dict(evaluate.accuracy(found, labels, "finetune")),
+        "confusion": [(names[actual], names[predicted]) for actual, predicted in pairs.tolist()],
+    }
 
 
 if __name__ == "__main__":
-    run("finetune", main, __doc__, variant=str, seed=int, records=Path, weights=Path, out=Path, metrics=Path, curve=Path)
+    paths = dict.fromkeys(("records", "weights", "out", "metrics", "curve", "confusion"), Path)
+    run("finetune", main, __doc__, variant=str, seed=int, **paths)

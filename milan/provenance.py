@@ -1,0 +1,124 @@
+"""Where results come from: their DVC hashes, as dvc.lock has them, and for each the MLflow run that made it."""
+
+import re
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+from milan import tracking
+from milan.errors import UserError
+from milan.files import file_digest
+from milan.params import Params
+from milan.records import read_manifest
+
+PATIENCE = 60.0  # seconds for the loggers of earlier stages
+
+
+class Run(NamedTuple):
+    """A stage's run in MLflow."""
+
+    id: str
+    started: float  # seconds since 1970
+    seconds: float
+    tags: dict[str, str]
+
+    @property
+    def stage(self) -> str:
+        """The name that DVC gives to the stage: `pretrain@milan-0`."""
+        variation = [self.tags[tag] for tag in ("variant", "seed") if tag in self.tags]
+        return "@".join([self.tags["stage"], *(["-".join(variation)] if variation else [])])
+
+    def hashes(self) -> dict[str, str]:
+        """Path: DVC hash, of what the run read and wrote."""
+        return {tag.removeprefix("dvc:"): value for tag, value in self.tags.items() if tag.startswith("dvc:")}
+
+
+class Origin(NamedTuple):
+    """A stage's results."""
+
+    stage: str
+    outs: dict[str, str]  # path: DVC hash
+    run: Run | None  # that made them; None where MLflow has none
+
+
+class Data(NamedTuple):
+    """A packed data set: images by split, and the digest of the manifest, which lists the digest of every shard."""
+
+    folder: Path
+    splits: dict[str, int]
+    source: str
+    sha256: str
+
+
+def read_lock(path: Path, p: Params) -> dict[str, dict]:
+    """Stage: {"deps", "outs": {path: DVC hash}}, of the active recipe's stages, in the order of the pipeline."""
+    try:
+        stages = (yaml.safe_load(path.read_text()) or {}).get("stages", {})
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: `dvc repro` writes it, and git checkout -- {path} restores it.") from None
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError):
+        raise UserError(f"{path} is no lock file of DVC's. git checkout -- {path} restores it.") from None
+    variations = {"", *(f"{variant}-{seed}" for variant in p.variants for seed in p.seeds)}
+    return {
+        name: {kind: {item["path"]: item.get("md5", "") for item in entry.get(kind, [])} for kind in ("deps", "outs")}
+        for name, entry in stages.items()
+        if name.partition("@")[2] in variations
+    }
+
+
+def origins(lock: dict[str, dict], runs: list[Run]) -> list[Origin]:
+    """For each stage with outs, the newest run that read and wrote what dvc.lock says: for one that DVC skips, the earlier."""
+    newest = sorted(runs, key=lambda run: -run.started)
+    return [
+        Origin(name, entry["outs"], next((run for run in newest if run.stage == name and agrees(run, entry)), None))
+        for name, entry in lock.items()
+        if entry["outs"]
+    ]
+
+
+def agrees(run: Run, entry: dict) -> bool:
+    """Whether the run's hashes of the stage's files are those of dvc.lock, and there are any."""
+    locked, hashes = {**entry["deps"], **entry["outs"]}, run.hashes()
+    shared = locked.keys() & hashes.keys()
+    return bool(shared) and all(locked[path] == hashes[path] for path in shared)
+
+
+def read_data(folder: Path) -> Data:
+    manifest = read_manifest(folder)
+    splits = {name: split["images"] for name, split in manifest["splits"].items()}
+    return Data(folder, splits, str(manifest.get("source", "")), file_digest(folder / "manifest.json"))
+
+
+def finished_runs(experiment: str) -> list[Run]:
+    """All stage runs of an MLflow experiment that ended well."""
+    client, found, page = tracking.Sender(None, None, live=False).client, [], None
+    known = client.get_experiment_by_name(experiment)
+    while known:
+        page = client.search_runs(
+            [known.experiment_id], "attributes.status = 'FINISHED'", max_results=1000, page_token=page and page.token
+        )
+        found += [
+            Run(run.info.run_id, run.info.start_time / 1000, run.data.metrics["wall_seconds"], run.data.tags)
+            for run in page
+            if "stage" in run.data.tags and "wall_seconds" in run.data.metrics
+        ]
+        if not page.token:
+            break
+    return found
+
+
+def turn_came(spool: Path, patience: float = PATIENCE) -> bool:
+    """Wait for the logger of this stage to have its turn: the earlier ones have then said all. False: out of reach."""
+    end = time.monotonic() + patience
+    while not spool.with_suffix(".place").exists():
+        if spool.with_suffix(".failed").exists() or time.monotonic() > end:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def revision(run: Run) -> str:
+    """The git revision of a run, short."""
+    return re.sub(r"^([0-9a-f]{10})[0-9a-f]+", r"\1", run.tags.get("git_revision", ""))

@@ -1,0 +1,47 @@
+"""One page that opens without a server: table, figures, recipe, and the trail of every number.
+
+    python -m stages.page --metrics reports/metrics/demo --published reports/published.csv --plots reports/plots \
+        --figures reports/figures --notebooks notebooks --imagenet outs/demo/imagenet --ade20k outs/demo/ade20k \
+        --lock dvc.lock --out reports/index.html
+
+Hours, hardware and git revision come from MLflow, from the runs that made what dvc.lock names, so they change from run
+to run: the page is in git and no out of DVC's, and dvc.lock stays as it is. Costs a few seconds. Expect a page of 1 to 2 MB.
+"""
+
+from pathlib import Path
+
+from milan import machine, page, provenance
+from milan.files import write_whole
+from milan.results import read_results
+from milan.stage import Stage, git_revision, present, run
+
+
+def main(stage: Stage) -> None:
+    a, p = stage.args, stage.params
+    results = read_results(a.metrics, a.published, p)
+    lock = provenance.read_lock(a.lock, p)
+    data = [provenance.read_data(folder) for folder in (a.imagenet, a.ade20k)]
+    trail = provenance.origins(lock, runs_known(stage))
+    bars = page.picture(present(a.plots / "bars.png"), "Our variants", page.BARS)
+    here = {"revision": git_revision(), "hardware": machine.hardware(p.compute.device)}
+    text = page.render(results, page.read_pictures(a.figures, a.notebooks), bars, trail, data, here, a.params.read_text())
+    write_whole(a.out, text.encode())
+    stage.tracker.artifact(a.out, "report")
+    known = sum(origin.run is not None for origin in trail)
+    print(f"{a.out}: {len(text) / 1e6:.1f} MB, the runs of {known} of {len(trail)} stages", flush=True)
+
+
+def runs_known(stage: Stage) -> list[provenance.Run]:
+    """From MLflow; none where it is out of reach: the page then says so."""
+    try:
+        if provenance.turn_came(stage.tracker.spool):
+            return provenance.finished_runs(f"milan-{stage.params.scale}")
+    except Exception as error:  # whatever ails the store must not keep the page
+        print(f"page: {type(error).__name__}: {str(error)[:500]}", flush=True)
+    print("page: MLflow is out of reach, so hours and hardware are left out.", flush=True)
+    return []
+
+
+if __name__ == "__main__":
+    paths = ("metrics", "published", "plots", "figures", "notebooks", "imagenet", "ade20k", "lock", "out")
+    run("page", main, __doc__, **dict.fromkeys(paths, Path))

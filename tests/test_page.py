@@ -1,0 +1,264 @@
+"""The page and its trail: which run made a result, by hand; nothing from a file gets out of its cell."""
+
+import dataclasses
+import json
+import platform
+import urllib.request
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from milan import machine, page, provenance
+from milan.errors import UserError
+from milan.params import read_params
+from milan.provenance import Data, Origin, Run
+from milan.results import MEASURES, Results, read_published, summary
+from milan.results import Data as Measured
+from stages import page as stage
+
+EVIL = "<script>alert(1)</script>\"'&"
+
+
+def a_run(name: str, started: float, seconds: float = 1.0, **hashes: str) -> Run:
+    kind, _, variation = name.partition("@")
+    tags = {"stage": kind, "git_revision": "0123456789abcdef+changes", "hardware": "a small machine"}
+    if variation:
+        tags["variant"], tags["seed"] = variation.rsplit("-", 1)
+    tags |= {f"dvc:{path}": digest for path, digest in hashes.items()}
+    return Run(f"id{started:g}", started, seconds, tags)
+
+
+LOCK = """
+schema: '2.0'
+stages:
+  teacher:
+    deps: [{path: outs/imagenet, md5: d1.dir}, {path: milan/fit.py, md5: c1}]
+    outs: [{path: outs/teacher, md5: t1.dir}]
+  pretrain@milan-0:
+    deps: [{path: outs/teacher, md5: t1.dir}]
+    outs: [{path: outs/milan-0, md5: w1.dir}, {path: milan-0.json, md5: m1}]
+  pretrain@gone-0:
+    outs: [{path: outs/gone-0, md5: g1.dir}]
+  page:
+    deps: [{path: outs/teacher, md5: t1.dir}]
+"""
+
+
+@pytest.fixture
+def lock(tmp_path) -> dict:
+    (tmp_path / "dvc.lock").write_text(LOCK)
+    return provenance.read_lock(tmp_path / "dvc.lock", read_params("params.yaml"))
+
+
+def test_the_lock_has_the_active_recipe_s_stages(lock):
+    assert list(lock) == ["teacher", "pretrain@milan-0", "page"]
+    assert lock["pretrain@milan-0"]["outs"] == {"outs/milan-0": "w1.dir", "milan-0.json": "m1"}
+
+
+def test_a_result_comes_from_the_newest_run_that_made_it(lock):
+    """The third wrote other weights, the fourth read another teacher, the fifth is of another stage."""
+    runs = [
+        a_run("pretrain@milan-0", 1, **{"outs/teacher": "t1.dir", "outs/milan-0": "w1.dir"}),
+        a_run("pretrain@milan-0", 2, **{"outs/teacher": "t1.dir", "outs/milan-0": "w1.dir", "elsewhere": "x"}),
+        a_run("pretrain@milan-0", 3, **{"outs/teacher": "t1.dir", "outs/milan-0": "w2.dir"}),
+        a_run("pretrain@milan-0", 4, **{"outs/teacher": "t2.dir", "milan-0.json": "m1"}),
+        a_run("linear_eval@milan-0", 5, **{"outs/milan-0": "w1.dir"}),
+        a_run("pretrain@milan-0", 6),
+    ]
+    trail = {origin.stage: origin for origin in provenance.origins(lock, runs)}
+    assert list(trail) == ["teacher", "pretrain@milan-0"]  # the page has no outs
+    assert trail["teacher"].run is None and trail["pretrain@milan-0"].run.id == "id2"
+    assert trail["teacher"].outs == {"outs/teacher": "t1.dir"}
+
+
+@pytest.mark.parametrize("text, words", [(None, "is missing"), ("stages: [", "no lock file"), ("- 1", "no lock file")])
+def test_a_missing_or_broken_lock_is_named(tmp_path, text, words):
+    path = tmp_path / "dvc.lock"
+    if text:
+        path.write_text(text)
+    with pytest.raises(UserError, match=words):
+        provenance.read_lock(path, read_params("params.yaml"))
+
+
+def test_the_page_waits_for_its_logger_s_turn(tmp_path):
+    spool = tmp_path / "1-2.jsonl"
+    assert not provenance.turn_came(spool, patience=0)
+    spool.with_suffix(".failed").touch()
+    assert not provenance.turn_came(spool, patience=60)
+    spool.with_suffix(".place").touch()
+    assert provenance.turn_came(spool, patience=0)
+
+
+def test_a_store_that_fails_leaves_hours_out(tmp_path, monkeypatch, capsys):
+    (tmp_path / "1.place").touch()
+
+    def fail(_):
+        raise ConnectionError("gone")
+
+    monkeypatch.setattr(provenance, "finished_runs", fail)
+    here = SimpleNamespace(tracker=SimpleNamespace(spool=tmp_path / "1.jsonl"), params=SimpleNamespace(scale="demo"))
+    assert stage.runs_known(here) == []
+    assert "ConnectionError: gone" in (said := capsys.readouterr().out) and "MLflow is out of reach" in said
+
+
+@pytest.mark.parametrize("seconds, words", [(0.4, "0 s"), (99, "99 s"), (150, "2.5 min"), (5940, "99.0 min"), (9000, "2.5 h")])
+def test_durations(seconds, words):
+    assert page.duration(seconds) == words
+
+
+def test_a_revision_is_short_and_keeps_its_warning():
+    assert provenance.revision(a_run("teacher", 1)) == "0123456789+changes"
+
+
+def test_the_machine_has_no_name():
+    said = machine.hardware("cpu")
+    assert machine.cpu_name() in said and f"{machine.cores()} cores" in said
+    assert platform.node() not in said
+
+
+# ----------------------------------------------------------------------------------------------------------- the pictures
+
+
+def save_picture(path: Path, pixels: np.ndarray) -> None:
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+def notebook(path: Path, *cells: tuple[str, str]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"cells": [{"cell_type": kind, "source": [text]} for kind, text in cells]}))
+
+
+def test_pictures_come_in_the_notebooks_order_under_their_words(tmp_path):
+    for name in ("a", "b", "c"):
+        save_picture(tmp_path / f"figures/{name}.png", np.full((4, 6, 3), 200, np.uint8))
+    text = ("markdown", "## Title of b\n\nSees *much* of `x < y`.")
+    notebook(tmp_path / "notebooks/1.ipynb", text, ("code", "figure = 1"), ("code", 'project.save(draw(1, "z"), "b")'))
+    notebook(
+        tmp_path / "notebooks/2.ipynb", ("markdown", "# A"), ("code", "project.save(f, 'a')\nproject.save(f, 'never drawn')")
+    )
+    found = page.read_pictures(tmp_path / "figures", tmp_path / "notebooks")
+    assert [picture.title for picture in found] == ["Title of b", "A", "c"]
+    assert found[0].caption == "Sees <em>much</em> of <code>x &lt; y</code>." and (found[0].width, found[0].height) == (6, 4)
+
+
+def test_a_picture_is_without_loss_where_that_is_smaller(tmp_path):
+    flat, noise = np.zeros((64, 64, 3), np.uint8), np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    flat[:, 32:] = (213, 94, 0)
+    for name, pixels, exact in (("flat", flat, True), ("noise", noise, False)):
+        save_picture(tmp_path / f"{name}.png", pixels)
+        found = page.picture(tmp_path / f"{name}.png", "t", "").source
+        assert found.startswith("data:image/webp;base64,")
+        with Image.open(urllib.request.urlopen(found)) as image:
+            assert np.array_equal(np.asarray(image.convert("RGB")), pixels) == exact
+
+
+# --------------------------------------------------------------------------------------------------------------- the page
+
+
+class Cells(HTMLParser):
+    """Texts by tag; refuses what may not be in the page."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open, self.found = None, []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        assert tag not in ("script", "iframe", "object", "form"), tag
+        given = dict(attributes)
+        assert not any(name.startswith("on") for name in given), given
+        assert (given.get("src") or "data:").startswith("data:"), given
+        if tag in ("td", "th", "li", "dd", "pre", "h1", "h2", "figcaption"):
+            self.open = tag
+            self.found.append((tag, ""))
+
+    def handle_endtag(self, tag):
+        if tag == self.open:
+            self.open = None
+
+    def handle_data(self, data):
+        if self.open:
+            tag, text = self.found[-1]
+            self.found[-1] = (tag, text + data)
+
+    def texts(self, *tags: str) -> list[str]:
+        return [" ".join(text.split()) for tag, text in self.found if tag in tags]
+
+
+def results(**changes) -> Results:
+    p = dataclasses.replace(read_params("params.yaml"), variants=["mae", "milan"])
+    runs = pd.DataFrame(
+        [{"variant": v, "seed": 0, **dict.fromkeys(MEASURES, value)} for v, value in (("mae", 10.0), ("milan", 31.44))]
+    )
+    measured = Measured("the built-in world", 20, 2000, 11, 400, "Segmentation")
+    given = {
+        "params": p,
+        "data": measured,
+        "runs": runs,
+        "ours": summary(runs),
+        "published": read_published(Path("reports/published.csv")),
+    }
+    return Results(**{**given, "teacher": {}, "importance": {}, **changes})
+
+
+def rendered(r: Results, trail: list[Origin], data: list[Data] = (), recipe: str = "scale: demo\n") -> Cells:
+    dot = page.Picture("Bars", page.emphasised("of *all*"), "data:image/webp;base64,", 2, 1)
+    return Cells(page.render(r, [dot], dot, trail, list(data), {"revision": "r0", "hardware": "h0"}, recipe))
+
+
+def test_table_sentences_recipe_and_trail_are_on_the_page():
+    trail = [
+        Origin("teacher", {"outs/teacher": "t1.dir"}, a_run("teacher", 0, 90)),
+        Origin("pretrain@milan-0", {"outs/m": "w1.dir"}, a_run("pretrain@milan-0", 3600, 3510)),
+        Origin("report", {"reports/table.md": "r1"}, None),
+    ]
+    found = rendered(results(), trail, [Data(Path("outs/demo/imagenet"), {"train": 6000, "val": 20}, "drawn", "ab12")])
+    cells = found.texts("td", "th")
+    at = cells.index("MILAN")
+    assert cells[at + 4 : at + 8] == ["31.4"] * 4
+    assert "MILAN: linear eval 31.4, 21.4 above MAE." in found.texts("li")
+    assert "85.4" in cells and "scale: demo" in found.texts("pre")
+    at = cells.index("pretrain@milan-0")
+    assert cells[at + 1 : at + 6] == ["1970-01-01 01:00", "58.5 min", "0123456789+changes", "id3600", "w1.dir outs/m"]
+    assert cells[cells.index("report") + 1 :][:5] == ["–", "–", "–", "not found", "r1 reports/table.md"]
+    at = cells.index("outs/demo/imagenet")
+    assert cells[at + 1 : at + 4] == ["train 6,000, val 20", "drawn", "ab12"]
+    assert found.texts("dd") == [
+        "git revision 0123456789+changes (2 stages)",
+        "a small machine (2 stages)",
+        "60.0 min (1.00 hours) for 2 of 3 stages, 1970-01-01 00:00 to 1970-01-01 01:00 UTC",
+    ]
+
+
+def test_ours_and_others_are_in_tables_of_their_own():
+    text = page.render(
+        results(), [], page.Picture("", page.emphasised(""), "data:,", 1, 1), [], [], {"revision": "", "hardware": ""}, ""
+    )
+    ours, published, again = (part.split("</section>")[0] for part in text.split("<section ")[1:4])
+    assert "ViT-tiny/8" in ours and "ViT-B/16" not in ours
+    assert "<h2>Published</h2>" in published and "<h2>Re-run by others</h2>" in again
+    assert "ViT-tiny/8" not in published + again
+
+
+def test_without_mlflow_the_page_says_so_and_names_where_it_was_written():
+    (said,) = rendered(results(), [Origin("report", {"reports/table.md": "r1"}, None)]).texts("dd")
+    assert said.startswith("No MLflow run") and "r0" in said and "h0" in said
+
+
+def test_everything_from_files_is_escaped():
+    """Cells refuses a script wherever it comes from; and the words are there to be read."""
+    published = read_published(Path("reports/published.csv"))
+    published.loc[0, ["method", "source", "teacher"]] = [EVIL, f"{EVIL} https://example.org/{EVIL}", EVIL]
+    wicked = a_run(f"{EVIL}@milan-0", 1)
+    wicked.tags.update(hardware=EVIL, git_revision=EVIL)
+    r = results(published=published, data=Measured(EVIL, 20, 2000, 11, 400, EVIL))
+    trail = [Origin(EVIL, {EVIL: EVIL}, wicked), Origin(EVIL, {EVIL: EVIL}, None)]
+    found = rendered(r, trail, [Data(Path(EVIL), {EVIL: 1}, EVIL, EVIL)], recipe=EVIL)
+    texts = " ".join(found.texts("td", "th", "dd", "pre", "h2"))
+    assert texts.count(EVIL) >= 15

@@ -1,0 +1,125 @@
+"""Sweeps: which experiments belong together, and their numbers by hand."""
+
+import copy
+import json
+import subprocess
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from milan import sweep
+from milan.errors import UserError
+from milan.results import MEASURES
+from tests.conftest import change
+
+KEY = "pretrain.mask_ratio"
+
+
+def metrics(variant: str, *values: float) -> dict:
+    """Of seeds 0, 1, ...: the value, and above it 1, 2, ... for the further measures."""
+    found = {}
+    for seed, value in enumerate(values):
+        for more, (stage, name) in enumerate(MEASURES.values()):
+            found.setdefault((stage, variant, seed), {})[name] = value + more
+    return found
+
+
+@pytest.fixture
+def experiment(tree):
+    """experiment(name, ratio, metrics, **changes) on the committed recipe with variant milan."""
+
+    def made(name: str, ratio: float, found: dict, **changes) -> sweep.Experiment:
+        recipe = copy.deepcopy(tree)
+        for place, value in {"variants": ["milan"], KEY: ratio, **{k.replace("__", "."): v for k, v in changes.items()}}.items():
+            change(recipe, place, value)
+        return sweep.Experiment(name, recipe, found)
+
+    return made
+
+
+def names(group: list[sweep.Experiment]) -> list[str]:
+    return [e.name for e in group]
+
+
+def test_a_sweep_is_what_differs_in_its_key_alone(experiment):
+    some = [
+        experiment("half", 0.5, {}),
+        experiment("other lr", 0.6, {}, pretrain__lr=0.5),
+        experiment("seeds", 0.9, {}, seeds=[0, 1], runtime__workers=3),
+    ]
+    found, others = sweep.members(KEY, some)
+    assert names(found) == ["half", "seeds"] and names(others) == ["other lr"]
+
+
+def test_of_equal_groups_the_newest(experiment):
+    some = [experiment("a", 0.5, {}, scale="smoke"), experiment("b", 0.5, {})]
+    assert names(sweep.members(KEY, some)[0]) == ["b"]
+    assert names(sweep.members(KEY, some[::-1])[0]) == ["a"]
+
+
+def test_an_unknown_key_is_named_with_its_neighbour(experiment):
+    with pytest.raises(
+        UserError, match=r"pretrain\.mask_ration: the recipe has no such key; did you mean 'pretrain\.mask_ratio'\?"
+    ):
+        sweep.members("pretrain.mask_ration", [experiment("a", 0.5, {})])
+
+
+def test_the_newest_of_a_repeated_value_counts_and_a_failed_one_does_not(experiment):
+    some = [
+        experiment("old", 0.5, metrics("milan", 10.0)),
+        experiment("new", 0.5, metrics("milan", 20.0)),
+        experiment("failed", 0.9, {}),
+        experiment("low", 0.25, metrics("milan", 5.0)),
+    ]
+    runs = sweep.rows(KEY, some)
+    assert runs[["value", "experiment"]].values.tolist() == [[0.25, "low"], [0.5, "new"]]
+    assert runs.iloc[1][list(MEASURES)].tolist() == [20.0 + k for k in range(len(MEASURES))]
+
+
+def test_files_by_hand(experiment, tmp_path):
+    some = [
+        experiment("one", 0.5, metrics("milan", 30.0, 33.0), seeds=[0, 1]),
+        experiment("two", 0.75, {**metrics("milan", 40.25), **metrics("mae", 1.0)}, variants=["mae", "milan"]),
+    ]
+    sweep.write(KEY, some, tmp_path)
+    text = (tmp_path / f"{KEY}.md").read_text()
+    assert text.startswith(f"# {KEY} at scale demo\n\n## MAE\n")
+    own = text.split("## MILAN")[1]
+    assert "| 0.5 | 31.5 (30.0–33.0) | 32.5 (31.0–34.0) |" in own and "| 0.75 | 40.2 | 41.2 |" in own
+    assert len(pd.read_csv(tmp_path / f"{KEY}.csv")) == 4
+    picture = (tmp_path / f"{KEY}.png").read_bytes()
+    sweep.write(KEY, some, tmp_path)
+    assert picture == (tmp_path / f"{KEY}.png").read_bytes()
+
+
+def test_words_are_values_too(experiment, tmp_path):
+    key = "extract_targets.normalisation"
+    some = [
+        experiment(name, 0.5, metrics("milan", n), extract_targets__normalisation=name)
+        for n, name in enumerate(("clip", "imagenet"))
+    ]
+    sweep.write(key, some, tmp_path)
+    assert "| imagenet | 1.0 |" in (tmp_path / f"{key}.md").read_text()
+
+
+def test_one_value_is_no_sweep_and_writes_nothing(experiment, tmp_path):
+    with pytest.raises(UserError, match=r"at least two values.*dvc exp run --queue -S 'pretrain\.mask_ratio=ONE,OTHER'"):
+        sweep.write(KEY, [experiment("a", 0.5, metrics("milan", 1.0)), experiment("b", 0.9, {})], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_experiment_is_read_from_git(tree, workplace):
+    change(tree, "variants", ["milan"])
+    Path("params.yaml").write_text(yaml.safe_dump(tree))
+    folder = Path("reports/metrics/demo/finetune")
+    folder.mkdir(parents=True)
+    (folder / "milan-0.json").write_text(json.dumps({"finetune/top1": 12.5}))
+    (folder / "mae-0.json").write_text("of no variant")
+    identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+    for command in (["init", "-q"], ["add", "-A"], [*identity, "commit", "-qm", "results"]):
+        subprocess.run(["git", *command], check=True)
+    (folder / "milan-0.json").write_text("changed since")
+    found = sweep.read_experiment("name", "HEAD")
+    assert found.recipe == tree and found.metrics == {("finetune", "milan", 0): {"finetune/top1": 12.5}}
