@@ -44,27 +44,26 @@ class ClipTower(nn.Module):
         first; importance (B, N) float32: the last block's attention from the class token to each patch, mean
         over heads after the softmax, class key dropped, not renormalised (reference: clip_demo.py)."""
         tokens = self.visual._embeds(images)
-        *blocks, last = self.visual.transformer.resblocks
-        for block in blocks:
-            tokens = block(tokens)
-        importance = cls_attention(last, tokens)[:, 1:]
-        tokens = self.visual.ln_post(last(tokens))
-        return tokens @ self.visual.proj.to(tokens.dtype), importance
+        for block in self.visual.transformer.resblocks:
+            query, keys, values = in_heads(block, tokens)
+            mixed = nn.functional.scaled_dot_product_attention(query, keys, values).transpose(1, 2).flatten(2)
+            tokens = tokens + block.ls_1(block.attn.out_proj(mixed))
+            tokens = tokens + block.ls_2(block.mlp(block.ln_2(tokens)))
+        return self.visual.ln_post(tokens) @ self.visual.proj.to(tokens.dtype), cls_attention(query, keys)[:, 1:]
 
 
-def cls_attention(block: nn.Module, tokens: Tensor) -> Tensor:
-    """Attention of the class token over all tokens, (B, 1+N), mean over heads: one query, never the matrix."""
-    attention = block.attn
-    batch, length, width = tokens.shape
-    heads = attention.num_heads
-    normed = block.ln_1(tokens)
-    weight, bias = attention.in_proj_weight, attention.in_proj_bias
-    query = nn.functional.linear(normed[:, :1], weight[:width], bias[:width])
-    keys = nn.functional.linear(normed, weight[width : 2 * width], bias[width : 2 * width])
-    query = query.view(batch, 1, heads, -1).transpose(1, 2).float()
-    keys = keys.view(batch, length, heads, -1).transpose(1, 2).float()
-    with torch.autocast(tokens.device.type, enabled=False):
-        logits = query @ keys.transpose(-2, -1) * (width // heads) ** -0.5
+def in_heads(block: nn.Module, tokens: Tensor) -> Tensor:
+    """(3, B, heads, 1+N, D/heads): queries, keys and values of a block, by one product. nn.MultiheadAttention, which holds
+    the weights, has a fast way too, but not under autocast; this one serves every precision, and the importance."""
+    batch, length, _ = tokens.shape
+    projected = nn.functional.linear(block.ln_1(tokens), block.attn.in_proj_weight, block.attn.in_proj_bias)
+    return projected.view(batch, length, 3, block.attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+
+
+def cls_attention(query: Tensor, keys: Tensor) -> Tensor:
+    """Attention of the class token over all tokens, (B, 1+N) float32, mean over heads: one query, never the matrix."""
+    with torch.autocast(query.device.type, enabled=False):
+        logits = query[:, :, :1].float() @ keys.float().transpose(-2, -1) * query.shape[-1] ** -0.5
     return logits.softmax(dim=-1).mean(dim=1).squeeze(1)
 
 

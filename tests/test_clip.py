@@ -15,6 +15,7 @@ from milan.clip import (
     Tokenizer,
     build_tiny,
     cls_attention,
+    in_heads,
     load_teacher,
     save_no_teacher,
     save_teacher,
@@ -87,7 +88,8 @@ def test_importance_follows_its_patch():
         block.attn.in_proj_weight.zero_(), block.attn.in_proj_bias.zero_()
         block.attn.in_proj_bias[:32:8] = 50.0  # each head's query: its first channel
         block.attn.in_proj_weight[32:64:8, 1] = 1.0  # each head's key: the second channel
-    attention = cls_attention(block, tokens)[0]
+    query, keys, _ = in_heads(block, tokens)
+    attention = cls_attention(query, keys)[0]
     assert attention.argmax() == 6 and attention[6] > 0.999 and attention.sum() == pytest.approx(1)
 
 
