@@ -1,8 +1,8 @@
 """Every benchmark in turn, the tables on stdout and the JSON in one folder.
 
-    python -m benchmarks              # on one GPU under ten minutes
-    python -m benchmarks --quick      # on a CPU: small sizes, minutes
-    python -m benchmarks --only step loader
+python -m benchmarks              # on one GPU under ten minutes
+python -m benchmarks --quick      # on a CPU: small sizes, minutes
+python -m benchmarks --only step loader
 """
 
 import argparse

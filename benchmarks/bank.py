@@ -97,7 +97,13 @@ def main() -> None:
         seconds = measure.in_turn(timed, args.repeats, device, warm=2)
     took = {name: measure.median(values) / args.batch for name, values in seconds.items()}
     rows = [
-        {"case": name, "images/s": 1 / each, "ms an image": 1000 * each, "against online": took["online"] / each, "± %": measure.spread(seconds[name])}
+        {
+            "case": name,
+            "images/s": 1 / each,
+            "ms an image": 1000 * each,
+            "against online": took["online"] / each,
+            "± %": measure.spread(seconds[name]),
+        }
         for name, each in took.items()
     ]
     saved, size = took["online"] - took["banked"], targets.bank_bytes(1, 1, model.n_patches, FEATURES)

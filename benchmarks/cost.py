@@ -23,7 +23,11 @@ def row_of(model: Model, batch_size: int, precision: str, args, device: torch.de
     seconds = measure.in_turn({"step": lambda: step(batch)}, args.repeats, device, warm=2)["step"]
     teacher, student = flops(model, device)
     each, took = student + (0 if args.banked else teacher), measure.median(seconds)
-    row = {"case": f"{batch_size} x {model.image_size} px", "images/s": batch_size / took, "ms an image": 1000 * took / batch_size}
+    row = {
+        "case": f"{batch_size} x {model.image_size} px",
+        "images/s": batch_size / took,
+        "ms an image": 1000 * took / batch_size,
+    }
     row |= {"± %": measure.spread(seconds), "TFLOP/s": batch_size * each / took / 1e12, "GFLOP an image": each / 1e9}
     return row | {"peak GB": peak_memory(step, batch)}
 

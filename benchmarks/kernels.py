@@ -17,12 +17,13 @@ from benchmarks import measure
 from benchmarks.step import batch_of, our_step
 
 KINDS = {  # the first that fits a kernel's name
+    "bookkeeping": r"^autograd::|backward0$|^optimizer|^aten::(t|view|transpose|permute|expand|reshape|select|slice|as_strided|empty.*)$",
     "optimizer": r"adam|multi_tensor_apply",
     "attention": r"attention|flash|fmha",
     "convolution": r"conv|im2col|implicit",
     "matrix products": r"mm\b|gemm|addmm|matmul|cutlass|nvjet|xmma|splitk",
     "norms and softmax": r"norm|softmax|welford",
-    "copies": r"copy|cat|gather|index|scatter|memcpy|memset|fill|zero|transpose|contiguous|clone",
+    "copies": r"copy|cat|gather|index|scatter|memcpy|memset|fill|zero|contiguous|clone",
     "elementwise": r"triton|elementwise|vectorized|add|mul|div|sub|gelu|sigmoid|reduce|sum|mean|rsqrt|pow|neg",
     "the rest": r"",
 }

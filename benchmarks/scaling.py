@@ -73,7 +73,14 @@ def train(model: Model, compute: Compute, batch: int, steps: int, banked: bool, 
     optimizer = optim.adamw(optim.decay_groups(student, 0.05), (0.9, 0.95))
     clock = Clock(None if banked else our_teacher(model, precision, device), precision, device)
     training = Training(
-        epochs=WARM + steps, warmup_epochs=0, batch_size=whole, micro_batch=batch, lr=1e-5, min_lr=0, weight_decay=0, clip_grad=None
+        epochs=WARM + steps,
+        warmup_epochs=0,
+        batch_size=whole,
+        micro_batch=batch,
+        lr=1e-5,
+        min_lr=0,
+        weight_decay=0,
+        clip_grad=None,
     )
     runtime = Runtime(workers=4 if device.type == "cuda" else 0, save_seconds=1e9)
     run = fit.Run("scaling", training, compute, runtime, 0, scratch)
@@ -106,8 +113,15 @@ def main() -> None:
     for n, found in rates.items():
         rate = measure.median(found)
         row = {"case": f"{n} processes" if n > 1 else "1 process", "images/s": rate, "images/s and process": rate / n}
-        rows.append(row | {"efficiency %": 100 * (rate / n) / (measure.median(rates[first]) / first), "± %": measure.spread(found)})
-    about = {**measure.machine(torch.device(args.device)), "model": args.model, "images a process": args.batch, "steps": args.steps}
+        rows.append(
+            row | {"efficiency %": 100 * (rate / n) / (measure.median(rates[first]) / first), "± %": measure.spread(found)}
+        )
+    about = {
+        **measure.machine(torch.device(args.device)),
+        "model": args.model,
+        "images a process": args.batch,
+        "steps": args.steps,
+    }
     measure.show("The training loop by processes", rows, about, args.json)
 
 

@@ -47,7 +47,9 @@ def deviations(found: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> di
     shares, exact_shares = (i / i.sum(dim=1, keepdim=True) for i in (importance, exact_importance))
     noise = torch.stack([masking.gumbel(0, 0, i, importance.shape[1]) for i in range(len(importance))]).to(importance.device)
     kept = masking.n_visible(importance.shape[1], MASK_RATIO)
-    seen, exact_seen = (masking.mask_of(masking.sample_visible(noise, kept, i), i.shape[1]) for i in (importance, exact_importance))
+    seen, exact_seen = (
+        masking.mask_of(masking.sample_visible(noise, kept, i), i.shape[1]) for i in (importance, exact_importance)
+    )
     return {
         "cosine": cosine.mean().item(),
         "lowest cosine": cosine.min().item(),
@@ -97,7 +99,9 @@ def main() -> None:
         cases[precision] = Case(teacher, precision, device, False)
         if args.compile or device.type == "cuda":
             cases[f"{precision} compiled"] = Case(teacher, precision, device, True)
-    seconds = measure.in_turn({name: lambda case=case: case(images) for name, case in cases.items()}, args.repeats, device, warm=2)
+    seconds = measure.in_turn(
+        {name: lambda case=case: case(images) for name, case in cases.items()}, args.repeats, device, warm=2
+    )
     base = measure.median(next(iter(seconds.values())))
     rows = []
     for name, case in cases.items():
