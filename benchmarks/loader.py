@@ -3,8 +3,9 @@
     python -m benchmarks.loader
 
 Compares, on JPEG files of 500 x 400 pixels drawn for the purpose: torchvision's ImageFolder with PIL transforms as the
-release has them (random resized crop to 224, bicubic, flip, to float, normalise), and our records with uint8 tensors
-(normalised on the device, a batch at a time; on a CPU that counts here too). One process; a loader's workers multiply it.
+release has them (random resized crop to 224, bicubic, flip, to float, normalise), and our records with uint8 tensors,
+which the device normalises a batch at a time: once with that, and once without, which is what a loader's worker does.
+One process on one core; workers multiply it.
 """
 
 import tempfile
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torchvision import datasets
-from torchvision.transforms import v2
+from torchvision import transforms as pil
 
 from benchmarks import measure
 from milan import records, sources, transforms
@@ -22,7 +23,7 @@ from milan.packing import Packing
 from milan.records import Records
 from milan.samples import PretrainSamples
 
-SIZE, SCALE = 224, [0.2, 1.0]
+SIZE, SCALE, BATCH = 224, [0.2, 1.0], 20
 
 
 def draw(root: Path, images: int, width: int, height: int) -> None:
@@ -37,9 +38,9 @@ def draw(root: Path, images: int, width: int, height: int) -> None:
 
 
 def published(root: Path) -> datasets.ImageFolder:
-    crop = v2.RandomResizedCrop(SIZE, SCALE, interpolation=v2.InterpolationMode.BICUBIC)
-    to_float = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(*transforms.IMAGENET)]
-    return datasets.ImageFolder(root / "train", v2.Compose([crop, v2.RandomHorizontalFlip(), *to_float]))
+    crop = pil.RandomResizedCrop(SIZE, SCALE, interpolation=pil.InterpolationMode.BICUBIC)
+    to_float = [pil.ToTensor(), pil.Normalize(*transforms.IMAGENET)]
+    return datasets.ImageFolder(root / "train", pil.Compose([crop, pil.RandomHorizontalFlip(), *to_float]))
 
 
 def ours(root: Path, packed: Path) -> PretrainSamples:
@@ -62,18 +63,25 @@ def main() -> None:
         draw(root, args.images, args.width, args.height)
         theirs, mine = published(root), ours(root, root / "records")
 
+        batches = torch.arange(args.images).split(BATCH)
+
         def theirs_once() -> None:
-            torch.stack([theirs[i][0] for i in range(args.images)]).to(device)
+            for batch in batches:
+                torch.stack([theirs[i][0] for i in batch.tolist()]).to(device)
+
+        def worker_once(then=lambda images: None) -> None:
+            for batch in batches:
+                then(torch.stack([mine[0, i]["image"] for i in batch.tolist()]))
 
         def mine_once() -> None:
-            images = torch.stack([mine[0, i]["image"] for i in range(args.images)])
-            transforms.normalise(images.to(device))
+            worker_once(lambda images: transforms.normalise(images.to(device)))
 
         def decode_once() -> None:
             for i in range(args.images):
                 transforms.decode(mine.records[i]["image"])
 
-        cases = {"ImageFolder, PIL": theirs_once, "records, tensors": mine_once, "of which decoding": decode_once}
+        cases = {"ImageFolder, PIL": theirs_once, "records, tensors": mine_once}
+        cases |= {"of which a worker's part": worker_once, "of which decoding": decode_once}
         seconds = measure.in_turn(cases, args.repeats, device)
         size = sum(path.stat().st_size for path in root.rglob("*.JPEG")) / args.images
     base = measure.median(seconds["ImageFolder, PIL"])
@@ -87,6 +95,7 @@ def main() -> None:
         "pixels": f"{args.width} x {args.height}",
         "kB an image": round(size / 1000),
         "images": args.images,
+        "batch": BATCH,
     }
     measure.show("Loading on one core", rows, about, args.json)
 

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import torch
 
+from milan import distributed
 from milan.machine import cpu_name
-from milan.params import Model, Tower
+from milan.params import Compute, Model, Tower
 from milan.progress import Progress
 
 VIT_B = Model("ViT-B/16", 224, 16, Tower(768, 12, 12), Tower(512, 8, 16))
@@ -31,6 +32,24 @@ def arguments(doc: str, repeats: int) -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of this process (%(default)s)")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     return parser
+
+
+def step_arguments(parser: argparse.ArgumentParser) -> None:
+    """For the scripts that look at one kind of step."""
+    parser.add_argument("--model", choices=MODELS, default="vit_b16")
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto")
+    parser.add_argument("--banked", action="store_true", help="without the teacher")
+    parser.add_argument("--no-compile", action="store_true", help="eager on a GPU too")
+
+
+def compute(args: argparse.Namespace, processes: int = 1) -> Compute:
+    """The recipe's compute section for these arguments; compiled on a GPU alone, unless forbidden."""
+    compiled = torch.device(args.device).type == "cuda" and not args.no_compile
+    return Compute(torch.device(args.device).type, processes, 1, args.threads, args.precision, False, compiled)
+
+
+def precision(args: argparse.Namespace) -> str:
+    return distributed.resolve_precision(compute(args), torch.device(args.device))
 
 
 def wait(device: torch.device) -> None:

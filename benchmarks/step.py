@@ -5,8 +5,9 @@
 
 Compares, side by side on random images that lie on the device: the algorithm as published in plain eager PyTorch
 (benchmarks/plain.py), ours with the teacher inside, and ours from the target bank, each in float32 and bfloat16 (on a
-GPU also compiled). A step is teacher, forward, backward and AdamW. Needs torch and timm, and open_clip for the teacher:
-without it, `ours online` runs with the plain teacher, and says so.
+GPU, or with --compile, also compiled). A step is teacher, forward, backward and AdamW. Beside the speed: how far loss and
+gradient norm of the first step, from the same weights, are from our own in float32. Needs torch and timm, and open_clip
+for the teacher: without it, `ours online` runs with the plain teacher, and says so.
 """
 
 from collections.abc import Callable
@@ -36,9 +37,11 @@ class Batch:
 class Step:
     """One way to do a step: teacher (None: targets are at hand), student, optimizer, precision."""
 
-    def __init__(self, teacher: nn.Module | None, student: Callable, parameters, optimizer, precision: str, device: torch.device):
-        self.teacher, self.student, self.optimizer = teacher, student, optimizer
-        self.precision, self.device, self.parameters = precision, device, parameters
+    def __init__(
+        self, teacher: nn.Module | None, call: Callable, student: nn.Module, optimizer, precision: str, device: torch.device
+    ):
+        self.teacher, self.call, self.student, self.optimizer = teacher, call, student, optimizer
+        self.precision, self.device = precision, device
 
     def look(self, batch: Batch) -> tuple[Tensor, Tensor]:
         if self.teacher is None:
@@ -50,7 +53,7 @@ class Step:
         # Tensors made in inference mode cannot be saved for backward.
         targets = [t.clone() if t.is_inference() else t for t in targets]
         with distributed.autocast(self.precision, self.device):
-            return self.student(batch, *targets)
+            return self.call(batch, *targets)
 
     def update(self) -> None:
         self.optimizer.step()
@@ -70,6 +73,7 @@ def plain_step(model: Model, precision: str, device: torch.device) -> Step:
 
 def our_step(model: Model, precision: str, device: torch.device, online: bool, compiled: bool) -> Step:
     distributed.choose_attention(precision, device)
+    torch.manual_seed(0)
     student = MaskedPretraining(model, MILAN, 0.75, FEATURES).to(device)
     optimizer = optim.adamw(optim.decay_groups(student, 0.05), (0.9, 0.95))
     optim.set_lr(optimizer, 1e-5)
@@ -114,6 +118,21 @@ def flops(model: Model, device: torch.device) -> tuple[float, float]:
     return teacher.get_total_flops(), student.get_total_flops()
 
 
+def first(step: Step, batch: Batch) -> tuple[float, float]:
+    """Loss and gradient norm before any update."""
+    loss = step.loss(batch, step.look(batch))
+    loss.backward()
+    norm = nn.utils.get_total_norm([p.grad for p in step.student.parameters() if p.grad is not None])
+    step.optimizer.zero_grad(set_to_none=True)
+    return loss.item(), norm.item()
+
+
+def off(found: tuple[float, float], exact: tuple[float, float] | None) -> dict[str, float | None]:
+    """In %; None where there is nothing to compare with."""
+    percent = [100 * abs(a / b - 1) for a, b in zip(found, exact, strict=True)] if exact else [None, None]
+    return dict(zip(("loss off %", "gradient norm off %"), percent, strict=True))
+
+
 def split(step: Step, batch: Batch, repeats: int) -> dict[str, float]:
     """Seconds of the parts of a step: medians, each part on its own."""
     targets = step.look(batch)
@@ -129,26 +148,34 @@ def split(step: Step, batch: Batch, repeats: int) -> dict[str, float]:
     return {name: measure.median(seconds) for name, seconds in measure.in_turn(parts, repeats, step.device).items()}
 
 
+def steps_of(args, model: Model, device: torch.device) -> dict[str, Step]:
+    steps = {}
+    for precision in args.precisions:
+        steps[f"plain online {precision}"] = plain_step(model, precision, device)
+        steps[f"ours online {precision}"] = our_step(model, precision, device, True, False)
+        steps[f"ours banked {precision}"] = our_step(model, precision, device, False, False)
+    if args.compile or device.type == "cuda" and not args.no_compile:
+        last = args.precisions[-1]
+        steps[f"ours online {last} compiled"] = our_step(model, last, device, True, True)
+        steps[f"ours banked {last} compiled"] = our_step(model, last, device, False, True)
+    return steps
+
+
 def main() -> None:
     parser = measure.arguments(__doc__, repeats=5)
     parser.add_argument("--model", choices=measure.MODELS, default="vit_b16")
     parser.add_argument("--batch", type=int, default=16, help="images (default: %(default)s)")
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16", "fp16"])
-    parser.add_argument("--no-compile", action="store_true", help="leave out the compiled cases on a GPU")
+    parser.add_argument("--compile", action="store_true", help="compiled cases, in the last precision, on a CPU too")
+    parser.add_argument("--no-compile", action="store_true", help="leave them out on a GPU")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device, model = torch.device(args.device), measure.MODELS[args.model]
     batch = batch_of(model, args.batch, device)
     each_teacher, each_student = flops(model, device)
     peaks = {p: measure.matmul_peak(device, distributed.DTYPES[p]) for p in args.precisions}
-    steps = {}
-    for precision in args.precisions:
-        steps[f"plain online {precision}"] = plain_step(model, precision, device)
-        steps[f"ours online {precision}"] = our_step(model, precision, device, True, False)
-        steps[f"ours banked {precision}"] = our_step(model, precision, device, False, False)
-    if device.type == "cuda" and not args.no_compile:
-        steps["ours online bf16 compiled"] = our_step(model, "bf16", device, True, True)
-        steps["ours banked bf16 compiled"] = our_step(model, "bf16", device, False, True)
+    steps = steps_of(args, model, device)
+    firsts = {name: first(step, batch) for name, step in steps.items()}
     seconds = measure.in_turn({name: lambda step=step: step(batch) for name, step in steps.items()}, args.repeats, device, warm=2)
     rows = []
     for name, step in steps.items():
@@ -161,6 +188,7 @@ def main() -> None:
             "% of matmul peak": 100 * arithmetic / peaks[step.precision],
             "peak GB": peak_memory(step, batch),
         }
+        row |= off(firsts[name], None if "plain" in name else firsts.get(f"{' '.join(name.split()[:2])} fp32"))
         rows.append(row | {f"{part} s": value for part, value in {"teacher": None, **split(step, batch, args.repeats)}.items()})
     about = {**measure.machine(device), "model": args.model, "batch": args.batch, "repeats": args.repeats}
     about |= {"GFLOP teacher": f"{each_teacher / 1e9:.1f}", "GFLOP student": f"{each_student / 1e9:.1f}"}

@@ -9,7 +9,7 @@ from pathlib import Path
 import open_clip
 import torch
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, convert_weights_to_lp
-from open_clip.transformer import VisionTransformer
+from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
 from milan.checkpoint import load_weights, save_weights
@@ -53,12 +53,13 @@ class ClipTower(Tower):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         tokens = self.visual._embeds(images)
-        *blocks, last = self.visual.transformer.resblocks
-        for block in blocks:
-            tokens = block(tokens)
-        importance = cls_attention(last, tokens)[:, 1:]
-        tokens = self.visual.ln_post(last(tokens))
-        return tokens @ self.visual.proj.to(tokens.dtype), importance
+        for block in self.visual.transformer.resblocks:
+            query, keys, values = in_heads(block, tokens)
+            mixed = nn.functional.scaled_dot_product_attention(query, keys, values).transpose(1, 2).flatten(2)
+            tokens = tokens + block.ls_1(block.attn.out_proj(mixed))
+            tokens = tokens + block.ls_2(block.mlp(block.ln_2(tokens)))
+        importance = mean_attention(query[:, :, :1], keys)[:, 1:]
+        return self.visual.ln_post(tokens) @ self.visual.proj.to(tokens.dtype), importance
 
 
 def unlike_clip(visual: nn.Module) -> str | None:
@@ -69,28 +70,22 @@ def unlike_clip(visual: nn.Module) -> str | None:
         return "this one sums up an image by attention queries, not by its class token"
     if visual.pool_type != "tok":
         return "this one sums up an image by the mean of its patches, and its class token was never taught to"
-    if not isinstance(visual.transformer.resblocks[-1].attn, nn.MultiheadAttention):
-        return "this one has attention of another kind"
+    if any(type(block) is not ResidualAttentionBlock for block in visual.transformer.resblocks):
+        return "this one has blocks of another kind"
     return None
 
 
-def cls_attention(block: nn.Module, tokens: Tensor) -> Tensor:
-    """Attention of the class token over all tokens, (B, 1+N), mean over heads: one query, never the matrix."""
-    attention = block.attn
-    batch, length, width = tokens.shape
-    heads = attention.num_heads
-    normed = block.ln_1(tokens)
-    weight, bias = attention.in_proj_weight, attention.in_proj_bias
-    query = nn.functional.linear(normed[:, :1], weight[:width], bias[:width])
-    keys = nn.functional.linear(normed, weight[width : 2 * width], bias[width : 2 * width])
-    return mean_attention(
-        query.view(batch, 1, heads, -1).transpose(1, 2), keys.view(batch, length, heads, -1).transpose(1, 2)
-    )
+def in_heads(block: nn.Module, tokens: Tensor) -> Tensor:
+    """(3, B, heads, 1+N, D/heads): queries, keys and values of a block, by one product. nn.MultiheadAttention, which holds
+    the weights, has a fast way too, but not under autocast; this one serves every precision, and the importance."""
+    batch, length, _ = tokens.shape
+    projected = nn.functional.linear(block.ln_1(tokens), block.attn.in_proj_weight, block.attn.in_proj_bias)
+    return projected.view(batch, length, 3, block.attn.num_heads, -1).permute(2, 0, 3, 1, 4)
 
 
 def mean_attention(query: Tensor, keys: Tensor) -> Tensor:
-    """query (B, heads, 1, d), keys (B, heads, L, d) -> (B, L) softmax over L, mean over heads; float32 whatever the
-    autocast."""
+    """query (B, heads, 1, d), keys (B, heads, L, d) -> (B, L) softmax over L, mean over heads: one query, never the matrix;
+    float32 whatever the autocast."""
     with torch.autocast(query.device.type, enabled=False):
         logits = query.float() @ keys.float().transpose(-2, -1) * query.shape[-1] ** -0.5
     return logits.softmax(dim=-1).mean(dim=1).squeeze(1)

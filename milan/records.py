@@ -97,6 +97,7 @@ class Records:
         for shard in self.shards:
             self.starts.append(self.starts[-1] + shard["images"])
         self._tables: dict[int, pa.Table] = {}
+        self._columns: dict[int, dict[str, pa.ChunkedArray]] = {}
 
     @property
     def classes(self) -> list[str]:
@@ -116,12 +117,19 @@ class Records:
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
         number = bisect.bisect_right(self.starts, index) - 1
-        table, row = self.table(number), index - self.starts[number]
-        return {name: table.column(name)[row].as_py() for name in table.column_names}
+        row = index - self.starts[number]
+        return {name: column[row].as_py() for name, column in self.columns(number).items()}
 
     def column(self, name: str) -> list:
         """A whole column, such as "label", without touching the images."""
         return [value for number in range(len(self.shards)) for value in self.table(number).column(name).to_pylist()]
+
+    def columns(self, number: int) -> dict[str, pa.ChunkedArray]:
+        """A shard's columns by name; looking them up anew takes as long as reading a record."""
+        if number not in self._columns:
+            table = self.table(number)
+            self._columns[number] = {name: table.column(name) for name in table.column_names}
+        return self._columns[number]
 
     def table(self, number: int) -> pa.Table:
         if number not in self._tables:
@@ -133,4 +141,4 @@ class Records:
         return self._tables[number]
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_tables": {}}
+        return {**self.__dict__, "_tables": {}, "_columns": {}}

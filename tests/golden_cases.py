@@ -147,12 +147,11 @@ def clip_tower(case: Case) -> dict:
     tower = ClipTower(empty_clip(case.config).visual).eval()
     pretrained.load_state(tower, pretrained.image_state(state), Path(case.name))
     last, seen = tower.visual.transformer.resblocks[-1], []
-    last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    last.ln_1.register_forward_hook(lambda *module_inputs_and_output: seen.append(module_inputs_and_output[-1]))
     side = case.config["image"]
     with torch.no_grad():
         features, importance = tower(case.input("images", case.config["batch"], 3, side, side))
-        normed = last.ln_1(seen[0])
-        attention = last.attn(normed, normed, normed, need_weights=True)[1]
+        attention = last.attn(seen[0], seen[0], seen[0], need_weights=True)[1]
     return {"features": features, "importance": importance, "importance_sum": importance.sum(dim=1), "attention": attention}
 
 

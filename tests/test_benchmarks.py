@@ -1,15 +1,18 @@
 """The benchmarks run, and what they compare is the same computation."""
 
 import json
+import subprocess
 import sys
 
 import pytest
 import torch
 
-from benchmarks import loader, measure, plain, step
+from benchmarks import __main__ as everything
+from benchmarks import bank, cost, kernels, loader, measure, plain, scaling, step, teacher
 from milan import masking
 from milan.model import MaskedPretraining
 from milan.params import Model, Tower
+from tests.conftest import ROOT
 
 SMALL = Model("small", 32, 8, Tower(24, 2, 3), Tower(16, 2, 2))
 FEATURES = 12
@@ -49,18 +52,83 @@ def test_plain_and_ours_are_one_algorithm():
     assert 0 < other(images, features, importance).item() < 4
 
 
-@pytest.mark.parametrize("script, arguments", [
-    (step, ["--model", "tiny", "--batch", "2", "--precisions", "fp32"]),
-    (loader, ["--images", "4", "--width", "64", "--height", "48"]),
-])  # fmt: skip
-def test_a_benchmark_prints_a_table_and_writes_json(script, arguments, monkeypatch, tmp_path, capsys, one_thread):
-    path = tmp_path / "figures.json"
-    monkeypatch.setattr(sys, "argv", [script.__name__, *arguments, "--device", "cpu", "--repeats", "2", "--threads", "1", "--json", str(path)])
+SCRIPTS = {
+    step: (["--model", "tiny", "--batch", "2", "--precisions", "fp32"], 3),
+    loader: (["--images", "4", "--width", "64", "--height", "48"], 4),
+    teacher: (["--model", "tiny", "--batch", "2"], 2),
+    cost: (["--model", "tiny", "--batches", "2", "--sizes", "64"], 2),
+    kernels: (["--model", "tiny", "--batch", "2"], 6),
+    bank: (["--model", "tiny", "--images", "4", "--batch", "2"], 3),
+    scaling: (["--model", "tiny", "--batch", "2", "--steps", "1", "--processes", "1", "2"], 2),
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_a_benchmark_prints_a_table_and_writes_json(script, monkeypatch, tmp_path, capsys, workplace):
+    path, (arguments, rows) = tmp_path / "figures.json", SCRIPTS[script]
+    common = ["--device", "cpu", "--repeats", "1", "--threads", "1", "--json", str(path)]
+    monkeypatch.setattr(sys, "argv", [script.__name__, *arguments, *common])
     script.main()
     found = json.loads(path.read_text())
     printed = capsys.readouterr().out
-    assert all(f"| {row['case']} " in printed for row in found["rows"]) and len(found["rows"]) == 3
-    assert all(row["images/s"] > 0 for row in found["rows"]) and found["about"]["torch"] == torch.__version__
+    assert all(f"| {row['case']} " in printed for row in found["rows"]) and len(found["rows"]) >= rows
+    assert all(row.get("images/s", row.get("ms a step")) > 0 for row in found["rows"])
+    assert found["about"]["torch"] == torch.__version__
+
+
+def test_they_need_neither_dvc_nor_mlflow():
+    """Nor what only the pipeline needs; with those shut out, every script still imports."""
+    names = ", ".join(script.__name__ for script in SCRIPTS)
+    shut = "import sys; sys.modules.update(dict.fromkeys(['dvc', 'mlflow', 'pandas', 'matplotlib', 'nbclient']))"
+    done = subprocess.run([sys.executable, "-c", f"{shut}; import {names}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_all_runs_each_in_turn_and_says_which_failed(monkeypatch, tmp_path, capsys):
+    ran = []
+
+    def run(command: list[str]) -> subprocess.CompletedProcess:
+        ran.append(command)
+        return subprocess.CompletedProcess(command, 1 if "benchmarks.step" in command else 0)
+
+    monkeypatch.setattr(everything.subprocess, "run", run)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--quick", "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match="failed: step"):
+        everything.main()
+    assert {command[2] for command in ran} == {script.__name__ for script in SCRIPTS}
+    assert all(command[-1].endswith(f"{command[2].split('.')[1]}.json") for command in ran)
+    assert "6 of 7 benchmarks" in capsys.readouterr().out and (tmp_path / "out").is_dir()
+
+
+def test_deviations_of_the_teacher_by_hand():
+    """One image, four patches: ranks 0 1 2 3 against 1 0 2 3, and a tenth of the importance moved."""
+    exact = torch.tensor([[[1.0, 0.0], [0.0, 2.0]]]), torch.tensor([[0.1, 0.2, 0.3, 0.4]])
+    found = torch.tensor([[[2.0, 0.0], [1.0, 1.0]]]), torch.tensor([[0.2, 0.1, 0.3, 0.4]])
+    values = teacher.deviations(found, exact)
+    assert values["cosine"] == pytest.approx((1 + 0.5**0.5) / 2) and values["lowest cosine"] == pytest.approx(0.5**0.5)
+    assert values["total variation"] == pytest.approx(0.1)
+    assert values["rank correlation"] == pytest.approx(1 - 6 * 2 / (4 * 15))  # Spearman: 1 - 6 sum d^2 / (n (n^2 - 1))
+    assert teacher.deviations(exact, exact)["% same visible"] == 100
+
+
+def test_kernels_are_sorted_into_kinds():
+    names = {
+        "aten::addmm": "matrix products",
+        "nvjet_hsh_128x256_64x4": "matrix products",
+        "autograd::engine::evaluate_function: AddmmBackward0": "bookkeeping",
+        "aten::t": "bookkeeping",
+        "pytorch_flash::flash_fwd_kernel": "attention",
+        "aten::_fused_adamw_": "optimizer",
+        "void at::native::multi_tensor_apply_kernel": "optimizer",
+        "aten::native_layer_norm": "norms and softmax",
+        "Memcpy DtoD (Device -> Device)": "copies",
+        "triton_poi_fused_gelu_3": "elementwise",
+        "aten::mkldnn_convolution": "convolution",
+    }
+    assert {name: kernels.kind_of(name) for name in names} == names
+    rows = kernels.rows_of([("aten::mm", 0.3, 6), ("aten::addmm", 0.1, 2), ("aten::gelu", 0.1, 4), ("aten::t", 0.0, 9)], 2)
+    assert [(row["case"], row["%"], row["calls"]) for row in rows] == [("matrix products", pytest.approx(80), 4), ("elementwise", pytest.approx(20), 2)]
+    assert rows[0]["ms a step"] == pytest.approx(200) and rows[0]["longest"] == "aten::mm"
 
 
 def test_medians_and_spread_by_hand():

@@ -14,8 +14,9 @@ from milan.clip import (
     ClipTower,
     Tokenizer,
     build_tiny,
-    cls_attention,
+    in_heads,
     load_teacher,
+    mean_attention,
     save_no_teacher,
     save_teacher,
     text_classifier,
@@ -87,7 +88,8 @@ def test_importance_follows_its_patch():
         block.attn.in_proj_weight.zero_(), block.attn.in_proj_bias.zero_()
         block.attn.in_proj_bias[:32:8] = 50.0  # each head's query: its first channel
         block.attn.in_proj_weight[32:64:8, 1] = 1.0  # each head's key: the second channel
-    attention = cls_attention(block, tokens)[0]
+    query, keys, _ = in_heads(block, tokens)
+    attention = mean_attention(query[:, :, :1], keys)[0]
     assert attention.argmax() == 6 and attention[6] > 0.999 and attention.sum() == pytest.approx(1)
 
 

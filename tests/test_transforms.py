@@ -101,6 +101,21 @@ def test_a_crop_is_pil_s_bicubic(box, flip):
     assert grey_levels(transforms.crop(tensor(image), (*box, flip), 224), theirs) <= 2
 
 
+@pytest.mark.parametrize("noise", [0, 12, 60], ids=["smooth", "noisy", "noise"])
+def test_a_loaded_view_is_the_reference_s(noise):
+    """From the file on: at most 2 grey levels from the release's PIL transforms, and a fiftieth of one on average (0.005 seen)."""
+    colours = np.random.default_rng(noise).integers(0, 256, (8, 10, 3), np.uint8)
+    smooth = np.asarray(Image.fromarray(colours).resize((500, 400), Image.BICUBIC))
+    pixels = smooth + np.random.default_rng(1).normal(0, noise, smooth.shape)
+    data = file(Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), "JPEG", quality=90)
+    for top, left, height, width in ((30, 70, 310, 402), (0, 0, 400, 500), (100, 100, 160, 170)):
+        with Image.open(io.BytesIO(data)) as image:
+            theirs = image.convert("RGB").crop((left, top, left + width, top + height)).resize((224, 224), Image.BICUBIC)
+        ours = transforms.crop(transforms.decode(data), (top, left, height, width, False), 224)
+        assert grey_levels(ours, theirs) <= 2
+        assert (ours.float() - tensor(theirs).float()).abs().mean() < 0.02
+
+
 def test_a_crop_moves_pixels_where_they_belong():
     """Without a change of size a crop is a cut: pixel (y, x) holds 10 y + x."""
     image = (torch.arange(10)[:, None] * 10 + torch.arange(10)).to(torch.uint8).expand(3, -1, -1)
