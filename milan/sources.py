@@ -36,7 +36,8 @@ class Images:
 
 def read_images(root: Path) -> Images:
     """The set in a folder of one of LAYOUTS. Raises UserError for any other, naming what is odd."""
-    existing(root, f"expected {LAYOUTS}")
+    if existing(root, f"expected {LAYOUTS}").is_file():
+        raise UserError(f"{root} is a file: data.imagenet names the folder that holds it. Expected {LAYOUTS}.")
     tables = {split: parquet_files(root, split) for split in ("train", "val")}
     if (root / TRAIN_TAR).exists():
         return from_tars(root)

@@ -226,6 +226,11 @@ def test_a_missing_folder_is_named_with_the_layouts(tmp_path, missing):
     assert all(word in said for word in ("train/ and val/", "ILSVRC2012_img_train.tar", "train-*.parquet", "without labels"))
 
 
+def test_a_file_in_the_place_of_its_folder(tmp_path):
+    root = tars(tmp_path / "set")
+    assert "ILSVRC2012_img_train.tar is a file: data.imagenet names the folder" in refusal(root / "ILSVRC2012_img_train.tar")
+
+
 def test_classes_that_differ_between_the_splits_are_named(tmp_path):
     root = class_tree(tmp_path, {f"{folder}/1.JPEG": b"x" for folder in ("train/a", "train/b", "val/a", "val/c")})
     assert "train has b alone; val has c alone" in refusal(root)
