@@ -173,7 +173,8 @@ def in_process(place: Place, function: Callable[..., dict], arguments: tuple | N
             watch.start()
         join(place, rank, local)
         value = function(*(from_rank_0(arguments) if place.nodes > 1 else arguments))
-        dist.destroy_process_group()
+        with contextlib.suppress(Exception):
+            dist.destroy_process_group()
         if watch:
             watch.leave()
         return value

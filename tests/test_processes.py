@@ -67,6 +67,16 @@ def test_running_statistics_by_hand():
     assert norm.running_mean.item() == pytest.approx(0.9 * 0.4 + 0.1)
 
 
+@pytest.mark.parametrize("batch_size, said", [
+    (16, ""),
+    (32, "sees 16 x 1 images at a time, as published the whole batch of 32: for that, -S segment.micro_batch=32."),
+])  # fmt: skip
+def test_what_segmentation_s_batch_norm_sees_is_said(capfd, batch_size, said):
+    segment.say_what_batch_norm_sees(batch_size, micro_batch=16)
+    out = capfd.readouterr().out
+    assert said in out and bool(out) == bool(said)
+
+
 # The stages' own models.
 
 
