@@ -9,7 +9,7 @@ repro: setup ## the whole pipeline, then the table
 	@dvc repro
 	@cat reports/table.md
 	@echo
-	@echo "The table is reports/table.md, the pictures are in reports/plots and reports/figures, the notebooks behind them in notebooks/."
+	@echo "All of it on one page, with where it came from: reports/index.html. The notebooks behind the pictures are in notebooks/."
 	@echo "Compare runs:  .venv/bin/mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1"
 	@echo "Vary a thing:  .venv/bin/dvc exp run -S pretrain.mask_ratio=0.5"
 

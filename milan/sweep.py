@@ -54,7 +54,7 @@ def write(key: str, experiments: list[Experiment], out: Path) -> None:
     """Raises UserError unless at least two values of the key have results."""
     sweep, others = members(key, experiments)
     runs = rows(key, sweep)
-    if runs.empty or runs["value"].nunique() < 2:
+    if runs.empty:
         raise UserError(
             f"{key}: results of at least two values are needed; DVC has {len(experiments) - 1} experiment(s) on this commit "
             f"(`dvc exp show`). Run some: dvc exp run --queue -S '{key}=ONE,OTHER' && dvc exp run --run-all"
@@ -127,7 +127,7 @@ def flattened(tree: dict, prefix: str = "") -> dict:
 
 
 def rows(key: str, sweep: list[Experiment]) -> pd.DataFrame:
-    """A row a value, variant and seed that has all measures; of repeated ones the newest."""
+    """A row a value, variant and seed that has all measures, of repeated ones the newest; no variant with one value only."""
     found = {}
     for experiment in sweep:
         value = flattened(experiment.recipe)[key]
@@ -142,7 +142,9 @@ def rows(key: str, sweep: list[Experiment]) -> pd.DataFrame:
                     found[place] = {"value": value, "variant": variant, "seed": seed, **numbers, "experiment": experiment.name}
     table = pd.DataFrame(found.values(), columns=["value", "variant", "seed", *MEASURES, "experiment"])
     numeric = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in table["value"])
-    return table.assign(value=table["value"] if numeric else table["value"].map(str)).sort_values(["variant", "value", "seed"])
+    table = table.assign(value=table["value"] if numeric else table["value"].map(str))
+    table = table[table.groupby("variant")["value"].transform("nunique") > 1]
+    return table.sort_values(["variant", "value", "seed"])
 
 
 def markdown(key: str, scale: str, runs: pd.DataFrame) -> str:
@@ -178,7 +180,7 @@ def draw(key: str, runs: pd.DataFrame) -> Figure:
             axis.plot(means.index, means, color=shade, lw=1.8, label=method(variant))
             axis.plot(own["value"], own[column], "o", color=shade, ms=5)
         axis.set_title(f"{TITLES[column]} %", fontsize=10)
-        axis.set_xlabel(key.split(".")[-1].replace("_", " "))
+        axis.set_xlabel(key, fontsize=9)
         axis.set_xticks(sorted(runs["value"].unique()))
         axis.margins(x=0.1, y=0.15)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9)

@@ -97,6 +97,11 @@ def test_the_figures_depend_on_every_notebook():
     assert {path.relative_to(ROOT).as_posix() for path in ROOT.glob("notebooks/*.ipynb")} <= set(entry("figures")["deps"])
 
 
+def test_what_changes_from_run_to_run_is_no_out():
+    """So that a forced rerun leaves dvc.lock as it was."""
+    assert "--out reports/index.html" in entry("page")["cmd"] and not {"outs", "metrics", "plots"} & set(entry("page"))
+
+
 def test_no_telemetry():
     config = configparser.ConfigParser()
     config.read(ROOT / ".dvc" / "config")

@@ -96,3 +96,19 @@ def test_nearest_neighbours_a_few_rows_at_a_time(monkeypatch):
     monkeypatch.setattr(evaluate, "SIMILARITIES", 10)  # two rows of five points
     labels = torch.tensor([0, 0, 1, 1, 0])
     assert evaluate.knn_top1(POINTS, LABELS, POINTS, labels, CPU, k=1) == 80
+
+
+def test_confused_pairs_are_actual_and_predicted_in_order():
+    predicted, labels = torch.tensor([1, 1, 0]), torch.tensor([0, 1, 2])
+    assert evaluate.confused(predicted, labels).tolist() == [[0, 1], [1, 1], [2, 0]]
+
+
+def test_of_many_classes_the_worst_are_kept_and_of_many_images_an_even_choice():
+    """Class k of 60 has k mistakes, taken for class 59 (of 59 for 0): the 20 worst are 40 to 59."""
+    labels = torch.arange(60).repeat_interleave(60)
+    predicted = torch.where(torch.arange(60).repeat(60) < labels, 59, labels)
+    predicted[(labels == 59) & (predicted == 59)] = 0
+    pairs = evaluate.confused(predicted, labels)
+    assert sorted(set(pairs[:, 0].tolist())) == list(range(40, 59)) and len(pairs) == 19 * 60
+    assert set(pairs[:, 1].tolist()) == set(range(40, 60))
+    assert evaluate.confused(predicted, labels, rows=600).tolist() == pairs[::2].tolist()

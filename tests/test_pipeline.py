@@ -58,6 +58,12 @@ def test_the_table_and_the_figures_are_there(clone):
     assert len(list((clone / "reports/figures").glob("*.png"))) >= 4
 
 
+def test_the_page_knows_the_run_of_every_stage(clone):
+    page, stages = (clone / "reports/index.html").read_text(), yaml.safe_load(lock(clone))["stages"]
+    assert "not found" not in page and f"for {len(stages) - 1} of {len(stages) - 1} stages" in page  # all but the page's own
+    assert all(out["md5"] in page for stage in stages.values() for out in stage.get("outs", []))
+
+
 def test_a_second_run_executes_nothing(clone):
     assert STAGE_WORDS not in dvc(clone, "repro")
     assert "up to date" in dvc(clone, "status")
@@ -76,7 +82,7 @@ def test_an_edit_of_the_table_reruns_only_reports(clone):
     before, text = lock(clone), source.read_text()
     source.write_text(text + "\n# touched\n")
     said = dvc(clone, "repro")
-    assert {line.split("'")[1] for line in said.splitlines() if STAGE_WORDS in line} <= {"report", "figures"}
+    assert {line.split("'")[1] for line in said.splitlines() if STAGE_WORDS in line} <= {"report", "figures", "page"}
     assert "Running stage 'report'" in said
     source.write_text(text)
     dvc(clone, "repro")

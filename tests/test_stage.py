@@ -212,6 +212,7 @@ def test_an_earlier_stage_s_output_is_missing(desk, name):
     arguments = [word for given in HEAVY[name] for word in (f"--{given}", f"nowhere/{given}")]
     arguments += ["--out", "outs/made", "--metrics", "metrics.json"]
     arguments += ["--curve", "curve.csv"] if name != "extract_targets" else []
+    arguments += ["--confusion", "confusion.csv"] if name == "finetune" else []
     arguments += ["--variant", "milan", "--seed", "0"] if name not in ("teacher", "extract_targets") else []
     status, said = run_heavy(name, *arguments)
     assert status == 1, said
@@ -277,9 +278,9 @@ def test_scenes_without_a_label_are_refused(desk, tree):
 
 
 def test_weights_that_do_not_fit(desk):
-    status, said = run_heavy("finetune", *pretrained_folder(desk))
+    status, said = run_heavy("finetune", *pretrained_folder(desk), "--confusion", "confusion.csv")
     assert status == 1, said
-    assert "blocks.0.attn.qkv.weight" in refused(said, "outs/made", "metrics.json", "curve.csv")
+    assert "blocks.0.attn.qkv.weight" in refused(said, "outs/made", "metrics.json", "curve.csv", "confusion.csv")
 
 
 @pytest.mark.parametrize("processes", [1, 2])
