@@ -42,10 +42,10 @@ def step_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-compile", action="store_true", help="eager on a GPU too")
 
 
-def compute(args: argparse.Namespace, processes: int = 1) -> Compute:
+def compute(args: argparse.Namespace) -> Compute:
     """The recipe's compute section for these arguments; compiled on a GPU alone, unless forbidden."""
     compiled = torch.device(args.device).type == "cuda" and not args.no_compile
-    return Compute(torch.device(args.device).type, processes, 1, args.threads, args.precision, False, compiled)
+    return Compute(torch.device(args.device).type, args.threads, args.precision, False, compiled)
 
 
 def precision(args: argparse.Namespace) -> str:

@@ -11,6 +11,7 @@ at every step here (so few make a curve), and not every ten: on a GPU a little s
 
 import os
 import time
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -65,10 +66,22 @@ class Clock:
         return time.perf_counter() - self.began
 
 
-def train(model: Model, compute: Compute, batch: int, steps: int, banked: bool, scratch: Scratch) -> dict:
+@dataclass(frozen=True)
+class Place:
+    """What distributed.launch asks of a recipe."""
+
+    compute: Compute
+    runtime: Runtime
+
+    @property
+    def world(self) -> int:
+        return self.runtime.processes
+
+
+def train(p: Place, model: Model, batch: int, steps: int, banked: bool, scratch: Scratch) -> dict:
     """Images a second of all processes together."""
-    device = distributed.set_up(compute)
-    precision, whole = distributed.resolve_precision(compute, device), batch * compute.processes
+    device = distributed.set_up(p.compute)
+    precision, whole = distributed.resolve_precision(p.compute, device), batch * p.world
     student = MaskedPretraining(model, MILAN, 0.75, FEATURES).to(device)
     optimizer = optim.adamw(optim.decay_groups(student, 0.05), (0.9, 0.95))
     clock = Clock(None if banked else our_teacher(model, precision, device), precision, device)
@@ -82,8 +95,7 @@ def train(model: Model, compute: Compute, batch: int, steps: int, banked: bool, 
         weight_decay=0,
         clip_grad=None,
     )
-    runtime = Runtime(workers=4 if device.type == "cuda" else 0, save_seconds=1e9)
-    run = fit.Run("scaling", training, compute, runtime, 0, scratch)
+    run = fit.Run("scaling", training, p.compute, p.runtime, 0, scratch)
     fit.fit(student, Images(model, whole, banked), optimizer, run, clock)
     return {"rate": steps * whole / clock.seconds()}
 
@@ -106,9 +118,10 @@ def main() -> None:
     rates: dict[int, list[float]] = {n: [] for n in args.processes}
     for _ in range(args.repeats):
         for n in args.processes:
-            compute, scratch = measure.compute(args, n), Scratch("benchmark", str(time.time_ns()))
-            arguments = measure.MODELS[args.model], compute, args.batch, args.steps, args.banked, scratch
-            rates[n].append(distributed.launch(train, compute, *arguments)["rate"])
+            workers, scratch = 4 if args.device != "cpu" else 0, Scratch("benchmark", str(time.time_ns()))
+            place = Place(measure.compute(args), Runtime(processes=n, nodes=1, workers=workers, save_seconds=1e9))
+            arguments = measure.MODELS[args.model], args.batch, args.steps, args.banked, scratch
+            rates[n].append(distributed.launch(train, place, *arguments)["rate"])
     first, rows = args.processes[0], []
     for n, found in rates.items():
         rate = measure.median(found)

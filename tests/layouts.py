@@ -86,9 +86,9 @@ def train_tars(files: dict[str, bytes]) -> dict[str, bytes]:
     }
 
 
-def tars(root: Path, labels: str = "devkit") -> Path:
-    """The release's tars, classes and images in another order than that of their names."""
-    given = images()
+def tars(root: Path, labels: str = "devkit", given: dict[str, dict[str, bytes]] | None = None) -> Path:
+    """The release's tars of images() or of others, classes and images in another order than that of their names."""
+    given = given or images()
     root.mkdir(parents=True)
     inner = train_tars(dict(reversed(given["train"].items())))
     (root / "ILSVRC2012_img_train.tar").write_bytes(tar(dict(reversed(inner.items()))))

@@ -18,8 +18,15 @@ STAGE_WORDS = "Running stage"
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory) -> Path:
-    """The tracked files as they are now, committed to a repository of their own, after one smoke run."""
-    folder = tmp_path_factory.mktemp("clone") / "milan"
+    """A clone after one smoke run."""
+    folder = clone_of(tmp_path_factory.mktemp("clone") / "milan")
+    first = dvc(folder, "exp", "run", "-S", "scale=smoke")
+    assert "Running stage 'figures'" in first
+    return folder
+
+
+def clone_of(folder: Path) -> Path:
+    """The tracked files as they are now, committed to a repository of their own; nothing has run in it."""
     folder.mkdir()
     names = run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], ROOT).split("\0")
     for name in filter(lambda n: n and (ROOT / n).is_file(), names):
@@ -28,8 +35,6 @@ def clone(tmp_path_factory) -> Path:
     (folder / "dvc.lock").unlink(missing_ok=True)
     for command in (["init", "-q"], ["add", "-A"], ["-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "clone"]):
         run(["git", *command], folder)
-    first = dvc(folder, "exp", "run", "-S", "scale=smoke")
-    assert "Running stage 'figures'" in first
     return folder
 
 

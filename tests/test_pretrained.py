@@ -26,7 +26,7 @@ from milan.params import Compute, Pretrained
 from milan.teachers import build_tower, load_tower
 
 NAME = "ViT-golden-tiny"
-CPU = Compute("cpu", 1, 1, 1, "fp32", True, False)
+CPU = Compute("cpu", 1, "fp32", True, False)
 CONFIG = {
     "embed_dim": 12,
     "quick_gelu": True,

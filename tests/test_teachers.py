@@ -20,7 +20,7 @@ KINDS = {
     "distilled": (VisionTransformerDistilled, {}),
 }
 IMAGES = torch.randn(3, 3, 32, 32, generator=rng.generator(0, "images"))
-CPU = Compute("cpu", 1, 1, 1, "fp32", True, False)
+CPU = Compute("cpu", 1, "fp32", True, False)
 
 
 @pytest.fixture(params=KINDS)

@@ -1,0 +1,111 @@
+"""A rehearsal of the paper: scale=paper in miniature, by DVC, from the published archives' layouts to the table.
+
+ViT-B/16 at 224 px, CLIP ViT-B/16 (random weights) from a local file in OpenAI's own format with its digest verified, two
+processes, data loader workers, LARS, mixup, RandAugment, slide-window inference: so that every line of the paper's path
+has run before anyone waits days for it. Only numbers of images, steps and heads' channels are smaller.
+"""
+
+import hashlib
+import json
+
+import numpy as np
+import open_clip
+import pandas
+import pytest
+import timm
+import torch
+import yaml
+from open_clip.model import CLIP
+from safetensors.torch import load_file
+
+from milan.records import Records
+from tests import layouts
+from tests.test_pipeline import clone_of, dvc
+from tests.test_pretrained import INTEGERS, program
+
+KINDS = [("JPEG", "RGB"), ("JPEG", "CMYK"), ("JPEG", "L"), ("PNG", "RGB")]  # all of them named .JPEG
+
+
+def recipe(data, teacher) -> dict:
+    """What is smaller than scale=paper, and where its files are."""
+    return {
+        "scale": "paper",
+        "data.imagenet": data / "imagenet",
+        "data.ade20k": data / "ADEChallengeData2016.zip",
+        "prepare_imagenet.expect": "null",
+        "prepare_ade20k.expect": "null",
+        "teacher.pretrained.file": teacher,
+        "teacher.pretrained.sha256": hashlib.sha256(teacher.read_bytes()).hexdigest(),
+        "extract_targets.probe_images": 4,
+        "compute.threads": 1,
+        "compute.precision": "fp32",  # this machine may have no bf16
+        "compute.compile": "false",  # minutes on a CPU
+        "runtime.processes": 2,
+        "runtime.workers": 1,
+        **sizes("pretrain", epochs=2, warmup=1, batch=8, micro=2),
+        **sizes("linear_eval", epochs=2, warmup=1, batch=8, micro=4),
+        **sizes("finetune", epochs=1, warmup=0.5, batch=8, micro=4),
+        **sizes("segment", epochs=1, warmup=0.5, batch=4, micro=2),
+        "segment.crop_size": 256,
+        "segment.stride": 170,
+        "segment.resize": "[1024,256]",
+        "segment.channels": 32,
+        "segment.aux_channels": 16,
+    }
+
+
+def sizes(stage: str, epochs: float, warmup: float, batch: int, micro: int) -> dict:
+    values = {"epochs": epochs, "warmup_epochs": warmup, "batch_size": batch, "micro_batch": micro}
+    return {f"{stage}.{name}": value for name, value in values.items()}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """ILSVRC2012's tars with their devkit, images of odd sizes and of its odd kinds; ADE20K's zip, blocks of all 150 classes."""
+    root, given = tmp_path_factory.mktemp("sets"), layouts.images()
+    for split in given.values():
+        for i, name in enumerate(split):
+            kind, mode = KINDS[i % len(KINDS)]
+            split[name] = layouts.encoded(kind, mode, size=(240 + 11 * i, 230 + 17 * i), seed=i)
+    layouts.tars(root / "imagenet", given=given)
+    scenes = {}
+    for split, n in {"training": 4, "validation": 2}.items():
+        blocks = np.random.default_rng(n).integers(0, 151, (n, 7, 8)).repeat(40, axis=1).repeat(40, axis=2)
+        for i in range(n):
+            scenes[f"images/{split}/{i}.jpg"] = layouts.encoded(size=(320, 280), seed=i)
+            scenes[f"annotations/{split}/{i}.png"] = layouts.annotation(blocks[i])
+    layouts.zipped(root / "ADEChallengeData2016.zip", scenes)
+    return root
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """CLIP ViT-B/16 as OpenAI publishes it: a TorchScript archive in half precision."""
+    torch.manual_seed(0)
+    config = open_clip.get_model_config("ViT-B-16-quickgelu")
+    state = CLIP(**{name: config[name] for name in ("embed_dim", "quick_gelu", "vision_cfg", "text_cfg")}).state_dict()
+    path = tmp_path_factory.mktemp("clip") / "ViT-B-16.pt"
+    torch.jit.save(program({**state, **INTEGERS}), path)
+    return path
+
+
+@pytest.mark.filterwarnings("ignore:.*jit.*")
+def test_from_the_tars_to_the_table(data, teacher, tmp_path):
+    clone = clone_of(tmp_path / "milan")
+    options = [word for key, value in recipe(data, teacher).items() for word in ("-S", f"{key}={value}")]
+    said = dvc(clone, "exp", "run", *options)
+    assert said.count("Running stage") == len(yaml.safe_load((clone / "dvc.lock").read_text())["stages"]) == 10
+    metrics = {path.stem: json.loads(path.read_text()) for path in (clone / "reports/metrics/paper").rglob("*.json")}
+    assert metrics["prepare_imagenet"] | {"fingerprint": 0} == {
+        "prepare_imagenet/train": 12, "prepare_imagenet/val": 6, "prepare_imagenet/classes": 3, "fingerprint": 0,
+    }  # fmt: skip
+    assert "MILAN | ViT-B/16 | 2 | 8 |" in (clone / "reports/table.md").read_text()
+    curve = pandas.read_csv(clone / "reports/curves/paper/pretrain/milan-0.csv")
+    assert curve["lr"].tolist() == pytest.approx([0, 1.5e-4 * 4096 / 256])  # one step of warm-up, then the peak
+    assert curve["loss"].min() > 0 and curve["loss"].max() < 4
+    weights = clone / "outs/paper/pretrain/milan-0/encoder.safetensors"
+    timm.create_model("vit_base_patch16_224", num_classes=0).load_state_dict(load_file(weights))
+    kept = Records(clone / "outs/paper/imagenet", "train")
+    assert kept.manifest["wnids"] == layouts.WNIDS and kept.column("label") == [0] * 4 + [1] * 4 + [2] * 4
+    classes = Records(clone / "outs/paper/ade20k", "val").manifest["classes"]
+    assert len(classes) == 150
