@@ -83,9 +83,7 @@ def cls_attention(block: nn.Module, tokens: Tensor) -> Tensor:
     weight, bias = attention.in_proj_weight, attention.in_proj_bias
     query = nn.functional.linear(normed[:, :1], weight[:width], bias[:width])
     keys = nn.functional.linear(normed, weight[width : 2 * width], bias[width : 2 * width])
-    return mean_attention(
-        query.view(batch, 1, heads, -1).transpose(1, 2), keys.view(batch, length, heads, -1).transpose(1, 2)
-    )
+    return mean_attention(query.view(batch, 1, heads, -1).transpose(1, 2), keys.view(batch, length, heads, -1).transpose(1, 2))
 
 
 def mean_attention(query: Tensor, keys: Tensor) -> Tensor:
