@@ -178,9 +178,10 @@ class Colours:
 
 
 def neighbours(features: Tensor, k: int) -> Tensor:
-    """(n, k) indices of the images most alike by cosine, itself left out; features (n, D)."""
+    """(n, k) indices of the images most alike by cosine, itself left out, or of all others when they are fewer; features
+    (n, D)."""
     unit = nn.functional.normalize(features, dim=1)
-    return (unit @ unit.T).fill_diagonal_(-2).topk(k, dim=1).indices
+    return (unit @ unit.T).fill_diagonal_(-2).topk(min(k, len(unit) - 1), dim=1).indices
 
 
 @torch.inference_mode()

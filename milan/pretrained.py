@@ -78,7 +78,9 @@ def open_clip_config(source: Pretrained) -> dict:
     release = open_clip.get_pretrained_cfg(source.model, source.tag or "")
     if release and release.get("quick_gelu", False) != config.get("quick_gelu", False):
         other = f"{source.model}-quickgelu" if release.get("quick_gelu") else source.model.removesuffix("-quickgelu")
-        raise UserError(f"{source.model} computes another GELU than {source.tag} was trained with: set teacher.pretrained.model to {other}.")
+        raise UserError(
+            f"{source.model} computes another GELU than {source.tag} was trained with: set teacher.pretrained.model to {other}."
+        )
     model = {name: config[name] for name in ("embed_dim", "vision_cfg", "quick_gelu") if name in config}
     return {"kind": "open_clip", "name": source.model, "model": model}
 
@@ -225,7 +227,9 @@ def timm_state(state: State, tower: Tower, path: Path) -> State:
     state = {name.removeprefix(place): tensor for name, tensor in state.items() if name.startswith(place)}
     given, wanted = (of.get("patch_embed.proj.weight") for of in (state, tower.visual.state_dict()))
     if given is not None and wanted is not None and given.numel() != wanted.numel():  # timm would resize it to fit
-        raise UserError(f"{path} does not fit teacher.pretrained.model. Its patches are {list(given.shape)}, not {list(wanted.shape)}.")
+        raise UserError(
+            f"{path} does not fit teacher.pretrained.model. Its patches are {list(given.shape)}, not {list(wanted.shape)}."
+        )
     try:
         state = checkpoint_filter_fn(state, tower.visual, adapt_layer_scale=True)
     except Exception as error:  # timm reshapes what it takes for positions

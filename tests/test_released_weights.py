@@ -37,7 +37,13 @@ SETTINGS = {
     "teacher.batch_size": 20,
     "teacher.micro_batch": 20,
     "teacher.tiny": None,
-    "teacher.pretrained": {"library": "open_clip", "model": "ViT-B-16-quickgelu", "tag": "openai", "file": "absent.pt", "sha256": None},
+    "teacher.pretrained": {
+        "library": "open_clip",
+        "model": "ViT-B-16-quickgelu",
+        "tag": "openai",
+        "file": "absent.pt",
+        "sha256": None,
+    },
     "pretrain.weights": "milan.pth",
 }
 
