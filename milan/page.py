@@ -104,7 +104,7 @@ def picture(path: Path, title: str, text: str) -> Picture:
     """As WebP, without loss or with a little, whichever is smaller: PNG would make the page twice as large."""
     with Image.open(path) as image:
         size, rgb = image.size, image.convert("RGB")
-    options = ({"lossless": True}, {"quality": 85})
+    options = ({"lossless": True}, {"quality": 75, "method": 6})
     data = min((encoded(rgb, **option) for option in options), key=len)
     return Picture(title, emphasised(text), f"data:image/webp;base64,{base64.b64encode(data).decode()}", *size)
 

@@ -5,7 +5,7 @@
         --lock dvc.lock --out reports/index.html
 
 Hours, hardware and git revision come from MLflow, from the runs that made what dvc.lock names, so they change from run
-to run: the page is in git and no out of DVC's, and dvc.lock stays as it is. Costs a few seconds. Expect a page of 1 to 2 MB.
+to run: the page is in git and no out of DVC's, and dvc.lock stays as it is. Costs a few seconds. Expect a page of about 1 MB.
 """
 
 from pathlib import Path
