@@ -86,7 +86,7 @@ def main() -> None:
     parser = measure.arguments(__doc__, repeats=5)
     parser.add_argument("--model", choices=measure.MODELS, default="vit_b16", help="with random weights")
     parser.add_argument("--weights", type=Path, help="a folder that the teacher stage wrote")
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=256 if torch.cuda.is_available() else 16)
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16", "fp16"])
     parser.add_argument("--compile", action="store_true", help="compiled cases on a CPU too")
     args = parser.parse_args()

@@ -24,7 +24,7 @@ class Encoder(nn.Module):
 
     def __init__(self, model: Model):
         super().__init__()
-        self.vit = build_vit(model)
+        self.vit, self.patch_size = build_vit(model), model.patch_size
         self.vit.pos_embed.requires_grad_(False)
         initialise_encoder(self.vit, model.grid)
 
@@ -32,11 +32,17 @@ class Encoder(nn.Module):
         """images (B, 3, H, W) normalised; visible (B, K) indices or None for all -> (B, 1+K, D), class token
         first, then the visible patches in the order of `visible`, after the final norm."""
         vit = self.vit
-        patches = vit.patch_embed(images) + vit.pos_embed[:, 1:]
+        patches, positions = patchify(images, self.patch_size), vit.pos_embed[:, 1:].expand(len(images), -1, -1)
         if visible is not None:
-            patches = masking.gather(patches, visible)
+            patches, positions = masking.gather(patches, visible), masking.gather(positions, visible)
         cls = (vit.cls_token + vit.pos_embed[:, :1]).expand(len(images), -1, -1)
-        return vit.norm(vit.blocks(torch.cat([cls, patches], dim=1)))
+        return vit.norm(vit.blocks(torch.cat([cls, self.embed(patches) + positions], dim=1)))
+
+    def embed(self, patches: Tensor) -> Tensor:
+        """(B, K, p p 3) -> (B, K, D): timm's convolution as the matrix product that it is, so that what is masked costs
+        nothing."""
+        proj = self.vit.patch_embed.proj
+        return nn.functional.linear(patches, proj.weight.permute(0, 2, 3, 1).flatten(1), proj.bias)
 
 
 def load_encoder(path: Path, model: Model) -> Encoder:
@@ -60,3 +66,10 @@ def initialise_linears(module: nn.Module) -> None:
         if isinstance(child, nn.Linear):
             nn.init.xavier_uniform_(child.weight)
             nn.init.zeros_(child.bias)
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """(B, 3, H, W) -> (B, N, p p 3), pixels of a patch row by row, channels last (MAE's order)."""
+    batch, channels, height, width = images.shape
+    grid = images.reshape(batch, channels, height // patch_size, patch_size, width // patch_size, patch_size)
+    return grid.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, patch_size**2 * channels)

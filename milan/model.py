@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from milan import masking
 from milan.decoder import DECODERS
-from milan.encoder import Encoder
+from milan.encoder import Encoder, patchify
 from milan.params import Model, Recipe
 
 
@@ -70,10 +70,3 @@ def in_image_order(tokens: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
     k = 1 + visible.shape[1]
     patches = masking.restore(tokens[:, 1:k], tokens[:, k:], visible, masked)
     return torch.cat([tokens[:, :1], patches], dim=1)
-
-
-def patchify(images: Tensor, patch_size: int) -> Tensor:
-    """(B, 3, H, W) -> (B, N, p p 3), pixels of a patch row by row, channels last (MAE's order)."""
-    batch, channels, height, width = images.shape
-    grid = images.view(batch, channels, height // patch_size, patch_size, width // patch_size, patch_size)
-    return grid.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, patch_size**2 * channels)

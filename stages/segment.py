@@ -90,7 +90,7 @@ def build(p: Params, classes: int, encoder: dict[str, Tensor], device: torch.dev
         segmenter.load_encoder(model, encoder)
     except ValueError as error:
         raise UserError(f"{error}. Were the pretrained weights made with another model section of params.yaml?") from None
-    return model.to(device)
+    return model.to(device, memory_format=torch.channels_last)  # its convolutions are a quarter faster so
 
 
 def say_what_batch_norm_sees(batch_size: int, micro_batch: int) -> None:
