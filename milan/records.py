@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from milan.errors import UserError
-from milan.files import file_digest, read_json
+from milan.files import file_digest, fingerprint, read_json
 
 SCHEMA = {"image": pa.large_binary(), "name": pa.string(), "label": pa.int32(), "caption": pa.string(), "mask": pa.large_binary()}
 
@@ -102,6 +102,19 @@ class Records:
     def column(self, name: str) -> list:
         """A whole column, such as "label", without touching the images."""
         return [value for number in range(len(self.shards)) for value in self.table(number).column(name).to_pylist()]
+
+    def about(self) -> dict:
+        """What tells this split from any other, for a run's record; the digest is of the shards' digests."""
+        schema = self.table(0).schema if self.shards else ()
+        return {
+            "name": f"{self.folder.name} {self.split}",
+            "context": "validation" if self.split == "val" else "training",
+            "path": str(self.folder),
+            "digest": fingerprint([shard.get("sha256") for shard in self.shards]),
+            "images": len(self),
+            "classes": self.manifest.get("classes", []),
+            "columns": {field.name: str(field.type) for field in schema},
+        }
 
     def table(self, number: int) -> pa.Table:
         if number not in self._tables:
