@@ -55,11 +55,13 @@ def read_image(data: bytes, name: str) -> Tensor:
     """Encoded bytes -> uint8 (3, H, W). The header is asked first: what decodes to more than PIXELS is not decoded."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as header:
-            width, height = header.size
+            pixels = header.width * header.height
+    except Image.DecompressionBombError:  # PIL's own limit, higher than ours
+        pixels = float("inf")
     except Exception as error:  # PIL raises many kinds for broken files
         raise UserError(f"{name} is no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file ({type(error).__name__}).") from None
-    if width * height > PIXELS:
-        raise UserError(f"{name} has {width} x {height} pixels; {PIXELS:,} are read at most.")
+    if pixels > PIXELS:
+        raise UserError(f"{name} has more than {PIXELS:,} pixels, the most that is read.")
     try:
         return transforms.decode(data, name)
     except UserError:
