@@ -1,4 +1,8 @@
-"""The fine-tuned classifier: a ViT with a head, and the loss it is trained on."""
+"""The fine-tuned classifier: a ViT with a head, its files, and the loss it is trained on."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from timm.data.mixup import Mixup
@@ -6,9 +10,11 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from milan.checkpoint import load_weights, save_weights
 from milan.encoder import build_vit
 from milan.errors import UserError
-from milan.params import Finetune, Model
+from milan.files import read_json, write_json
+from milan.params import Finetune, Model, build, choice
 
 POOLS = {"mean": "avg", "cls": "token"}
 
@@ -26,6 +32,34 @@ def build_classifier(model: Model, finetune: Finetune, classes: int, encoder: di
     nn.init.trunc_normal_(vit.head.weight, std=0.02)
     nn.init.zeros_(vit.head.bias)
     return vit
+
+
+@dataclass(frozen=True)
+class About:
+    """classifier.json: what else it takes to use the weights beside it."""
+
+    model: Model
+    pooling: str = choice(*POOLS)
+    resize: int  # the short side of an image, before the central crop
+    classes: list[str]
+
+
+def save_classifier(folder: Path, vit: VisionTransformer, about: About, fingerprint: str) -> None:
+    save_weights(folder / "classifier.safetensors", vit.state_dict(), fingerprint=fingerprint, classes=len(about.classes))
+    write_json(folder / "classifier.json", dataclasses.asdict(about))
+
+
+def load_classifier(folder: Path) -> tuple[VisionTransformer, About]:
+    """What save_classifier wrote. Raises UserError when it is missing or damaged."""
+    path = folder / "classifier.json"
+    about = build(About, read_json(path, model=dict), str(path))
+    vit = build_vit(about.model, num_classes=len(about.classes), global_pool=POOLS[about.pooling])
+    weights = load_weights(folder / "classifier.safetensors")
+    try:
+        vit.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"{folder}: weights and classifier.json do not fit each other ({error}).") from None
+    return vit, about
 
 
 class FinetuneLoss(nn.Module):

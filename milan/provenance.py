@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import yaml
 
-from milan import tracking
+from milan import runs
 from milan.errors import UserError
 from milan.files import file_digest
 from milan.params import Params
@@ -29,10 +29,6 @@ class Run(NamedTuple):
         """The name that DVC gives to the stage: `pretrain@milan-0`."""
         variation = [self.tags[tag] for tag in ("variant", "seed") if tag in self.tags]
         return "@".join([self.tags["stage"], *(["-".join(variation)] if variation else [])])
-
-    def hashes(self) -> dict[str, str]:
-        """Path: DVC hash, of what the run read and wrote."""
-        return {tag.removeprefix("dvc:"): value for tag, value in self.tags.items() if tag.startswith("dvc:")}
 
 
 class Origin(NamedTuple):
@@ -68,21 +64,15 @@ def read_lock(path: Path, p: Params) -> dict[str, dict]:
     }
 
 
-def origins(lock: dict[str, dict], runs: list[Run]) -> list[Origin]:
+def origins(lock: dict[str, dict], found: list[Run]) -> list[Origin]:
     """For each stage with outs, the newest run that read and wrote what dvc.lock says: for one that DVC skips, the earlier."""
-    newest = sorted(runs, key=lambda run: -run.started)
-    return [
-        Origin(name, entry["outs"], next((run for run in newest if run.stage == name and agrees(run, entry)), None))
-        for name, entry in lock.items()
-        if entry["outs"]
-    ]
+    return [Origin(name, entry["outs"], newest(name, entry, found)) for name, entry in lock.items() if entry["outs"]]
 
 
-def agrees(run: Run, entry: dict) -> bool:
-    """Whether the run's hashes of the stage's files are those of dvc.lock, and there are any."""
-    locked, hashes = {**entry["deps"], **entry["outs"]}, run.hashes()
-    shared = locked.keys() & hashes.keys()
-    return bool(shared) and all(locked[path] == hashes[path] for path in shared)
+def newest(name: str, entry: dict, found: list[Run]) -> Run | None:
+    in_lock = {**entry["deps"], **entry["outs"]}
+    agreeing = (run for run in found if run.stage == name and runs.agrees(run.tags, in_lock))
+    return max(agreeing, key=lambda run: run.started, default=None)
 
 
 def read_data(folder: Path) -> Data:
@@ -93,7 +83,7 @@ def read_data(folder: Path) -> Data:
 
 def finished_runs(experiment: str) -> list[Run]:
     """All stage runs of an MLflow experiment that ended well."""
-    client, found, page = tracking.Sender(None, None, live=False).client, [], None
+    client, found, page = runs.store(), [], None
     known = client.get_experiment_by_name(experiment)
     while known:
         page = client.search_runs(

@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from milan.errors import UserError
-from milan.files import file_digest, full_disk_said, read_json
+from milan.files import file_digest, fingerprint, full_disk_said, read_json
 
 SCHEMA = {"image": pa.large_binary(), "name": pa.string(), "label": pa.int32(), "caption": pa.string(), "mask": pa.large_binary()}
 
@@ -130,6 +130,19 @@ class Records:
             table = self.table(number)
             self._columns[number] = {name: table.column(name) for name in table.column_names}
         return self._columns[number]
+
+    def about(self) -> dict:
+        """What tells this split from any other, for a run's record; the digest is of the shards' digests."""
+        schema = self.table(0).schema if self.shards else ()
+        return {
+            "name": f"{self.folder.name} {self.split}",
+            "context": "validation" if self.split == "val" else "training",
+            "path": str(self.folder),
+            "digest": fingerprint([shard.get("sha256") for shard in self.shards]),
+            "images": len(self),
+            "classes": self.manifest.get("classes", []),
+            "columns": {field.name: str(field.type) for field in schema},
+        }
 
     def table(self, number: int) -> pa.Table:
         if number not in self._tables:

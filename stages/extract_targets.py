@@ -28,6 +28,8 @@ def main(stage: Stage) -> None:
     p, a = stage.params, stage.args
     inputs = [a.records / "manifest.json", a.teacher / ("teacher.json" if p.no_teacher else "teacher.safetensors")]
     recipe = stage.fingerprint(p.extract_targets, p.model, p.compute, p.pretrain.crop_scale, inputs=inputs)
+    if not p.no_teacher:
+        stage.tracker.reads(Records(a.records, "train"), Records(a.records, "val"))
     with whole_folder(a.out, recipe) as folder:
         result = nothing(p, folder) if p.no_teacher else distributed.launch(extract, p, a.records, a.teacher, folder)
     stage.write_metrics(result, recipe)

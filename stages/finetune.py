@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from milan import distributed, evaluate, optim, rng, transforms
-from milan.checkpoint import Scratch, load_weights, save_weights
-from milan.classifier import FinetuneLoss, build_classifier
+from milan.checkpoint import Scratch, load_weights
+from milan.classifier import About, FinetuneLoss, build_classifier, save_classifier
 from milan.fit import Run, fit
 from milan.params import Params
 from milan.records import Records
@@ -23,6 +23,7 @@ from milan.stage import Stage, run
 
 def main(stage: Stage) -> None:
     p, a = stage.params, stage.args
+    stage.tracker.reads(Records(a.records, "train"), Records(a.records, "val"))
     recipe = stage.fingerprint(
         p.finetune, p.model, p.compute, inputs=[a.records / "manifest.json", a.weights / "encoder.safetensors"]
     )
@@ -31,7 +32,7 @@ def main(stage: Stage) -> None:
     stage.write_curve(result["curve"])
     stage.write_confusion(result["confusion"])
     stage.write_metrics(result["metrics"], recipe)
-    stage.tracker.model(a.out, f"classifier-{a.variant}-{a.seed}")
+    stage.tracker.classifier(a.out, f"classifier-{a.variant}-{a.seed}", f"milan-{p.scale}-classifier", a.variant)
     scratch.clean()
 
 
@@ -47,7 +48,7 @@ def train(p: Params, a: Namespace, scratch: Scratch, stage: Stage, recipe: str) 
         FinetuneLoss(vit, x, classes), samples(p, records, a.seed), optimizer, settings, partial(inputs, x.random_erasing)
     )
     if distributed.rank() == 0:
-        save_weights(a.out / "classifier.safetensors", vit.state_dict(), fingerprint=recipe, classes=classes)
+        save_classifier(a.out, vit, About(p.model, x.pooling, x.resize, records.manifest["classes"]), recipe)
     return {"curve": curve, **assess(p, vit, Records(a.records, "val"), device)}
 
 

@@ -25,6 +25,7 @@ from milan.stage import Stage, run
 
 def main(stage: Stage) -> None:
     p, a = stage.params, stage.args
+    stage.tracker.reads(Records(a.records, "train"), Records(a.records, "val"))
     recipe = stage.fingerprint(
         p.linear_eval, p.model, p.compute, inputs=[a.records / "manifest.json", a.weights / "encoder.safetensors"]
     )

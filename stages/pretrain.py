@@ -34,6 +34,7 @@ def main(stage: Stage) -> None:
         save_weights(a.out / "encoder.safetensors", given_encoder(p, a.seed), **about)
         curve = []
     else:
+        stage.tracker.reads(Records(a.records, "train"))
         curve = distributed.launch(train, p, a, scratch, stage, about)["curve"]
     stage.write_curve(curve)
     stage.write_metrics({"pretrain/loss": curve[-1]["loss"]} if curve else {}, recipe)

@@ -34,6 +34,7 @@ class SegmentLoss(nn.Module):
 
 def main(stage: Stage) -> None:
     p, a = stage.params, stage.args
+    stage.tracker.reads(Records(a.scenes, "train"), Records(a.scenes, "val"))
     recipe = stage.fingerprint(
         p.segment, p.model, p.compute, inputs=[a.scenes / "manifest.json", a.weights / "encoder.safetensors"]
     )

@@ -31,6 +31,7 @@ def main(stage: Stage) -> None:
     result = {"curve": [], "metrics": {}}
     with whole_folder(a.out, recipe) as folder:
         if p.teacher.tiny:
+            stage.tracker.reads(*(Records(a.records, split) for split in ("pairs", "train", "val")))
             result = distributed.launch(train, p, a.records, folder, scratch, stage.tracker)
         elif p.no_teacher:
             print("pretrain.weights is set: no teacher is needed.", flush=True)

@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from milan import tracking
+from milan import logger, store
 from tests.test_tracking import write_spool
 
 
@@ -33,10 +33,10 @@ def door() -> Iterator[str]:
 
 def test_whoever_answers_is_there_and_a_proxy_without_a_server_is_not(door):
     for status in (200, 302, 401, 404, 500):
-        tracking.knock(f"{door}/{status}")
+        store.knock(f"{door}/{status}")
     for status in (502, 503, 504):
         with pytest.raises(OSError, match=f"answers {status}"):
-            tracking.knock(f"{door}/{status}")
+            store.knock(f"{door}/{status}")
 
 
 @pytest.mark.parametrize("uri", ["http://127.0.0.1:{}", "postgresql://milan:sesame@127.0.0.1:{}/mlflow"])
@@ -46,17 +46,17 @@ def test_nobody_at_the_port(uri, workplace, monkeypatch, capsys):
         port = server.getsockname()[1]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.format(port))
     spool = write_spool([{"kind": "start"}])
-    tracking.deliver(spool)
+    logger.deliver(spool)
     said = capsys.readouterr().out
     assert "MLflow cannot be reached" in said and "efused" in said and "sesame" not in said
     assert spool.exists() and spool.with_suffix(".failed").exists()
 
 
 def test_a_server_that_accepts_and_says_nothing_is_given_up(workplace, monkeypatch, capsys):
-    monkeypatch.setattr(tracking, "KNOCK", 0.2)
+    monkeypatch.setattr(store, "KNOCK", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.getsockname()[1]}")
-        tracking.deliver(write_spool([{"kind": "start"}]))
+        logger.deliver(write_spool([{"kind": "start"}]))
     assert "ReadTimeout" in capsys.readouterr().out
 
 
@@ -65,9 +65,9 @@ def test_a_password_goes_to_mlflow_alone(monkeypatch):
     for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
         monkeypatch.setenv(name, "another")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://mi%40lan:se%2Fsame@example.org:5000/mlflow")
-    assert tracking.store_uri() == os.environ["MLFLOW_TRACKING_URI"] == "https://example.org:5000/mlflow"
+    assert store.store_uri() == os.environ["MLFLOW_TRACKING_URI"] == "https://example.org:5000/mlflow"
     assert os.environ["MLFLOW_TRACKING_USERNAME"] == "mi@lan" and os.environ["MLFLOW_TRACKING_PASSWORD"] == "se/same"
-    assert tracking.store_uri() == "https://example.org:5000/mlflow"
+    assert store.store_uri() == "https://example.org:5000/mlflow"
     assert os.environ["MLFLOW_TRACKING_PASSWORD"] == "se/same"
 
 
@@ -75,9 +75,9 @@ def test_a_password_goes_to_mlflow_alone(monkeypatch):
 def test_other_addresses_are_left_alone(uri, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "milan")
-    assert tracking.store_uri() == uri and os.environ["MLFLOW_TRACKING_USERNAME"] == "milan"
+    assert store.store_uri() == uri and os.environ["MLFLOW_TRACKING_USERNAME"] == "milan"
 
 
 def test_an_address_that_is_empty_is_none(workplace, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
-    assert tracking.store_uri() == f"sqlite:///{workplace}/mlflow.db"
+    assert store.store_uri() == f"sqlite:///{workplace}/mlflow.db"

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -11,8 +12,9 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from milan import tracking
+from milan import logger, sender, tracking
 from tests.conftest import ROOT
+from tests.test_dvc import STAGES, closure
 
 OUT_OF_REACH = "http://127.0.0.1:9"
 
@@ -43,16 +45,16 @@ def store(tmp_path_factory):
     patch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with patch.context() as unreachable:
         unreachable.setenv("MLFLOW_TRACKING_URI", OUT_OF_REACH)
-        logger = begun("first")
-    logger.tracker.point({"step": 1, "loss": 0.5, "lr": 0.1})
+        first = begun("first")
+    first.tracker.point({"step": 1, "loss": 0.5, "lr": 0.1})
     (folder / "table.md").write_text("| a |\n")
-    logger.tracker.artifact(Path("table.md"), "report")
-    logger.tracker.point({"step": 2, "loss": 0.25, "lr": 0.2})
-    logger.finish("FINISHED")
-    logger.process.wait(90)
+    first.tracker.artifact(Path("table.md"), "report")
+    first.tracker.point({"step": 2, "loss": 0.25, "lr": 0.2})
+    first.finish("FINISHED")
+    first.process.wait(90)
     kept = sorted(path.suffix for path in tracking.SPOOLS.glob("*-*"))
 
-    start = json.loads(logger.tracker.spool.read_text().splitlines()[0])
+    start = json.loads(first.tracker.spool.read_text().splitlines()[0])
     killed = {**start, "name": "second"}
     write_spool([killed, {"kind": "metrics", "step": 7, "values": {"train/loss": 3.0}}], place=time.time_ns())
 
@@ -150,7 +152,7 @@ class FakeSender:
 def fake(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr(tracking, "Sender", FakeSender)
+    monkeypatch.setattr(sender, "Sender", FakeSender)
     FakeSender.sent, FakeSender.fail_at = [], None
     return FakeSender
 
@@ -163,14 +165,14 @@ def test_a_half_sent_spool_goes_on_where_it_stopped(fake):
     """Two events sent, then the store fails; a later logger, or the same again, sends the rest and nothing twice."""
     spool = write_spool([{"kind": "start"}, point(1)])
     FakeSender.fail_at = "end"
-    tracking.deliver(spool)
+    logger.deliver(spool)
     assert FakeSender.sent == ["start", 1] and spool.with_suffix(".failed").exists()
     with open(spool, "a") as file:
         file.write(
             json.dumps({**point(2), "time": 1}) + "\n" + json.dumps({"kind": "end", "status": "FINISHED", "time": 1}) + "\n"
         )
     FakeSender.fail_at = None
-    tracking.deliver(spool)
+    logger.deliver(spool)
     assert FakeSender.sent == ["start", 1, 2, "end"]
     assert list(tracking.SPOOLS.iterdir()) == []
 
@@ -179,9 +181,9 @@ def test_what_arrived_before_an_outage_is_not_sent_again(fake):
     """The store goes away in the middle of what the logger read at once."""
     spool = write_spool([{"kind": "start"}, point(1), point(2), {"kind": "tags"}, {"kind": "end"}])
     FakeSender.fail_at = "tags"
-    tracking.deliver(spool)
+    logger.deliver(spool)
     FakeSender.fail_at = None
-    tracking.deliver(spool)
+    logger.deliver(spool)
     assert FakeSender.sent == ["start", 1, 2, "tags", "end"] and not spool.exists()
 
 
@@ -196,8 +198,8 @@ def test_the_last_words_of_a_stage_are_heard(fake, monkeypatch):
                 file.write(json.dumps({"kind": "end", "value": "FINISHED"}) + "\n")
         return alive.pop(0)
 
-    monkeypatch.setattr(tracking, "owner_alive", asked)
-    tracking.deliver(spool)
+    monkeypatch.setattr(logger, "owner_alive", asked)
+    logger.deliver(spool)
     assert FakeSender.sent == ["start", "FINISHED"]
 
 
@@ -205,7 +207,7 @@ def test_a_line_cut_by_a_kill_is_left_out(fake):
     spool = write_spool([{"kind": "start"}, point(1)])
     with open(spool, "a") as file:
         file.write('{"kind": "metrics", "val')
-    tracking.deliver(spool)
+    logger.deliver(spool)
     assert FakeSender.sent == ["start", 1, "end"] and not spool.exists()
 
 
@@ -220,8 +222,8 @@ def test_a_line_that_is_being_written_is_waited_for(fake, monkeypatch):
         with open(spool, "a") as file:
             file.write(rest.pop(0))
 
-    monkeypatch.setattr(tracking.time, "sleep", meanwhile)
-    tracking.deliver(spool)
+    monkeypatch.setattr(logger.time, "sleep", meanwhile)
+    logger.deliver(spool)
     assert FakeSender.sent == ["start", 1, "end"]
     os.close(stage)
 
@@ -232,16 +234,16 @@ def test_a_stage_is_alive_as_long_as_it_holds_its_spool(fake):
     holding = f"import time; from pathlib import Path; from milan import tracking; f = tracking.hold(Path({str(spool)!r})); print(1, flush=True); time.sleep(60)"
     stage = subprocess.Popen([sys.executable, "-c", holding], env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE)
     stage.stdout.readline()
-    assert tracking.owner_alive(spool)
+    assert logger.owner_alive(spool)
     stage.kill()
     stage.wait()
-    assert not tracking.owner_alive(spool)
+    assert not logger.owner_alive(spool)
 
 
 def test_spools_are_served_in_order_and_a_later_one_s_is_left_to_its_own_logger(fake):
     ended = [{"kind": "end", "status": "FINISHED"}]
     spools = [write_spool([point(place), *ended], place) for place in (11, 12, 13)]
-    tracking.serve(spools[1])
+    logger.serve(spools[1])
     assert FakeSender.sent == [11, "end", 12, "end"]
     assert [spool.exists() for spool in spools] == [False, False, True]
 
@@ -249,7 +251,7 @@ def test_spools_are_served_in_order_and_a_later_one_s_is_left_to_its_own_logger(
 def test_one_bad_spool_does_not_keep_the_others(fake):
     bad, good = write_spool([{"kind": "bad"}], 11), write_spool([point(2), {"kind": "end"}], 12)
     FakeSender.fail_at = "bad"
-    tracking.serve(good)
+    logger.serve(good)
     assert FakeSender.sent == [2, "end"]
     assert bad.exists() and bad.with_suffix(".failed").exists()
 
@@ -257,14 +259,14 @@ def test_one_bad_spool_does_not_keep_the_others(fake):
 def test_a_spool_that_another_logger_has_delivered_is_no_trouble(fake):
     spool = write_spool([point(1), {"kind": "end"}])
     spool.unlink()
-    tracking.serve(spool)
+    logger.serve(spool)
     assert FakeSender.sent == []
 
 
 def test_without_a_spool_all_that_is_kept_is_delivered(fake):
     spools = [write_spool([point(place), {"kind": "end"}], place) for place in (11, 12)]
     spools[0].with_suffix(".failed").touch()
-    tracking.serve(None)
+    logger.serve(None)
     assert FakeSender.sent == [11, "end", 12, "end"]
     assert [path.name for path in tracking.SPOOLS.iterdir()] == ["lock"]
 
@@ -276,12 +278,12 @@ def test_the_last_stage_does_not_wait_for_ever(fake, monkeypatch, capsys):
     tracking.SPOOLS.mkdir(parents=True)
     with open(tracking.SPOOLS / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        logger = begun("last")
-        logger.finish("FINISHED", wait=True)
-        assert logger.process.poll() is None
+        last = begun("last")
+        last.finish("FINISHED", wait=True)
+        assert last.process.poll() is None
         assert "its logger goes on in the background" in capsys.readouterr().err
-        logger.process.kill()
-        logger.process.wait()
+        last.process.kill()
+        last.process.wait()
 
 
 def test_earlier_failures_are_said(fake, capsys):
@@ -293,15 +295,21 @@ def test_earlier_failures_are_said(fake, capsys):
     assert "out of reach for 1 run(s)" in capsys.readouterr().err
 
 
-def test_only_tracking_imports_mlflow():
-    """And it does so in the logger's process alone."""
-    naming = [
-        path.name
-        for folder in ("milan", "stages")
-        for path in (ROOT / folder).glob("*.py")
-        if "import mlflow" in path.read_text()
-    ]
-    assert naming == ["tracking.py"]
+def test_no_stage_needs_mlflow():
+    """It is imported by the logger's process, and by the served model, alone."""
+    importing = {path.name for path in ROOT.glob("milan/*.py") if re.search(r"^\s*(import|from) mlflow", path.read_text(), re.M)}
+    assert importing == {"runs.py", "sender.py", "serving.py"}
+    for stage in STAGES:
+        assert not {f"milan/{name}" for name in importing} & closure(f"stages/{stage}.py")
     code = "import sys, milan.stage, milan.tracking; print('mlflow' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_a_path_in_the_home_folder_does_not_name_its_user(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/alice")
+    assert tracking.without_home("/home/alice/data/imagenet") == "~/data/imagenet"
+    assert tracking.without_home("/home/alicent/data") == "/home/alicent/data"
+    assert [tracking.without_home(value) for value in (0.5, None, "milan")] == [0.5, None, "milan"]
+    monkeypatch.setenv("HOME", "/")
+    assert tracking.without_home("/data/imagenet") == "/data/imagenet"

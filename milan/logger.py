@@ -1,0 +1,89 @@
+"""The logger process: takes what stages left in their spools to MLflow.
+
+    python -m milan.logger [SPOOL]
+
+With a spool it serves a stage until that ends, after what earlier loggers could not deliver; without one it delivers
+all that is kept. Loggers take turns, in the order of their stages. No stage imports this, nor what it needs of mlflow.
+"""
+
+import fcntl
+import json
+import sys
+import time
+from itertools import groupby
+from pathlib import Path
+
+from milan.store import knock, store_uri
+from milan.tracking import SPOOLS, warn_of_undelivered
+
+
+def serve(spool: Path | None) -> None:
+    """Deliver what earlier loggers left behind, then this spool until its stage ends; all there is, for None."""
+    SPOOLS.mkdir(parents=True, exist_ok=True)
+    with open(SPOOLS / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for kept in sorted(SPOOLS.glob("*.jsonl")):
+            if spool is None or kept.name <= spool.name:
+                deliver(kept)
+
+
+def deliver(spool: Path) -> None:
+    """Forward a spool; on any trouble with the store, mark it as still to be sent."""
+    mark = spool.with_suffix(".failed")
+    try:
+        knock(store_uri())
+        forward(spool)
+        mark.unlink(missing_ok=True)
+    except Exception as error:  # whatever ails the store must not lose events
+        mark.touch()
+        print(
+            f"{spool.name}: MLflow cannot be reached ({type(error).__name__}: {str(error)[:500]}); kept for the next logger.",
+            flush=True,
+        )
+
+
+def owner_alive(spool: Path) -> bool:
+    with open(spool) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
+
+
+def forward(spool: Path) -> None:
+    """Send a spool's events until its stage ends; its place and run are kept beside it, so that nothing is sent twice."""
+    from milan.sender import Sender  # here, because an installation without mlflow is trouble with the store as well
+
+    place = spool.with_suffix(".place")
+    state = json.loads(place.read_text()) if place.exists() else {"offset": 0, "run_id": None, "model_id": None}
+    sender = Sender(state["run_id"], state["model_id"], owner_alive(spool))
+    ended = False
+    with open(spool, "rb") as file:
+        while not ended:
+            alive = owner_alive(spool)  # asked before reading: what a stage says last is not missed
+            file.seek(state["offset"])
+            found = file.read()
+            lines = found[: found.rfind(b"\n") + 1].splitlines(keepends=True)  # one that is being written is read again
+            if not lines and alive:
+                time.sleep(0.5)
+                continue
+            for kind, group in groupby(lines or [last_words()], lambda line: json.loads(line)["kind"]):
+                said, ended = list(group), kind == "end"
+                sender.send([json.loads(line) for line in said])
+                offset = state["offset"] + sum(map(len, said))
+                state = {"offset": offset, "run_id": sender.run_id, "model_id": sender.model_id}
+                place.write_text(json.dumps(state))
+    spool.unlink()
+    place.unlink()
+
+
+def last_words() -> bytes:
+    """Of a stage that died without any."""
+    return json.dumps({"kind": "end", "status": "KILLED", "time": int(time.time() * 1000)}).encode()
+
+
+if __name__ == "__main__":
+    serve(Path(sys.argv[1]) if sys.argv[1:] else None)
+    if not sys.argv[1:]:
+        warn_of_undelivered()

@@ -1,0 +1,167 @@
+"""From a run to its data, its model and the runs that it builds on; from dvc.lock to the run."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import mlflow
+import pytest
+import yaml
+
+from milan import logger, records, runs, tracking
+from milan.records import Records
+from milan.stage import Stage
+from tests.conftest import ROOT
+from tests.test_tracking import write_spool
+
+DATA = Path("outs/test/imagenet")
+ENCODER = Path("outs/test/pretrain/milan-0")
+TABLE, REPORT = "reports/table.csv", {"dvc:reports": "7a", "dvc:reports/metrics": "8"}
+
+
+def ended(place: int, pipeline: str, name: str, tags: dict, *events: dict) -> None:
+    """The spool of a stage that has ended."""
+    stage, *variation = name.split()
+    known = {"stage": stage, "scale": "test", "git_revision": "abc", **dict(zip(("variant", "_", "seed"), variation))}
+    start = {"kind": "start", "time": 1000 + place, "name": name, "experiment": "milan-test", "pipeline": pipeline, "tags": known}
+    spool = write_spool([start], place)
+    for event in (*events, {"kind": "tags", "values": tags}, {"kind": "end", "status": "FINISHED"}):
+        tracking.Tracker(spool).event(**event)
+
+
+def top1(stage: str, value: float) -> list[dict]:
+    evaluates = {"kind": "evaluates", "digest": tracking.dvc_hash(ENCODER)}
+    return [evaluates, {"kind": "metrics", "step": 0, "values": {f"{stage}/top1": value}}]
+
+
+def datasets(*splits: Records) -> list[dict]:
+    return [{"kind": "dataset", **split.about()} for split in splits]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """First all stages run; then DVC executes fine-tuning and the report alone. Yields the client."""
+    patch, folder = pytest.MonkeyPatch(), tmp_path_factory.mktemp("lineage")
+    patch.chdir(folder)
+    patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    train = [{"image": b"x", "name": str(i), "label": i % 2} for i in range(5)]
+    splits = {name: records.write_split(DATA, name, rows, 3) for name, rows in {"train": train, "val": train[:2]}.items()}
+    records.write_manifest(DATA, splits=splits, classes=["cat", "dog"], source="/home/alice/images")
+    ENCODER.mkdir(parents=True)
+    (ENCODER / "encoder.safetensors").write_bytes(b"weights")
+    made, data = tracking.dvc_hash(ENCODER), tracking.dvc_hash(DATA)
+
+    ours = {f"dvc:{DATA}": data, f"dvc:{ENCODER}": made}
+    model = {"kind": "model", "name": "milan-0", "digest": made}
+    ended(11, "1-1", "pretrain milan seed 0", {**ours, f"dvc:{ENCODER}": "of another recipe"})
+    ended(12, "2-2", "pretrain milan seed 0", ours, model)
+    ended(13, "2-2", "pretrain mae seed 0", {f"dvc:{DATA}": data, "dvc:outs/test/pretrain/mae-0": "2"})
+    ended(14, "2-2", "linear_eval milan seed 0", {**ours, "dvc:metrics.json": "3"}, *top1("linear_eval", 30.0))
+    ended(15, "2-2", "report", REPORT)
+    logger.serve(None)
+    lock(
+        {
+            "pretrain@milan-0": ({DATA: data}, {ENCODER: made}),
+            "pretrain@mae-0": ({DATA: data}, {"outs/test/pretrain/mae-0": "never seen here"}),
+            "linear_eval@milan-0": ({DATA: data, ENCODER: made, "milan/probe.py": "4"}, {"metrics.json": "3"}),
+            "finetune@milan-0": ({DATA: data, ENCODER: made}, {"outs/test/finetune/milan-0": "5"}),
+            "report": ({"reports/metrics": "8"}, {TABLE: "6"}),
+        }
+    )
+    both = datasets(Records(DATA, "train"), Records(DATA, "val"))
+    ended(16, "3-3", "finetune milan seed 0", ours, *both, *top1("finetune", 34.5))
+    ended(17, "3-3", "report", REPORT)
+    logger.serve(None)
+    yield mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    patch.undo()
+
+
+def lock(stages: dict) -> None:
+    def items(hashes: dict) -> list[dict]:
+        return [{"path": str(path), "hash": "md5", "md5": digest, "size": 1} for path, digest in hashes.items()]
+
+    entries = {name: {"cmd": "python", "deps": items(deps), "outs": items(outs)} for name, (deps, outs) in stages.items()}
+    Path("dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": entries}))
+
+
+def experiment(store) -> str:
+    return store.get_experiment_by_name("milan-test").experiment_id
+
+
+def named(store, name: str, pipeline: str):
+    parent = store.search_runs([experiment(store)], f"tags.pipeline = '{pipeline}'")[0]
+    children = store.search_runs([experiment(store)], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
+    return next(run for run in children if run.info.run_name == name)
+
+
+def test_a_run_names_its_data(store):
+    inputs = {i.dataset.name: i for i in named(store, "finetune milan seed 0", "3-3").inputs.dataset_inputs}
+    assert {name: i.tags[0].value for name, i in inputs.items()} == {"imagenet train": "training", "imagenet val": "validation"}
+    train = inputs["imagenet train"].dataset
+    assert json.loads(train.profile) == {"num_rows": 5, "num_classes": 2, "classes": ["cat", "dog"]}
+    columns = {column["name"]: column["type"] for column in json.loads(train.schema)["mlflow_colspec"]}
+    assert columns == {"image": "binary", "name": "string", "label": "integer"}
+    assert mlflow.data.get_source(train).uri == "outs/test/imagenet"
+    assert "alice" not in str(inputs)
+
+
+def test_the_digest_of_data_follows_its_images(store, tmp_path):
+    rows = [{"image": b"x", "name": str(i), "label": i % 2} for i in range(5)]
+    for folder, image in (("same", b"x"), ("other", b"y")):
+        splits = {"train": records.write_split(tmp_path / folder, "train", [*rows[:4], {**rows[4], "image": image}], 3)}
+        records.write_manifest(tmp_path / folder, splits=splits, classes=["cat", "dog"], source="elsewhere")
+    first, same, other = (Records(folder, "train").about()["digest"] for folder in (DATA, tmp_path / "same", tmp_path / "other"))
+    assert first == same != other
+
+
+def test_a_model_s_page_has_the_metrics_of_all_that_evaluated_it(store):
+    """Also of a stage of a later execution, in which pretraining was skipped."""
+    (model,) = store.search_logged_models([experiment(store)])
+    assert {m.key: m.value for m in model.metrics} == {"linear_eval/top1": 30.0, "finetune/top1": 34.5}
+    assert {m.run_id for m in model.metrics} == {
+        named(store, "linear_eval milan seed 0", "2-2").info.run_id,
+        named(store, "finetune milan seed 0", "3-3").info.run_id,
+    }
+    assert model.source_run_id == named(store, "pretrain milan seed 0", "2-2").info.run_id
+    run = store.get_run(named(store, "finetune milan seed 0", "3-3").info.run_id)
+    assert [link.model_id for link in run.inputs.model_inputs] == [model.model_id]
+
+
+def skipped(store, pipeline: str) -> tuple[dict, str]:
+    tags = store.search_runs([experiment(store)], f"tags.pipeline = '{pipeline}'")[0].data.tags
+    return {key[8:]: run for key, run in tags.items() if key.startswith("skipped.")}, tags.get("mlflow.note.content", "")
+
+
+def test_a_parent_links_the_runs_of_the_stages_that_dvc_skipped(store):
+    """Not the run of another recipe, nor mae's, whose result was not made here; nor the stages that it executed."""
+    pretrain, probe = (named(store, f"{stage} milan seed 0", "2-2").info for stage in ("pretrain", "linear_eval"))
+    tags, note = skipped(store, "3-3")
+    assert tags == {"pretrain milan seed 0": pretrain.run_id, "linear_eval milan seed 0": probe.run_id}
+    assert note.splitlines()[2:] == [
+        f"- [linear_eval milan seed 0](#/experiments/{probe.experiment_id}/runs/{probe.run_id})",
+        f"- [pretrain milan seed 0](#/experiments/{probe.experiment_id}/runs/{pretrain.run_id})",
+    ]
+
+
+def test_a_parent_that_executed_all_links_nothing(store):
+    assert skipped(store, "2-2") == ({}, "")
+
+
+def test_from_dvc_lock_to_the_runs(store):
+    """Those that made it and those that read it, newest first."""
+    found = [run.info.run_name for run in runs.find(str(ENCODER))]
+    assert found == ["finetune milan seed 0", "linear_eval milan seed 0", "pretrain milan seed 0"]
+
+
+def test_a_path_that_dvc_lock_does_not_know(store):
+    command = [sys.executable, "-m", "milan.runs", "outs/test/nothing"]
+    done = subprocess.run(command, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: dvc.lock names no outs/test/nothing")
+
+
+def test_runs_are_named_as_stages_name_them(tree):
+    for name, args in {"pretrain@clip_target-3": {"variant": "clip_target", "seed": 3}, "report": {}}.items():
+        params = SimpleNamespace(pretrain=SimpleNamespace(recipes=["clip_target"]))
+        assert runs.title(name) == Stage(name.split("@")[0], SimpleNamespace(**args), params).title

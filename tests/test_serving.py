@@ -1,0 +1,265 @@
+"""A fine-tuned classifier, from the finetune stage's spool into MLflow's registry, and served from there over HTTP."""
+
+import base64
+import io
+import json
+import os
+import socket
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+import requests
+import torch
+from PIL import Image
+from timm.models.vision_transformer import VisionTransformer
+
+from milan import logger, tracking
+from milan.classifier import About, save_classifier
+from milan.classify import Classify
+from milan.errors import UserError
+from milan.params import Model, Tower
+from tests.test_tracking import write_spool
+
+MODEL = Model("small", 16, 8, Tower(16, 2, 2), Tower(16, 1, 2))
+CLASSES = ["ant", "bee", "cat", "dog", "emu", "fox"]
+START = {"kind": "start", "name": "finetune milan seed 0", "experiment": "milan-test", "pipeline": "1-1"}
+TAGS = {"stage": "finetune", "scale": "test", "git_revision": "abc", "variant": "milan", "seed": "0"}
+
+
+def small_vit(seed: int) -> VisionTransformer:
+    """timm's own, not by the project's builder; with a head that tells images apart."""
+    torch.manual_seed(seed)
+    vit = VisionTransformer(16, 8, embed_dim=16, depth=2, num_heads=2, num_classes=len(CLASSES), global_pool="avg").eval()
+    torch.nn.init.normal_(vit.head.weight)
+    return vit
+
+
+def weights(folder: Path, seed: int) -> Path:
+    vit = small_vit(seed)
+    save_classifier(folder, vit, About(MODEL, "mean", 20, CLASSES), "recipe")
+    return folder
+
+
+def picture(kind: str = "JPEG", size: tuple[int, int] = (40, 28)) -> bytes:
+    rng = np.random.default_rng(0)
+    blocks = Image.fromarray(rng.integers(0, 255, (4, 5, 3), dtype=np.uint8))
+    out = io.BytesIO()
+    blocks.resize(size, Image.Resampling.BILINEAR).save(out, kind)
+    return out.getvalue()
+
+
+def chances(data: bytes, seed: int) -> dict[str, float]:
+    """The evaluation transform and the forward pass, written out with PIL and numpy: short side 20, centre 16."""
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    width, height = image.size
+    image = image.resize((20 * width // height, 20), Image.Resampling.BICUBIC)
+    left, top = round((image.width - 16) / 2), 2
+    pixels = np.asarray(image.crop((left, top, left + 16, top + 16)), dtype=np.float32) / 255
+    pixels = (pixels - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    with torch.inference_mode():
+        logits = small_vit(seed)(torch.from_numpy(pixels).float().permute(2, 0, 1)[None])
+    return dict(zip(CLASSES, logits.softmax(dim=1)[0].tolist()))
+
+
+def bomb(side: int) -> bytes:
+    """A PNG of a few bytes that says it has side x side pixels."""
+    chunks = [b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0), b"IDAT" + zlib.compress(b""), b"IEND"]
+    framed = [struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory):
+    """A folder in which three finetune stages have ended: two results of milan, and the first one made again."""
+    folder = tmp_path_factory.mktemp("serving")
+    patch = pytest.MonkeyPatch()
+    patch.chdir(folder)
+    patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for place, seed in enumerate((0, 1, 0), 1):
+        spool = write_spool([{**START, "tags": TAGS}], place)
+        out = weights(folder / "outs" / str(seed), seed).relative_to(folder)
+        tracking.Tracker(spool).classifier(out, "classifier-milan-0", "milan-test-classifier", "milan")
+        tracking.Tracker(spool).event("end", status="FINISHED")
+    logger.serve(None)
+    yield folder
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def client(desk) -> mlflow.MlflowClient:
+    return mlflow.MlflowClient(f"sqlite:///{desk}/mlflow.db")
+
+
+@pytest.fixture(scope="module")
+def server(desk):
+    """`mlflow models serve`, away from the project: the model brings its code along."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = "-m mlflow models serve -m models:/milan-test-classifier@milan --env-manager local --host 127.0.0.1"
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{desk}/mlflow.db"}
+    environment.pop("PYTHONPATH", None)
+    with open(desk / "served.txt", "wb") as said:
+        process = subprocess.Popen(
+            [sys.executable, *command.split(), "--port", str(port)],
+            cwd=desk,
+            env={**environment, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"},
+            stdout=said,
+            stderr=said,
+            start_new_session=True,
+        )
+    try:
+        yield wait_for(f"http://127.0.0.1:{port}", process, desk / "served.txt")
+    finally:
+        os.killpg(process.pid, 15)
+        process.wait()
+
+
+def wait_for(address: str, process: subprocess.Popen, said: Path) -> str:
+    for _ in range(1200):
+        assert process.poll() is None, said.read_text()
+        try:
+            requests.get(f"{address}/ping", timeout=5).raise_for_status()
+            return address
+        except requests.RequestException:
+            time.sleep(0.1)
+    raise AssertionError(said.read_text())
+
+
+def ask(server: str, images: list, **more) -> requests.Response:
+    rows = [[base64.b64encode(image).decode() if isinstance(image, bytes) else image] for image in images]
+    return requests.post(
+        f"{server}/invocations", json={"dataframe_split": {"columns": ["image"], "data": rows}, **more}, timeout=60
+    )
+
+
+def test_a_version_a_result_and_an_alias_on_the_last_one_made(desk, client):
+    """The result that came again has added none."""
+    versions = {v.version: v for v in client.search_model_versions("name = 'milan-test-classifier'")}
+    assert sorted(map(str, versions)) == ["1", "2"]
+    (first,) = [v for v in versions.values() if str(v.version) == "1"]
+    assert (first.tags["variant"], first.tags["seed"], first.tags["git_revision"]) == ("milan", "0", "abc")
+    assert first.tags["dvc"] == tracking.dvc_hash(desk / "outs/0")
+    assert str(client.get_model_version_by_alias("milan-test-classifier", "milan").version) == "1"
+    assert client.get_run(first.run_id).info.run_name == "finetune milan seed 0"
+
+
+def test_the_weights_lie_in_the_store_once_and_no_pickle_anywhere(desk):
+    stored = list((desk / "mlartifacts").rglob("*"))
+    assert sum(path.suffix == ".safetensors" for path in stored) == 2, "of two results"
+    assert not [path for path in stored if path.suffix in (".pkl", ".pickle", ".pt", ".pth", ".bin")]
+
+
+def test_the_model_names_no_folder_of_this_machine(desk):
+    (about, _) = (desk / "mlartifacts").rglob("MLmodel")
+    assert str(desk) not in about.read_text() and os.path.expanduser("~") not in about.read_text()
+
+
+def test_an_image_over_http_gets_the_answer_of_the_forward_pass(server):
+    data = picture()
+    answer = ask(server, [data]).json()["predictions"]
+    expected = chances(data, seed=0)
+    assert answer[0]["classes"] == sorted(CLASSES, key=expected.get, reverse=True)[:5]
+    # 0.02: torchvision's bicubic differs from PIL's by a grey level or two.
+    assert answer[0]["probabilities"] == pytest.approx([expected[name] for name in answer[0]["classes"]], abs=0.02)
+    assert max(expected.values()) - min(expected.values()) > 0.1, "an image that tells"
+
+
+def test_two_images_and_all_classes(server):
+    one, other = picture(), picture("PNG", (16, 50))
+    both = ask(server, [other, one], params={"top_k": 100}).json()["predictions"]
+    alone = [ask(server, [data], params={"top_k": 6}).json()["predictions"][0] for data in (other, one)]
+    for together, single in zip(both, alone):
+        assert together["classes"] == single["classes"] and set(single["classes"]) == set(CLASSES)
+        assert together["probabilities"] == pytest.approx(single["probabilities"], abs=1e-5)
+        assert sum(single["probabilities"]) == pytest.approx(1, abs=1e-5)
+    assert both[0]["probabilities"] != pytest.approx(both[1]["probabilities"], abs=0.01)
+
+
+BAD = {
+    "a text": (b"GIF89? No, a note.", "image 1 is no JPEG, PNG, WEBP or BMP file"),
+    "nothing": (b"", "image 1 is no JPEG, PNG, WEBP or BMP file"),
+    "a file cut short": (picture(size=(200, 200))[:-100], "image 1 is damaged"),
+    "a bomb": (bomb(100_000), "image 1 has more than 50,000,000 pixels"),
+    "a lesser bomb": (bomb(10_000), "image 1 has more than 50,000,000 pixels"),
+    "no base64": ("%%%", "image 1 is no JPEG"),
+    "a number": (5, "Failed to convert column image"),
+    "null": (None, "Failed to convert column image"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_image_is_refused_and_named_and_the_server_goes_on(server, name):
+    image, said = BAD[name]
+    answer = ask(server, [picture(), image])
+    assert answer.status_code == 400 and answer.headers["content-type"] == "application/json"
+    assert said in answer.json()["message"]
+    assert ask(server, [picture()]).ok
+
+
+@pytest.mark.parametrize(
+    "body, said",
+    [
+        ({"dataframe_split": {"columns": ["image"], "data": []}}, "There is no image"),
+        ({"dataframe_split": {"columns": ["picture"], "data": [["aaaa"]]}}, "image"),
+        ({"dataframe_split": {"columns": ["image"], "data": [["aaaa"]]}, "params": {"top_k": 0}}, "top_k must be 1 or more"),
+        ({"images": []}, "dataframe_split"),
+        ([], "Received a list"),
+    ],
+)
+def test_a_bad_request_is_refused(server, body, said):
+    answer = requests.post(f"{server}/invocations", json=body, timeout=60)
+    assert answer.status_code == 400 and said in answer.json()["message"]
+
+
+def test_what_is_no_json_is_refused(server):
+    answer = requests.post(f"{server}/invocations", data=b"\xff{", headers={"content-type": "application/json"}, timeout=60)
+    assert answer.status_code == 400
+
+
+# Without a server
+
+
+def test_raw_bytes_in_python(desk):
+    classify = Classify(weights(desk / "plain", 1))
+    data = picture()
+    (answer,) = classify([data], 1)
+    expected = chances(data, seed=1)
+    assert answer["classes"] == [max(CLASSES, key=expected.get)]
+    assert answer["probabilities"] == pytest.approx([max(expected.values())], abs=0.02)
+
+
+def test_an_image_as_large_as_allowed_is_read_and_one_pixel_more_is_not(desk, monkeypatch):
+    classify = Classify(weights(desk / "plain", 1))
+    monkeypatch.setattr("milan.classify.PIXELS", 40 * 28)
+    classify([picture()], 1)
+    with pytest.raises(UserError, match="image 0 has more than 1,120 pixels"):
+        classify([picture("PNG", (41, 28))], 1)
+
+
+def test_weights_that_changed_before_the_logger_came_are_not_registered(desk, client, capsys):
+    """A later run has overwritten them: what is registered would not be what the run made."""
+    spool = write_spool([{**START, "tags": TAGS}], 4)
+    tracking.Tracker(spool).classifier(weights(desk / "outs/2", 2), "classifier-milan-0", "milan-test-classifier", "milan")
+    tracking.Tracker(spool).event("end", status="FINISHED")
+    weights(desk / "outs/2", 3)
+    logger.serve(None)
+    assert "has changed since it was made: not registered" in capsys.readouterr().out
+    assert len(client.search_model_versions("name = 'milan-test-classifier'")) == 2 and not spool.exists()
+
+
+def test_a_classifier_that_does_not_fit_its_description_is_refused(tmp_path):
+    folder = weights(tmp_path, 0)
+    about = json.loads((folder / "classifier.json").read_text())
+    (folder / "classifier.json").write_text(json.dumps({**about, "classes": CLASSES[:3]}))
+    with pytest.raises(UserError, match="(?s)do not fit each other.*head"):
+        Classify(folder)
+    (folder / "classifier.json").write_text(json.dumps({**about, "pooling": "max"}))
+    with pytest.raises(UserError, match="classifier.json:pooling"):
+        Classify(folder)
