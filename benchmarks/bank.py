@@ -17,20 +17,12 @@ from torch import Tensor
 
 from benchmarks import loader, measure
 from benchmarks.step import FEATURES, Batch, our_step
-from milan import records, rng, sources, targets, transforms
+from milan import rng, targets, transforms
 from milan.params import Model
 from milan.records import Records
 from milan.samples import BankViews, PretrainSamples
 
 SCALE, IMAGENET = [0.2, 1.0], 1_281_167
-
-
-def pack(root: Path, images: int) -> Records:
-    loader.draw(root, images, 500, 400)
-    rows = sources.rows(sources.image_folder(root, "train"), "packing", 1)
-    split = records.write_split(root / "records", "train", rows, 10_000)
-    records.write_manifest(root / "records", splits={"train": split}, wnids=[], classes=[], source="benchmark")
-    return Records(root / "records", "train")
 
 
 def random_bank(folder: Path, packed: Records, model: Model, views: int) -> targets.Bank:
@@ -52,7 +44,9 @@ class Cases:
     """The three things to time, each on one batch of images loaded anew."""
 
     def __init__(self, root: Path, model: Model, args, device: torch.device):
-        self.packed, self.model, self.batch, self.device, self.epoch = pack(root, args.images), model, args.batch, device, 0
+        loader.draw(root, args.images, 500, 400)
+        self.packed, self.model = loader.pack(root, root / "records"), model
+        self.batch, self.device, self.epoch = args.batch, device, 0
         made = lambda online: our_step(model, measure.precision(args), device, online, measure.compute(args).compile)  # noqa: E731
         self.with_teacher, self.without = made(True), made(False)
         bank = random_bank(root / "bank", self.packed, model, args.views)

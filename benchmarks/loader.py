@@ -43,11 +43,12 @@ def published(root: Path) -> datasets.ImageFolder:
     return datasets.ImageFolder(root / "train", pil.Compose([crop, pil.RandomHorizontalFlip(), *to_float]))
 
 
-def ours(root: Path, packed: Path) -> PretrainSamples:
+def pack(root: Path, packed: Path) -> Records:
+    """What was drawn, as records."""
     packed.mkdir()
     splits = Packing(packed, shard_images=10_000, processes=1).pack({"train": sources.image_folder(root, "train")})
     records.write_manifest(packed, splits=splits, wnids=[], classes=[], source="benchmark")
-    return PretrainSamples(Records(packed, "train"), 0, SIZE, 196, SCALE, None)
+    return Records(packed, "train")
 
 
 def main() -> None:
@@ -61,7 +62,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         draw(root, args.images, args.width, args.height)
-        theirs, mine = published(root), ours(root, root / "records")
+        theirs, mine = published(root), PretrainSamples(pack(root, root / "records"), 0, SIZE, 196, SCALE, None)
 
         batches = torch.arange(args.images).split(BATCH)
 

@@ -6,7 +6,6 @@ import json
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-import scipy.io
 
 from milan.archives import tar_texts
 from milan.errors import UserError
@@ -60,6 +59,8 @@ def devkit_labels(path: Path) -> dict[str, str]:
 
 def synsets(path: Path, meta: bytes) -> dict[int, tuple[str, str]]:
     """{ILSVRC2012_ID: (WordNet id, its words)} of a devkit's meta.mat."""
+    import scipy.io  # for the devkit alone
+
     try:
         table = np.atleast_1d(scipy.io.loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"])
         return {int(row["ILSVRC2012_ID"]): (str(row["WNID"]), str(row["words"])) for row in table}

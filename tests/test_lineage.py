@@ -13,7 +13,7 @@ import yaml
 from milan import logger, records, runs, tracking
 from milan.records import Records
 from milan.stage import Stage
-from tests.conftest import ROOT
+from tests.conftest import ROOT, write_split
 from tests.test_tracking import write_spool
 
 DATA = Path("outs/test/imagenet")
@@ -47,7 +47,7 @@ def store(tmp_path_factory):
     patch.chdir(folder)
     patch.delenv("MLFLOW_TRACKING_URI", raising=False)
     train = [{"image": b"x", "name": str(i), "label": i % 2} for i in range(5)]
-    splits = {name: records.write_split(DATA, name, rows, 3) for name, rows in {"train": train, "val": train[:2]}.items()}
+    splits = {name: write_split(DATA, name, rows, 3) for name, rows in {"train": train, "val": train[:2]}.items()}
     records.write_manifest(DATA, splits=splits, classes=["cat", "dog"], source="/home/alice/images")
     ENCODER.mkdir(parents=True)
     (ENCODER / "encoder.safetensors").write_bytes(b"weights")
@@ -110,7 +110,7 @@ def test_a_run_names_its_data(store):
 def test_the_digest_of_data_follows_its_images(store, tmp_path):
     rows = [{"image": b"x", "name": str(i), "label": i % 2} for i in range(5)]
     for folder, image in (("same", b"x"), ("other", b"y")):
-        splits = {"train": records.write_split(tmp_path / folder, "train", [*rows[:4], {**rows[4], "image": image}], 3)}
+        splits = {"train": write_split(tmp_path / folder, "train", [*rows[:4], {**rows[4], "image": image}], 3)}
         records.write_manifest(tmp_path / folder, splits=splits, classes=["cat", "dog"], source="elsewhere")
     first, same, other = (Records(folder, "train").about()["digest"] for folder in (DATA, tmp_path / "same", tmp_path / "other"))
     assert first == same != other
