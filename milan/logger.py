@@ -10,6 +10,7 @@ import fcntl
 import json
 import sys
 import time
+import warnings
 from itertools import groupby
 from pathlib import Path
 
@@ -84,6 +85,7 @@ def last_words() -> bytes:
 
 
 if __name__ == "__main__":
+    warnings.simplefilter("ignore")  # MLflow's advice; what goes wrong is raised
     serve(Path(sys.argv[1]) if sys.argv[1:] else None)
     if not sys.argv[1:]:
         warn_of_undelivered()

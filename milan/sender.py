@@ -10,7 +10,7 @@ from pathlib import Path
 
 import mlflow
 from mlflow import entities, types
-from mlflow.models import ModelSignature
+from mlflow.models import Model, ModelSignature
 
 from milan import runs
 from milan.files import dvc_hash
@@ -34,6 +34,7 @@ class Sender:
 
     def __init__(self, run_id: str | None, model_id: str | None, live: bool):
         os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         self.run_id, self.model_id, self.live, self.monitor = run_id, model_id, live, None
         self.client = mlflow.MlflowClient(store_uri())
@@ -50,7 +51,9 @@ class Sender:
             self.client.log_batch(self.run_id, metrics=metrics[first : first + 1000])
 
     def metric(self, event: dict, name: str, value: float) -> entities.Metric:
-        return entities.Metric(name, float(value), event["time"], event["step"], model_id=self.model_id)
+        """Results are the evaluated model's as well; an evaluation's own training curve is not."""
+        model_id = self.model_id if event.get("result") else None
+        return entities.Metric(name, float(value), event["time"], event["step"], model_id=model_id)
 
     # The run and its parent
 
@@ -193,3 +196,6 @@ def save_classifier(weights: str, folder: str) -> None:
         signature=SIGNATURE,
         pip_requirements=[f"{name}=={version(name)}" for name in NEEDED],
     )
+    about = Model.load(folder)
+    about.flavors["python_function"]["model_code_path"] = "serving.py"  # only the name is used; MLflow writes our folder too
+    about.save(os.path.join(folder, "MLmodel"))

@@ -59,7 +59,7 @@ class Tracker:
         self.event("classifier", path=str(folder), name=name, registered=registered, alias=alias, digest=dvc_hash(folder))
 
     def evaluates(self, folder: Path) -> None:
-        """Link this run, and the metrics that follow, to the model whose weights lie in a folder."""
+        """Link this run, and the results that follow, to the model whose weights lie in a folder."""
         self.event("evaluates", digest=dvc_hash(folder))
 
 

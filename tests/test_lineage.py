@@ -33,7 +33,8 @@ def ended(place: int, pipeline: str, name: str, tags: dict, *events: dict) -> No
 
 def top1(stage: str, value: float) -> list[dict]:
     evaluates = {"kind": "evaluates", "digest": tracking.dvc_hash(ENCODER)}
-    return [evaluates, {"kind": "metrics", "step": 0, "values": {f"{stage}/top1": value}}]
+    curve = {"kind": "metrics", "step": 7, "values": {"train/loss": 3.0}}
+    return [evaluates, curve, {"kind": "metrics", "step": 0, "values": {f"{stage}/top1": value}, "result": True}]
 
 
 def datasets(*splits: Records) -> list[dict]:
@@ -117,7 +118,7 @@ def test_the_digest_of_data_follows_its_images(store, tmp_path):
 
 
 def test_a_model_s_page_has_the_metrics_of_all_that_evaluated_it(store):
-    """Also of a stage of a later execution, in which pretraining was skipped."""
+    """Also of a stage of a later execution, in which pretraining was skipped; and not their training curves."""
     (model,) = store.search_logged_models([experiment(store)])
     assert {m.key: m.value for m in model.metrics} == {"linear_eval/top1": 30.0, "finetune/top1": 34.5}
     assert {m.run_id for m in model.metrics} == {
