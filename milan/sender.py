@@ -13,7 +13,7 @@ from mlflow import entities, types
 from mlflow.models import Model, ModelSignature
 
 from milan import runs
-from milan.files import dvc_hash
+from milan.files import SCRATCH, dvc_hash
 from milan.store import project_root, store_uri
 
 SKIPPED = "skipped."  # before the name of a stage's run, in the tags of a parent
@@ -82,7 +82,8 @@ class Sender:
         found = self.client.search_runs([experiment], f"tags.pipeline = '{pipeline}'", max_results=1)
         if found:
             return found[0].info.run_id
-        done = {name: runs.run_of(self.client, experiment, name, in_lock) for name, in_lock in runs.locked().items()}
+        names = {runs.title(stage): in_lock for stage, in_lock in runs.locked_now().items()}
+        done = {name: runs.run_of(self.client, experiment, name, in_lock) for name, in_lock in names.items()}
         skipped = {SKIPPED + name: run.info.run_id for name, run in done.items() if run}
         kept = {k: v for k, v in tags.items() if k in ("scale", "git_revision")}
         name = time.strftime(f"pipeline {tags['scale']} %Y-%m-%d %H:%M")
@@ -165,7 +166,7 @@ class Sender:
 
     def new_version(self, event: dict) -> str:
         model_id = self.new_model(event)
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(dir=SCRATCH) as folder:
             save_classifier(event["path"], folder)
             self.client.log_model_artifacts(model_id, folder)
         self.finish_model(model_id)
