@@ -152,7 +152,8 @@ class Sender:
     def send_model(self, event: dict) -> None:
         model_id = self.new_model(event)
         self.client.set_logged_model_tags(model_id, {"weights": f"runs:/{self.run_id}/weights"})
-        self.finish_model(model_id)
+        self.client.finalize_logged_model(model_id, "READY")
+        self.client.log_outputs(self.run_id, [entities.LoggedModelOutput(model_id, 0)])
 
     def send_classifier(self, event: dict) -> None:
         """A version of the registered model for each result: what was made before is the version that is there."""
@@ -161,29 +162,26 @@ class Sender:
         if not found and dvc_hash(Path(event["path"])) != event["digest"]:
             print(f"{event['path']} has changed since it was made: not registered.", flush=True)
             return
-        number = found[0].version if found else self.new_version(event)
-        self.client.set_registered_model_alias(event["registered"], event["alias"], number)
+        made = found[0] if found else self.new_version(event)
+        self.client.log_outputs(self.run_id, [entities.LoggedModelOutput(made.model_id, 0)])
+        self.client.set_registered_model_alias(event["registered"], event["alias"], made.version)
 
-    def new_version(self, event: dict) -> str:
+    def new_version(self, event: dict):
         model_id = self.new_model(event)
         with tempfile.TemporaryDirectory(dir=SCRATCH) as folder:
             save_classifier(event["path"], folder)
             self.client.log_model_artifacts(model_id, folder)
-        self.finish_model(model_id)
+        self.client.finalize_logged_model(model_id, "READY")
         tags = self.client.get_run(self.run_id).data.tags
         kept = {name: tags[name] for name in ("variant", "seed", "git_revision") if name in tags}
         if not self.client.search_registered_models(f"name = '{event['registered']}'"):
             self.client.create_registered_model(event["registered"])
         about = {"tags": {**kept, "dvc": event["digest"] or ""}, "model_id": model_id}
-        return self.client.create_model_version(event["registered"], f"models:/{model_id}", self.run_id, **about).version
+        return self.client.create_model_version(event["registered"], f"models:/{model_id}", self.run_id, **about)
 
     def new_model(self, event: dict) -> str:
         experiment = self.client.get_run(self.run_id).info.experiment_id
         return self.client.create_logged_model(experiment, event["name"], self.run_id, {"dvc": event["digest"] or ""}).model_id
-
-    def finish_model(self, model_id: str) -> None:
-        self.client.finalize_logged_model(model_id, "READY")
-        self.client.log_outputs(self.run_id, [entities.LoggedModelOutput(model_id, 0)])
 
 
 def save_classifier(weights: str, folder: str) -> None:
