@@ -163,7 +163,8 @@ class Sender:
             print(f"{event['path']} has changed since it was made: not registered.", flush=True)
             return
         made = found[0] if found else self.new_version(event)
-        self.client.log_outputs(self.run_id, [entities.LoggedModelOutput(made.model_id, 0)])
+        model_id = made.source.removeprefix("models:/")
+        self.client.log_outputs(self.run_id, [entities.LoggedModelOutput(model_id, 0)])
         self.client.set_registered_model_alias(event["registered"], event["alias"], made.version)
 
     def new_version(self, event: dict):
