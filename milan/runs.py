@@ -13,16 +13,25 @@ from mlflow import MlflowClient
 
 from milan.store import knock, store_uri
 
-LOCK = Path("dvc.lock")
+LOCK, RECIPE = Path("dvc.lock"), Path("params.yaml")
 
 
 def locked() -> dict[str, dict[str, str]]:
-    """{a stage's title: {path: DVC's hash}} of what the stages in dvc.lock read and wrote; empty without dvc.lock."""
-    if not LOCK.exists():
-        return {}
+    """{stage: {path: DVC's hash}} of what the stages in dvc.lock read and wrote; empty without dvc.lock."""
+    stages = read_yaml(LOCK).get("stages", {})
+    return {name: hashes([*entry.get("deps", []), *entry.get("outs", [])]) for name, entry in stages.items()}
+
+
+def locked_now() -> dict[str, dict[str, str]]:
+    """The same, without the variants and seeds that only earlier recipes had: DVC leaves theirs in dvc.lock."""
+    recipe = read_yaml(RECIPE)
+    items = {f"{variant}-{seed}" for variant in recipe.get("variants", []) for seed in recipe.get("seeds", [])}
+    return {name: found for name, found in locked().items() if "@" not in name or name.partition("@")[2] in items}
+
+
+def read_yaml(path: Path) -> dict:
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the Python one takes seconds
-    stages = (yaml.load(LOCK.read_text(), loader) or {}).get("stages", {})
-    return {title(name): hashes([*entry.get("deps", []), *entry.get("outs", [])]) for name, entry in stages.items()}
+    return (yaml.load(path.read_text(), loader) or {}) if path.exists() else {}
 
 
 def hashes(items: list[dict]) -> dict[str, str]:

@@ -13,7 +13,7 @@ from mlflow import entities, types
 from mlflow.models import Model, ModelSignature
 
 from milan import runs
-from milan.files import dvc_hash
+from milan.files import SCRATCH, dvc_hash
 from milan.store import project_root, store_uri
 
 SKIPPED = "skipped."  # before the name of a stage's run, in the tags of a parent
@@ -82,7 +82,8 @@ class Sender:
         found = self.client.search_runs([experiment], f"tags.pipeline = '{pipeline}'", max_results=1)
         if found:
             return found[0].info.run_id
-        done = {name: runs.run_of(self.client, experiment, name, in_lock) for name, in_lock in runs.locked().items()}
+        names = {runs.title(stage): in_lock for stage, in_lock in runs.locked_now().items()}
+        done = {name: runs.run_of(self.client, experiment, name, in_lock) for name, in_lock in names.items()}
         skipped = {SKIPPED + name: run.info.run_id for name, run in done.items() if run}
         kept = {k: v for k, v in tags.items() if k in ("scale", "git_revision")}
         name = time.strftime(f"pipeline {tags['scale']} %Y-%m-%d %H:%M")
@@ -151,7 +152,8 @@ class Sender:
     def send_model(self, event: dict) -> None:
         model_id = self.new_model(event)
         self.client.set_logged_model_tags(model_id, {"weights": f"runs:/{self.run_id}/weights"})
-        self.finish_model(model_id)
+        self.client.finalize_logged_model(model_id, "READY")
+        self.client.log_outputs(self.run_id, [entities.LoggedModelOutput(model_id, 0)])
 
     def send_classifier(self, event: dict) -> None:
         """A version of the registered model for each result: what was made before is the version that is there."""
@@ -160,29 +162,27 @@ class Sender:
         if not found and dvc_hash(Path(event["path"])) != event["digest"]:
             print(f"{event['path']} has changed since it was made: not registered.", flush=True)
             return
-        number = found[0].version if found else self.new_version(event)
-        self.client.set_registered_model_alias(event["registered"], event["alias"], number)
+        made = found[0] if found else self.new_version(event)
+        model_id = made.source.removeprefix("models:/")
+        self.client.log_outputs(self.run_id, [entities.LoggedModelOutput(model_id, 0)])
+        self.client.set_registered_model_alias(event["registered"], event["alias"], made.version)
 
-    def new_version(self, event: dict) -> str:
+    def new_version(self, event: dict):
         model_id = self.new_model(event)
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(dir=SCRATCH) as folder:
             save_classifier(event["path"], folder)
             self.client.log_model_artifacts(model_id, folder)
-        self.finish_model(model_id)
+        self.client.finalize_logged_model(model_id, "READY")
         tags = self.client.get_run(self.run_id).data.tags
         kept = {name: tags[name] for name in ("variant", "seed", "git_revision") if name in tags}
         if not self.client.search_registered_models(f"name = '{event['registered']}'"):
             self.client.create_registered_model(event["registered"])
         about = {"tags": {**kept, "dvc": event["digest"] or ""}, "model_id": model_id}
-        return self.client.create_model_version(event["registered"], f"models:/{model_id}", self.run_id, **about).version
+        return self.client.create_model_version(event["registered"], f"models:/{model_id}", self.run_id, **about)
 
     def new_model(self, event: dict) -> str:
         experiment = self.client.get_run(self.run_id).info.experiment_id
         return self.client.create_logged_model(experiment, event["name"], self.run_id, {"dvc": event["digest"] or ""}).model_id
-
-    def finish_model(self, model_id: str) -> None:
-        self.client.finalize_logged_model(model_id, "READY")
-        self.client.log_outputs(self.run_id, [entities.LoggedModelOutput(model_id, 0)])
 
 
 def save_classifier(weights: str, folder: str) -> None:

@@ -6,6 +6,7 @@ MLflow copies this file and the package into the model and runs this file when i
 
 from pathlib import Path
 
+import pandas as pd
 from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
@@ -22,7 +23,7 @@ class Served(PythonModel):
 
         self.classify = Classify(Path(context.artifacts["classifier"]))
 
-    def predict(self, context, model_input, params: dict | None = None) -> list[dict]:
+    def predict(self, context, model_input: pd.DataFrame, params: dict | None = None) -> list[dict]:
         try:
             return self.classify(list(model_input["image"]), (params or {}).get("top_k", 5))
         except UserError as error:

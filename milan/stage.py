@@ -67,8 +67,7 @@ class Stage:
         """Deterministic values only, with the recipe's fingerprint."""
         self.metrics = {k: round(v, 4) if isinstance(v, float) else v for k, v in metrics.items()}
         write_json(self.args.metrics, {**self.metrics, "fingerprint": recipe})
-        numbers = {k: v for k, v in self.metrics.items() if isinstance(v, (int, float))}
-        self.tracker.event("metrics", step=0, values=numbers, result=True)
+        self.tracker.results({k: v for k, v in self.metrics.items() if isinstance(v, (int, float))})
         print("  ".join(f"{k} {v}" for k, v in self.metrics.items()), flush=True)
 
 

@@ -40,6 +40,10 @@ class Tracker:
         values = {f"{prefix}/{name}": value for name, value in point.items() if name != "step"}
         self.event("metrics", step=point["step"], values=values)
 
+    def results(self, values: dict[str, float]) -> None:
+        """What the stage came to: numbers of this run, and of the model that it evaluates."""
+        self.event("metrics", step=0, values=values, result=True)
+
     def artifact(self, path: Path, folder: str | None = None) -> None:
         self.event("artifact", path=str(path), folder=folder)
 

@@ -24,7 +24,6 @@ from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 from milan.errors import UserError
 from milan.files import SCRATCH, whole_folder, write_whole
-from milan.records import Records
 from milan.stage import Stage, run
 
 FOLDERS = "MILAN_FIGURES"  # where milan.figures looks for its folders
@@ -55,7 +54,6 @@ def main(stage: Stage) -> None:
         execute_all(notebooks)
         with whole_folder(a.out, str(os.getpid())) as out:
             shutil.copytree(f"{folder}/figures", out, dirs_exist_ok=True, copy_function=copy_whole)
-    stage.tracker.reads(Records(a.outs / "imagenet", "val"), Records(a.outs / "ade20k", "val"))
     for picture in sorted(a.out.glob("*.png")):
         stage.tracker.artifact(picture, "figures")
 

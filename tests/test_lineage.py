@@ -61,10 +61,12 @@ def store(tmp_path_factory):
     ended(13, "2-2", "pretrain mae seed 0", {f"dvc:{DATA}": data, "dvc:outs/test/pretrain/mae-0": "2"})
     ended(14, "2-2", "linear_eval milan seed 0", {**ours, "dvc:metrics.json": "3"}, *top1("linear_eval", 30.0))
     ended(15, "2-2", "report", REPORT)
+    ended(10, "1-1", "pretrain milan seed 7", {f"dvc:{DATA}": data, "dvc:outs/test/pretrain/milan-7": "9"})
     logger.serve(None)
     lock(
         {
             "pretrain@milan-0": ({DATA: data}, {ENCODER: made}),
+            "pretrain@milan-7": ({DATA: data}, {"outs/test/pretrain/milan-7": "9"}),
             "pretrain@mae-0": ({DATA: data}, {"outs/test/pretrain/mae-0": "never seen here"}),
             "linear_eval@milan-0": ({DATA: data, ENCODER: made, "milan/probe.py": "4"}, {"metrics.json": "3"}),
             "finetune@milan-0": ({DATA: data, ENCODER: made}, {"outs/test/finetune/milan-0": "5"}),
@@ -83,6 +85,7 @@ def lock(stages: dict) -> None:
     def items(hashes: dict) -> list[dict]:
         return [{"path": str(path), "hash": "md5", "md5": digest, "size": 1} for path, digest in hashes.items()]
 
+    Path("params.yaml").write_text(yaml.safe_dump({"variants": ["mae", "milan"], "seeds": [0]}))
     entries = {name: {"cmd": "python", "deps": items(deps), "outs": items(outs)} for name, (deps, outs) in stages.items()}
     Path("dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": entries}))
 
@@ -136,7 +139,8 @@ def skipped(store, pipeline: str) -> tuple[dict, str]:
 
 
 def test_a_parent_links_the_runs_of_the_stages_that_dvc_skipped(store):
-    """Not the run of another recipe, nor mae's, whose result was not made here; nor the stages that it executed."""
+    """Not the run of another recipe; nor mae's, whose result was not made here; nor that of a seed that the recipe no
+    longer has; nor the stages that it executed."""
     pretrain, probe = (named(store, f"{stage} milan seed 0", "2-2").info for stage in ("pretrain", "linear_eval"))
     tags, note = skipped(store, "3-3")
     assert tags == {"pretrain milan seed 0": pretrain.run_id, "linear_eval milan seed 0": probe.run_id}

@@ -162,5 +162,33 @@ def test_mlflow_holds_one_parent_with_its_stages(clone):
     assert milan.data.tags["dvc:outs/smoke/pretrain/milan-0"] == digests["outs/smoke/pretrain/milan-0"]
 
 
+def test_mlflow_holds_the_classifier_of_dvc_lock(clone):
+    """Once, however often it was made."""
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{clone}/mlflow.db")
+    outs = yaml.safe_load(lock(clone))["stages"]["finetune@milan-0"]["outs"]
+    (digest,) = [out["md5"] for out in outs if out["path"] == "outs/smoke/finetune/milan-0"]
+    assert client.get_model_version_by_alias("milan-smoke-classifier", "milan").tags["dvc"] == digest
+    made = [version.tags["dvc"] for version in client.search_model_versions("name = 'milan-smoke-classifier'")]
+    assert len(set(made)) == len(made)
+
+
+def test_stages_that_dvc_skips_are_linked_from_the_new_parent(clone):
+    import mlflow
+
+    dvc(clone, "repro", "-f", "-s", "report")
+    run([sys.executable, "-m", "milan.logger"], clone)  # waits for the logger of the stage
+    client = mlflow.MlflowClient(f"sqlite:///{clone}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("milan-smoke").experiment_id], max_results=500)
+    parent = next(r for r in runs if "pipeline" in r.data.tags)
+    assert [r.info.run_name for r in children(runs, parent)] == ["report"]
+    skipped = {key: client.get_run(value) for key, value in parent.data.tags.items() if key.startswith("skipped.")}
+    assert len(skipped) == len(yaml.safe_load(lock(clone))["stages"]) - 1
+    for key, earlier in skipped.items():
+        assert key == f"skipped.{earlier.info.run_name}" and earlier.info.run_id in parent.data.tags["mlflow.note.content"]
+    assert run([sys.executable, "-m", "milan.runs", "outs/smoke/pretrain/milan-0"], clone).count("pretrain milan seed 0") >= 1
+
+
 def children(runs: list, parent) -> list:
     return [r for r in runs if r.data.tags.get("mlflow.parentRunId") == parent.info.run_id]

@@ -196,7 +196,7 @@ def work(name: str) -> None:
     (weights / "encoder").write_text(f"weights of {name}")
     logger.tracker.model(weights, f"milan-{name}")
     logger.tracker.evaluates(weights)
-    logger.tracker.event("metrics", step=0, values={"linear_eval/top1": 34.5})
+    logger.tracker.results({"linear_eval/top1": 34.5})
     logger.finish("FINISHED", wait=True)
 
 
