@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from milan import tracking
+from milan import logger
 from tests.conftest import ROOT
 from tests.test_tracking import write_spool
 
@@ -100,27 +100,28 @@ def runs_of(variant: str, loss: float, place: int) -> Path:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory) -> Iterator[str]:
     """Address of `mlflow ui` on a store with a pipeline of two pretrainings."""
-    folder, patch = tmp_path_factory.mktemp("store"), pytest.MonkeyPatch()
-    patch.chdir(folder)
-    patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    Image.new("RGB", (64, 48), "orange").save("masks.png")
-    spools = [runs_of(variant, loss, place) for place, (variant, loss) in enumerate(LOSSES.items(), 1)]
-    tracking.serve(spools[-1])
-    assert not any(spool.exists() for spool in spools)
+    folder = tmp_path_factory.mktemp("store")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        Image.new("RGB", (64, 48), "orange").save("masks.png")
+        spools = [runs_of(variant, loss, place) for place, (variant, loss) in enumerate(LOSSES.items(), 1)]
+        logger.serve(spools[-1])
+        assert not any(spool.exists() for spool in spools)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = ["-m", "mlflow", "ui", "--backend-store-uri", "sqlite:///mlflow.db", "--host", "127.0.0.1", "--port", str(port)]
     environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with open("log", "w") as log:
+    with open(folder / "log", "w") as log:
         process = subprocess.Popen(
-            [sys.executable, *command, "--workers", "1"], env=environment, stdout=log, stderr=log, start_new_session=True
-        )
+            [sys.executable, *command, "--workers", "1"],
+            cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
     try:
         yield answering(f"http://127.0.0.1:{port}", process, folder / "log")
     finally:
         os.killpg(process.pid, 9)
         process.wait()
-        patch.undo()
 
 
 def answering(address: str, process: subprocess.Popen, log: Path) -> str:

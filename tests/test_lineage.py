@@ -44,41 +44,41 @@ def datasets(*splits: Records) -> list[dict]:
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     """First all stages run; then DVC executes fine-tuning and the report alone. Yields the client."""
-    patch, folder = pytest.MonkeyPatch(), tmp_path_factory.mktemp("lineage")
-    patch.chdir(folder)
-    patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    train = [{"image": b"x", "name": str(i), "label": i % 2} for i in range(5)]
-    splits = {name: write_split(DATA, name, rows, 3) for name, rows in {"train": train, "val": train[:2]}.items()}
-    records.write_manifest(DATA, splits=splits, classes=["cat", "dog"], source="/home/alice/images")
-    ENCODER.mkdir(parents=True)
-    (ENCODER / "encoder.safetensors").write_bytes(b"weights")
-    made, data = tracking.dvc_hash(ENCODER), tracking.dvc_hash(DATA)
+    folder = tmp_path_factory.mktemp("lineage")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        train = [{"image": b"x", "name": str(i), "label": i % 2} for i in range(5)]
+        splits = {name: write_split(DATA, name, rows, 3) for name, rows in {"train": train, "val": train[:2]}.items()}
+        records.write_manifest(DATA, splits=splits, classes=["cat", "dog"], source="/home/alice/images")
+        ENCODER.mkdir(parents=True)
+        (ENCODER / "encoder.safetensors").write_bytes(b"weights")
+        made, data = tracking.dvc_hash(ENCODER), tracking.dvc_hash(DATA)
 
-    ours = {f"dvc:{DATA}": data, f"dvc:{ENCODER}": made}
-    model = {"kind": "model", "name": "milan-0", "digest": made}
-    ended(11, "1-1", "pretrain milan seed 0", {**ours, f"dvc:{ENCODER}": "of another recipe"})
-    ended(12, "2-2", "pretrain milan seed 0", ours, model)
-    ended(13, "2-2", "pretrain mae seed 0", {f"dvc:{DATA}": data, "dvc:outs/test/pretrain/mae-0": "2"})
-    ended(14, "2-2", "linear_eval milan seed 0", {**ours, "dvc:metrics.json": "3"}, *top1("linear_eval", 30.0))
-    ended(15, "2-2", "report", REPORT)
-    ended(10, "1-1", "pretrain milan seed 7", {f"dvc:{DATA}": data, "dvc:outs/test/pretrain/milan-7": "9"})
-    logger.serve(None)
-    lock(
-        {
-            "pretrain@milan-0": ({DATA: data}, {ENCODER: made}),
-            "pretrain@milan-7": ({DATA: data}, {"outs/test/pretrain/milan-7": "9"}),
-            "pretrain@mae-0": ({DATA: data}, {"outs/test/pretrain/mae-0": "never seen here"}),
-            "linear_eval@milan-0": ({DATA: data, ENCODER: made, "milan/probe.py": "4"}, {"metrics.json": "3"}),
-            "finetune@milan-0": ({DATA: data, ENCODER: made}, {"outs/test/finetune/milan-0": "5"}),
-            "report": ({"reports/metrics": "8"}, {TABLE: "6"}),
-        }
-    )
-    both = datasets(Records(DATA, "train"), Records(DATA, "val"))
-    ended(16, "3-3", "finetune milan seed 0", ours, *both, *top1("finetune", 34.5))
-    ended(17, "3-3", "report", REPORT)
-    logger.serve(None)
-    yield mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
-    patch.undo()
+        ours = {f"dvc:{DATA}": data, f"dvc:{ENCODER}": made}
+        model = {"kind": "model", "name": "milan-0", "digest": made}
+        ended(11, "1-1", "pretrain milan seed 0", {**ours, f"dvc:{ENCODER}": "of another recipe"})
+        ended(12, "2-2", "pretrain milan seed 0", ours, model)
+        ended(13, "2-2", "pretrain mae seed 0", {f"dvc:{DATA}": data, "dvc:outs/test/pretrain/mae-0": "2"})
+        ended(14, "2-2", "linear_eval milan seed 0", {**ours, "dvc:metrics.json": "3"}, *top1("linear_eval", 30.0))
+        ended(15, "2-2", "report", REPORT)
+        ended(10, "1-1", "pretrain milan seed 7", {f"dvc:{DATA}": data, "dvc:outs/test/pretrain/milan-7": "9"})
+        logger.serve(None)
+        lock(
+            {
+                "pretrain@milan-0": ({DATA: data}, {ENCODER: made}),
+                "pretrain@milan-7": ({DATA: data}, {"outs/test/pretrain/milan-7": "9"}),
+                "pretrain@mae-0": ({DATA: data}, {"outs/test/pretrain/mae-0": "never seen here"}),
+                "linear_eval@milan-0": ({DATA: data, ENCODER: made, "milan/probe.py": "4"}, {"metrics.json": "3"}),
+                "finetune@milan-0": ({DATA: data, ENCODER: made}, {"outs/test/finetune/milan-0": "5"}),
+                "report": ({"reports/metrics": "8"}, {TABLE: "6"}),
+            }
+        )
+        both = datasets(Records(DATA, "train"), Records(DATA, "val"))
+        ended(16, "3-3", "finetune milan seed 0", ours, *both, *top1("finetune", 34.5))
+        ended(17, "3-3", "report", REPORT)
+        logger.serve(None)
+        yield mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
 
 
 def lock(stages: dict) -> None:

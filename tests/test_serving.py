@@ -82,17 +82,16 @@ def bomb(side: int) -> bytes:
 def desk(tmp_path_factory):
     """A folder in which three finetune stages have ended: two results of milan, and the first one made again."""
     folder = tmp_path_factory.mktemp("serving")
-    patch = pytest.MonkeyPatch()
-    patch.chdir(folder)
-    patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    for place, seed in enumerate((0, 1, 0), 1):
-        spool = write_spool([{**START, "tags": TAGS}], place)
-        out = weights(folder / "outs" / str(seed), seed).relative_to(folder)
-        tracking.Tracker(spool).classifier(out, "classifier-milan-0", "milan-test-classifier", "milan")
-        tracking.Tracker(spool).event("end", status="FINISHED")
-    logger.serve(None)
-    yield folder
-    patch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        for place, seed in enumerate((0, 1, 0), 1):
+            spool = write_spool([{**START, "tags": TAGS}], place)
+            out = weights(folder / "outs" / str(seed), seed).relative_to(folder)
+            tracking.Tracker(spool).classifier(out, "classifier-milan-0", "milan-test-classifier", "milan")
+            tracking.Tracker(spool).event("end", status="FINISHED")
+        logger.serve(None)
+        yield folder
 
 
 @pytest.fixture(scope="module")
