@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from milan.archives import tar_texts
+from milan.archives import regular, tar_texts, unreadable
 from milan.errors import UserError
 
 DEVKIT, META, TRUTH = "ILSVRC2012_devkit_t12.tar.gz", "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"
@@ -41,10 +41,13 @@ def listed_labels(path: Path) -> dict[str, str]:
 
 
 def text(path: Path) -> str:
+    """Of a file in UTF-8. Raises UserError for any other, and when there is no such file."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return regular(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        raise UserError(f"{path} is no text.") from None
+        raise UserError(f"{path} is no text in UTF-8: save it so.") from None
+    except (OSError, ValueError) as error:
+        raise unreadable(path, error) from None
 
 
 def devkit_labels(path: Path) -> dict[str, str]:
@@ -68,11 +71,22 @@ def synsets(path: Path, meta: bytes) -> dict[int, tuple[str, str]]:
         raise UserError(f"{path}: {META} cannot be read ({error}): fetch it again.") from None
 
 
+def named_classes(path: Path) -> dict[str, str]:
+    """{WordNet id: name} of a classes.json. Raises UserError for another form, such as Keras's."""
+    try:
+        known = json.loads(text(path))
+    except (ValueError, RecursionError):
+        known = None
+    if not isinstance(known, dict) or not all(isinstance(name, str) for name in known.values()):
+        raise UserError(f'{path} must be a JSON object of class folders and their names, such as {{"n01440764": "tench"}}.')
+    return known
+
+
 def class_names(root: Path, wnids: list[str]) -> list[str]:
     """Readable names where root/classes.json ({wnid: name}) or the devkit gives them, else the WordNet ids."""
     path, known = root / "classes.json", {}
     if path.exists():
-        known = json.loads(path.read_text())
+        known = named_classes(path)
     elif (root / DEVKIT).exists():
         known = {wnid: words.split(",")[0] for wnid, words in synsets(root / DEVKIT, *tar_texts(root / DEVKIT, META)).values()}
     return [known.get(wnid, wnid) for wnid in wnids]

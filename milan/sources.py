@@ -89,7 +89,9 @@ def from_parquet(root: Path, tables: dict[str, list[Path]]) -> Images:
         split: [item for path in paths for item in labelled_rows(path, *read[path][:2], places)]
         for split, paths in tables.items()
     }
-    check_classes(tables["train"][0].parent, wnids, splits["train"])
+    refuse_empty_classes(tables["train"][0].parent, wnids, splits["train"])
+    if not splits["val"]:
+        raise UserError(f"{tables['val'][0]} holds no rows, and neither does any other file of validation: fetch it again.")
     return Images(**splits, wnids=wnids, classes=class_names(root, wnids))
 
 
@@ -198,7 +200,10 @@ def parquet_classes(read: dict[Path, tuple], train: list[Path]) -> tuple[list[st
         if own and own != names:
             raise UserError(f"{path} names its classes otherwise than {next(iter(read))}: the files must be of one set.")
     if names is None:
-        most = max((label for path in train for label in read[path][1] if label is not None), default=-1)
+        labels = [label for path in train for label in read[path][1] if label is not None]
+        most = max(labels, default=-1)
+        if most >= len(labels):  # labels may be any whole numbers: it takes care not to count to them
+            raise UserError(f"{train[0].parent} has the label {most} and {len(labels)} rows: labels must be 0, 1, 2 and so on.")
         names = [f"class {k}" for k in range(most + 1)]
     order = (
         sorted(range(len(names)), key=names.__getitem__) if all(re.fullmatch(r"n\d{8}", n) for n in names) else range(len(names))

@@ -5,6 +5,8 @@ import json
 import tarfile
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import scipy.io
 
@@ -188,9 +190,6 @@ def test_a_devkit_that_cannot_be_read_is_named(tmp_path, meta):
 @pytest.mark.parametrize("names", [WORDS, None])
 @pytest.mark.parametrize("label", [-1, 3, None])
 def test_a_label_out_of_range_is_named_with_its_file(tmp_path, names, label):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     root = parquets(tmp_path / "set", names)
     path = root / "data" / "validation-00000-of-00001.parquet"
     table = pq.read_table(path)
@@ -206,6 +205,46 @@ def test_parquet_files_of_different_sets_and_without_validation(tmp_path):
     for path in (root / "data").glob("val*"):
         path.unlink()
     assert "no val-*.parquet" in refusal(root)
+
+
+def with_labels(path: Path, labels: list[int]) -> None:
+    table = pq.read_table(path)
+    pq.write_table(table.slice(0, len(labels)).set_column(1, "label", pa.array(labels, pa.int64())), path)
+
+
+def test_parquet_without_rows_of_validation_or_of_a_class(tmp_path):
+    root = parquets(tmp_path / "set")
+    with_labels(root / "data" / "validation-00000-of-00001.parquet", [])
+    assert "validation-00000-of-00001.parquet holds no rows" in refusal(root)
+    with_labels(root / "data" / "train-00001-of-00002.parquet", [0] * 5)
+    assert "1 class(es) of" in refusal(root) and "the first is golden retriever. Fill" in refusal(root)
+
+
+def test_labels_beyond_all_counting_are_refused_at_once(tmp_path):
+    root = parquets(tmp_path / "set", None)
+    with_labels(root / "data" / "train-00001-of-00002.parquet", [2, 2, 2, 2, 2**40])
+    assert "data has the label 1099511627776 and 12 rows" in refusal(root)
+
+
+@pytest.mark.parametrize("names", [["a", "b", "a"], "abc", [1, 2, 3], {"0": "a", "1": "b", "2": "c"}])
+def test_class_names_of_another_form_in_parquet_are_named(tmp_path, names):
+    root = parquets(tmp_path / "set")
+    path = root / "data" / "train-00000-of-00002.parquet"
+    features = json.dumps({"info": {"features": {"label": {"names": names}}}})
+    pq.write_table(pq.read_table(path).replace_schema_metadata({"huggingface": features}), path)
+    assert "train-00000-of-00002.parquet: the names of the feature label" in refusal(root)
+
+
+CLASSES_OF_OTHERS = [b'{"0": ["n01440764", "tench"]}', b'{"n01440764": 0}', b'{"n01440764": "ten', b'["tench"]', b"null"]
+
+
+@pytest.mark.parametrize("content", [*CLASSES_OF_OTHERS, '{"n01440764": "pêche"}'.encode("latin-1"), None])
+def test_class_names_of_another_form_are_named(tmp_path, content):
+    root = folders(tmp_path / "set")
+    (root / "classes.json").write_bytes(content) if content else (root / "classes.json").mkdir()
+    said = refusal(root)
+    expected = "must be a JSON object" if content in CLASSES_OF_OTHERS else "no text in UTF-8" if content else "cannot be read"
+    assert f"{root / 'classes.json'} " in said and expected in said
 
 
 def test_parquet_rows_without_names_are_named_by_file_and_place(tmp_path):
