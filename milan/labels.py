@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -18,17 +19,27 @@ def val_labels(root: Path) -> tuple[Path, dict[str, str]]:
     """Where the labels stand, and {file name without its suffix: WordNet id}."""
     readers = {KAGGLE: kaggle_labels, LABELS: listed_labels, DEVKIT: devkit_labels}
     for name, reader in readers.items():
-        if (root / name).exists():
+        if os.path.lexists(root / name):  # and be it a link to nothing, which is to be said
             return root / name, reader(root / name)
     raise UserError(f"{root} does not say the classes of its validation images: put {DEVKIT}, {KAGGLE} or {LABELS} there.")
 
 
 def kaggle_labels(path: Path) -> dict[str, str]:
     """Columns ImageId and PredictionString, which begins with the WordNet id."""
-    rows = list(csv.DictReader(io.StringIO(text(path))))
-    if not rows or any(not row.get("ImageId") or not (row.get("PredictionString") or "").split() for row in rows):
-        raise UserError(f"{path} must have the columns ImageId and PredictionString, and a value of both in every line.")
+    rows = table(path, "ImageId", "PredictionString")
     return {row["ImageId"]: row["PredictionString"].split()[0] for row in rows}
+
+
+def table(path: Path, *columns: str) -> list[dict[str, str]]:
+    """The rows of a CSV file. Raises UserError unless every line has a value in each of these columns."""
+    reader = csv.DictReader(io.StringIO(text(path), newline=""))
+    try:
+        rows = list(reader)
+    except csv.Error as error:
+        raise UserError(f"{path} is no CSV table ({error}): look for a quote that is not closed.") from None
+    if not set(columns) <= set(reader.fieldnames or ()) or any(not (row[c] or "").strip() for row in rows for c in columns):
+        raise UserError(f"{path} must have the columns {' and '.join(columns)}, and a value of both in every line.")
+    return rows
 
 
 def listed_labels(path: Path) -> dict[str, str]:
@@ -85,7 +96,7 @@ def named_classes(path: Path) -> dict[str, str]:
 def class_names(root: Path, wnids: list[str]) -> list[str]:
     """Readable names where root/classes.json ({wnid: name}) or the devkit gives them, else the WordNet ids."""
     path, known = root / "classes.json", {}
-    if path.exists():
+    if os.path.lexists(path):
         known = named_classes(path)
     elif (root / DEVKIT).exists():
         known = {wnid: words.split(",")[0] for wnid, words in synsets(root / DEVKIT, *tar_texts(root / DEVKIT, META)).values()}
