@@ -197,7 +197,7 @@ def tar_texts(archive: Path, *endings: str) -> list[bytes]:
     """The contents of the small members whose names end so, of a tar that may be compressed."""
     found = {}
     try:
-        with tarfile.open(archive, "r|*") as tar:
+        with tarfile.open(regular(archive), "r|*") as tar:
             for member in tar:
                 if member.offset + max(member.size, 0) > LIMIT:
                     raise tarfile.ReadError("it is larger than any devkit")
@@ -216,7 +216,7 @@ def zip_members(archive: Path) -> list[Member]:
     """The files of a zip, in its order. Raises UserError when it is damaged, locked, holds links or names that lead elsewhere,
     or declares members of impossible size."""
     try:
-        with zipfile.ZipFile(archive) as opened_zip:
+        with zipfile.ZipFile(regular(archive)) as opened_zip:
             members = [member for member in opened_zip.infolist() if not member.is_dir()]
     except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError) as error:
         raise UserError(f"{archive} is no whole zip ({error}): fetch it again.") from None
@@ -246,7 +246,8 @@ def walked(root: Path) -> Iterator[Path]:
     def refuse(error: OSError) -> None:
         raise unreadable(Path(error.filename), error)
 
-    for folder, _, names in os.walk(root, onerror=refuse):
+    for folder, folders, names in os.walk(root, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
         yield from (Path(folder, name) for name in names)
 
 
@@ -281,8 +282,8 @@ class Rows:
 
 
 def parquet(path: Path) -> pq.ParquetFile:
-    """The file, to be read in small pieces."""
-    return pq.ParquetFile(path, buffer_size=1 << 20)
+    """The file, to be read in small pieces. Raises pa.ArrowException, OSError or ValueError for what is none."""
+    return pq.ParquetFile(regular(path), buffer_size=1 << 20)
 
 
 def parquet_rows(path: Path) -> tuple[list[Row], list[int | None], list[str] | None]:
@@ -300,7 +301,7 @@ def parquet_rows(path: Path) -> tuple[list[Row], list[int | None], list[str] | N
         wanted = ["label", *(["image.path"] if named else [])]
         table = file.read(columns=wanted, use_threads=False)
         images = table.column("image").to_pylist() if named else [None] * len(table)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{path} is no whole parquet file ({error}): fetch it again.") from None
     names = [image["path"] if image else None for image in images]
     rows = [Row(path, number, name if isinstance(name, str) else None) for number, name in enumerate(names)]

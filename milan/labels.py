@@ -37,8 +37,11 @@ def table(path: Path, *columns: str) -> list[dict[str, str]]:
         rows = list(reader)
     except csv.Error as error:
         raise UserError(f"{path} is no CSV table ({error}): look for a quote that is not closed.") from None
-    if not set(columns) <= set(reader.fieldnames or ()) or any(not (row[c] or "").strip() for row in rows for c in columns):
-        raise UserError(f"{path} must have the columns {' and '.join(columns)}, and a value of both in every line.")
+    lacking = not set(columns) <= set(reader.fieldnames or ()) or any(not (row[c] or "").strip() for row in rows for c in columns)
+    if lacking or any(any(row.get(None, ())) for row in rows):  # None: what lies beyond the last column
+        raise UserError(
+            f"{path} must have the columns {' and '.join(columns)}, and a value of both in every line, in quotes where it holds a comma."
+        )
     return rows
 
 

@@ -79,7 +79,7 @@ def captioned(root: Path, images: sources.Images, params: Params) -> list[dict]:
     if pairs or not most:
         return pairs
     if images.classes:
-        print("No captions in pairs/captions.csv: the teacher trained here will learn from the class names, as captions.", flush=True)
+        print("No captions in pairs/captions.csv: the teacher trained here will learn from class names, as captions.", flush=True)
         return sources.class_captions(images.train, images.classes, most)
     if params.teacher.tiny:
         raise UserError(

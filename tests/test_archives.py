@@ -383,6 +383,8 @@ def test_a_tree_lists_a_folder_and_a_zip_alike(tmp_path):
 def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
     """Rather than passed over, with the images in it."""
     (tmp_path / "shut").mkdir()
+    (tmp_path / ".hidden" / "shut").mkdir(parents=True)
+    assert list(tree(tmp_path)) == []
     scandir = os.scandir
 
     def refused(path):
@@ -393,6 +395,8 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", refused)
     with pytest.raises(UserError, match=r"shut cannot be read: Permission denied\. Mend"):
         tree(tmp_path)
+    (tmp_path / "shut").rmdir()
+    assert tree(tmp_path) == {}
 
 
 def test_a_pipe_is_not_waited_for(tmp_path):
@@ -401,3 +405,6 @@ def test_a_pipe_is_not_waited_for(tmp_path):
         File(tmp_path / "x.jpg").read()
     with pytest.raises(UserError, match=r"x\.jpg cannot be read: no file, but"):
         tar_spans(tmp_path / "x.jpg")
+    for reader, said in ((tar_texts, "cannot be read"), (zip_members, "is no whole zip"), (parquet_rows, "is no whole parquet")):
+        with pytest.raises(UserError, match=rf"x\.jpg {said}.* \(no file, but"):
+            reader(tmp_path / "x.jpg")

@@ -371,7 +371,10 @@ def test_captions_and_object_masks(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("table", ["", "file\n", "file,text\na,b\n", "file,caption\na.JPEG,\n", "file,caption\na.JPEG\n"])
+@pytest.mark.parametrize(
+    "table",
+    ["", "file\n", "file,text\na,b\n", "file,caption\na.JPEG,\n", "file,caption\na.JPEG,a disc, red\n", "file,caption\na.JPEG\n"],
+)
 def test_captions_without_a_file_or_a_caption_are_refused(table, tmp_path):
     class_tree(tmp_path, {"pairs/captions.csv": table.encode()})
     with pytest.raises(UserError, match=r"captions\.csv must have the columns file and caption"):
