@@ -163,10 +163,11 @@ def tar_spans(archive: Path, inside: Span | None = None) -> list[Span]:
     """The files of an uncompressed tar, or of the tar that is the member `inside` of it, in the tar's order. Only headers
     are read. Raises UserError when the tar is damaged, ends early, or holds links or names that lead elsewhere."""
     try:
-        start, end = (inside.offset, inside.offset + inside.size) if inside else (0, regular(archive).stat().st_size)
+        file = in_binary(regular(archive))
     except (OSError, ValueError) as error:
         raise unreadable(archive, error) from None
-    with open(archive, "rb") as file:
+    with file:
+        start, end = (inside.offset, inside.offset + inside.size) if inside else (0, file.seek(0, os.SEEK_END))
         file.seek(start)
         try:
             members = list(_tar_members(file, end))
