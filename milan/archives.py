@@ -37,7 +37,7 @@ class File:
     path: Path
 
     def read(self) -> bytes:
-        return self.path.read_bytes()
+        return regular(self.path).read_bytes()
 
     def identity(self) -> list:
         return stamp(self.path)
@@ -114,11 +114,25 @@ class Row:
 Place = File | Span | Member | Row
 
 
+def regular(path: Path) -> Path:
+    """The path of a file. Raises OSError when there is none, ValueError when something else is there, such as a pipe, which
+    would be waited for."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError("no file, but a folder or a pipe")
+    return path
+
+
+def unreadable(path: Path, error: Exception) -> UserError:
+    """What to say of a file or a folder that cannot be read, or of a link to none."""
+    link = f" (a link to {os.readlink(path)})" if path.is_symlink() else ""
+    return UserError(f"{path}{link} cannot be read: {getattr(error, 'strerror', None) or error}. Mend or remove it.")
+
+
 def stamp(path: Path) -> list:
     """What tells a changed file from an unchanged one: path, size and time of the last change; the path when it is missing."""
     try:
         status = path.stat()
-    except OSError:
+    except (OSError, ValueError):  # ValueError: of a name that no file can have
         return [str(path)]
     return [str(path), status.st_size, status.st_mtime_ns]
 
@@ -148,8 +162,12 @@ def plain(name: str, archive: object) -> str:
 def tar_spans(archive: Path, inside: Span | None = None) -> list[Span]:
     """The files of an uncompressed tar, or of the tar that is the member `inside` of it, in the tar's order. Only headers
     are read. Raises UserError when the tar is damaged, ends early, or holds links or names that lead elsewhere."""
-    start, end = (inside.offset, inside.offset + inside.size) if inside else (0, archive.stat().st_size)
-    with open(archive, "rb") as file:
+    try:
+        file = in_binary(regular(archive))
+    except (OSError, ValueError) as error:
+        raise unreadable(archive, error) from None
+    with file:
+        start, end = (inside.offset, inside.offset + inside.size) if inside else (0, file.seek(0, os.SEEK_END))
         file.seek(start)
         try:
             members = list(_tar_members(file, end))
@@ -180,7 +198,7 @@ def tar_texts(archive: Path, *endings: str) -> list[bytes]:
     """The contents of the small members whose names end so, of a tar that may be compressed."""
     found = {}
     try:
-        with tarfile.open(archive, "r|*") as tar:
+        with tarfile.open(regular(archive), "r|*") as tar:
             for member in tar:
                 if member.offset + max(member.size, 0) > LIMIT:
                     raise tarfile.ReadError("it is larger than any devkit")
@@ -199,7 +217,7 @@ def zip_members(archive: Path) -> list[Member]:
     """The files of a zip, in its order. Raises UserError when it is damaged, locked, holds links or names that lead elsewhere,
     or declares members of impossible size."""
     try:
-        with zipfile.ZipFile(archive) as opened_zip:
+        with zipfile.ZipFile(regular(archive)) as opened_zip:
             members = [member for member in opened_zip.infolist() if not member.is_dir()]
     except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError) as error:
         raise UserError(f"{archive} is no whole zip ({error}): fetch it again.") from None
@@ -226,7 +244,11 @@ def tree(root: Path) -> dict[str, Place]:
 
 
 def walked(root: Path) -> Iterator[Path]:
-    for folder, _, names in os.walk(root):
+    def refuse(error: OSError) -> None:
+        raise unreadable(Path(error.filename), error)
+
+    for folder, folders, names in os.walk(root, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
         yield from (Path(folder, name) for name in names)
 
 
@@ -261,8 +283,8 @@ class Rows:
 
 
 def parquet(path: Path) -> pq.ParquetFile:
-    """The file, to be read in small pieces."""
-    return pq.ParquetFile(path, buffer_size=1 << 20)
+    """The file, to be read in small pieces. Raises pa.ArrowException, OSError or ValueError for what is none."""
+    return pq.ParquetFile(regular(path), buffer_size=1 << 20)
 
 
 def parquet_rows(path: Path) -> tuple[list[Row], list[int | None], list[str] | None]:
@@ -279,16 +301,21 @@ def parquet_rows(path: Path) -> tuple[list[Row], list[int | None], list[str] | N
         named = pa.types.is_struct(kind) and kind.get_field_index("path") >= 0
         wanted = ["label", *(["image.path"] if named else [])]
         table = file.read(columns=wanted, use_threads=False)
-    except (pa.ArrowException, OSError) as error:
+        images = table.column("image").to_pylist() if named else [None] * len(table)
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{path} is no whole parquet file ({error}): fetch it again.") from None
-    names = [value["path"] for value in table.column("image").to_pylist()] if named else [None] * len(table)
-    rows = [Row(path, number, name) for number, name in enumerate(names)]
-    return rows, table.column("label").to_pylist(), class_label(schema.metadata)
+    names = [image["path"] if image else None for image in images]
+    rows = [Row(path, number, name if isinstance(name, str) else None) for number, name in enumerate(names)]
+    return rows, table.column("label").to_pylist(), class_label(path, schema.metadata)
 
 
-def class_label(metadata: dict | None) -> list[str] | None:
-    """The names of the feature `label` in the schema metadata that Hugging Face's datasets write."""
+def class_label(path: Path, metadata: dict | None) -> list[str] | None:
+    """The names of the feature `label` in the schema metadata that Hugging Face's datasets write. Raises UserError for
+    anything but a list of distinct names."""
     try:
-        return json.loads(metadata[b"huggingface"])["info"]["features"]["label"]["names"]
+        names = json.loads(metadata[b"huggingface"])["info"]["features"]["label"]["names"]
     except (TypeError, KeyError, ValueError):
         return None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+        raise UserError(f"{path}: the names of the feature label, in the metadata, must be a list of distinct words.")
+    return names

@@ -3,11 +3,12 @@
 import csv
 import io
 import json
+import os
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from milan.archives import tar_texts
+from milan.archives import regular, tar_texts, unreadable
 from milan.errors import UserError
 
 DEVKIT, META, TRUTH = "ILSVRC2012_devkit_t12.tar.gz", "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"
@@ -18,17 +19,30 @@ def val_labels(root: Path) -> tuple[Path, dict[str, str]]:
     """Where the labels stand, and {file name without its suffix: WordNet id}."""
     readers = {KAGGLE: kaggle_labels, LABELS: listed_labels, DEVKIT: devkit_labels}
     for name, reader in readers.items():
-        if (root / name).exists():
+        if os.path.lexists(root / name):  # and be it a link to nothing, which is to be said
             return root / name, reader(root / name)
     raise UserError(f"{root} does not say the classes of its validation images: put {DEVKIT}, {KAGGLE} or {LABELS} there.")
 
 
 def kaggle_labels(path: Path) -> dict[str, str]:
     """Columns ImageId and PredictionString, which begins with the WordNet id."""
-    rows = list(csv.DictReader(io.StringIO(text(path))))
-    if not rows or any(not row.get("ImageId") or not (row.get("PredictionString") or "").split() for row in rows):
-        raise UserError(f"{path} must have the columns ImageId and PredictionString, and a value of both in every line.")
+    rows = table(path, "ImageId", "PredictionString")
     return {row["ImageId"]: row["PredictionString"].split()[0] for row in rows}
+
+
+def table(path: Path, *columns: str) -> list[dict[str, str]]:
+    """The rows of a CSV file. Raises UserError unless every line has a value in each of these columns."""
+    reader = csv.DictReader(io.StringIO(text(path), newline=""))
+    try:
+        rows = list(reader)
+    except csv.Error as error:
+        raise UserError(f"{path} is no CSV table ({error}): look for a quote that is not closed.") from None
+    lacking = not set(columns) <= set(reader.fieldnames or ()) or any(not (row[c] or "").strip() for row in rows for c in columns)
+    if lacking or any(any(row.get(None, ())) for row in rows):  # None: what lies beyond the last column
+        raise UserError(
+            f"{path} must have the columns {' and '.join(columns)}, and a value of both in every line, in quotes where it holds a comma."
+        )
+    return rows
 
 
 def listed_labels(path: Path) -> dict[str, str]:
@@ -41,10 +55,13 @@ def listed_labels(path: Path) -> dict[str, str]:
 
 
 def text(path: Path) -> str:
+    """Of a file in UTF-8. Raises UserError for any other, and when there is no such file."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return regular(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        raise UserError(f"{path} is no text.") from None
+        raise UserError(f"{path} is no text in UTF-8: save it so.") from None
+    except (OSError, ValueError) as error:
+        raise unreadable(path, error) from None
 
 
 def devkit_labels(path: Path) -> dict[str, str]:
@@ -68,11 +85,22 @@ def synsets(path: Path, meta: bytes) -> dict[int, tuple[str, str]]:
         raise UserError(f"{path}: {META} cannot be read ({error}): fetch it again.") from None
 
 
+def named_classes(path: Path) -> dict[str, str]:
+    """{WordNet id: name} of a classes.json. Raises UserError for another form, such as Keras's."""
+    try:
+        known = json.loads(text(path))
+    except (ValueError, RecursionError):
+        known = None
+    if not isinstance(known, dict) or not all(isinstance(name, str) for name in known.values()):
+        raise UserError(f'{path} must be a JSON object of class folders and their names, such as {{"n01440764": "tench"}}.')
+    return known
+
+
 def class_names(root: Path, wnids: list[str]) -> list[str]:
     """Readable names where root/classes.json ({wnid: name}) or the devkit gives them, else the WordNet ids."""
     path, known = root / "classes.json", {}
-    if path.exists():
-        known = json.loads(path.read_text())
+    if os.path.lexists(path):
+        known = named_classes(path)
     elif (root / DEVKIT).exists():
         known = {wnid: words.split(",")[0] for wnid, words in synsets(root / DEVKIT, *tar_texts(root / DEVKIT, META)).values()}
     return [known.get(wnid, wnid) for wnid in wnids]

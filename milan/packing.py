@@ -125,12 +125,15 @@ def read_job(job: tuple[dict, int | None, int]) -> tuple[dict | None, str | None
     item, short_side, classes = job
     row, place = dict(item), item["image"]
     try:
+        item["name"].encode()
         row["image"] = checked_image(place.read(), short_side)
         if "mask" in item:
             place = item["mask"]
             row["mask"] = checked_mask(place.read(), row["image"], classes)
     except UnidentifiedImageError:
         return None, f"{place} (no image)"
+    except UnicodeEncodeError:
+        return None, f"{ascii(str(place))} (the name is not in UTF-8: rename it)"
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         return None, f"{place} ({error or type(error).__name__})"
     return row, None

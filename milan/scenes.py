@@ -35,10 +35,14 @@ def scene_items(places: dict[str, Place], split: str, root: Path) -> list[dict]:
 
 
 def scene_classes(places: dict[str, Place], classes: int) -> list[str]:
-    """Names from objectInfo.txt or objectInfo150.txt (tab separated, a header, the name last or second), else numbers."""
+    """Names from objectInfo.txt or objectInfo150.txt (tab separated, a header, the name last or second), else numbers.
+    Raises UserError for one that cannot be read."""
     for name in ("objectInfo.txt", "objectInfo150.txt"):
         if name in places:
-            lines = places[name].read().decode(errors="replace").splitlines()[1:]
+            try:
+                lines = places[name].read().decode(errors="replace").splitlines()[1:]
+            except (OSError, ValueError) as error:
+                raise UserError(f"{places[name]} cannot be read ({error}): mend or remove it.") from None
             found = [line.split("\t")[-1].split(",")[0].strip() for line in lines if line.strip()]
             if len(found) == classes:
                 return found

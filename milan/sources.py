@@ -4,15 +4,15 @@ An item is a row of the records with places (see archives) where the row has byt
 [, "caption"][, "mask"]}. Labels are places in the list of classes, which is in the order of WordNet ids.
 """
 
-import csv
 import dataclasses
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from milan.archives import File, Place, Row, parquet_rows, tar_spans, tree
 from milan.errors import UserError
-from milan.labels import DEVKIT, KAGGLE, LABELS, class_names, val_labels
+from milan.labels import DEVKIT, KAGGLE, LABELS, class_names, table, val_labels
 from milan.progress import track
 
 IMAGES = {".jpeg", ".jpg", ".png", ".webp", ".bmp"}
@@ -39,7 +39,7 @@ def read_images(root: Path) -> Images:
     if existing(root, f"expected {LAYOUTS}").is_file():
         raise UserError(f"{root} is a file: data.imagenet names the folder that holds it. Expected {LAYOUTS}.")
     tables = {split: parquet_files(root, split) for split in ("train", "val")}
-    if (root / TRAIN_TAR).exists():
+    if os.path.lexists(root / TRAIN_TAR):  # and be it a link to nothing, which is to be said
         return from_tars(root)
     if tables["train"]:
         return from_parquet(root, tables)
@@ -63,7 +63,7 @@ def from_tars(root: Path) -> Images:
     if broken:
         raise UserError(" ".join(broken[:20]))
     refuse_empty_classes(outer, wnids, train)
-    if not (root / VAL_TAR).exists():
+    if not os.path.lexists(root / VAL_TAR):
         raise UserError(f"{root} holds {TRAIN_TAR} and no {VAL_TAR}: put it there too.")
     return Images(train, flat(root, tar_spans(root / VAL_TAR), wnids), wnids, class_names(root, wnids))
 
@@ -72,6 +72,8 @@ def from_class_folders(root: Path) -> Images:
     """train/<class>/<file> with val/<class>/<file>, or with a flat val/ whose labels stand elsewhere."""
     train, wnids = image_folder(root, "train"), class_folders(root / "train")
     val = existing(root / "val", f"expected {LAYOUTS}")
+    if val.is_file():
+        raise UserError(f"{val} is a file: make it the folder of the validation images. Expected {LAYOUTS}.")
     if class_folders(val):
         same_classes(root)
         return Images(train, with_object_masks(root, image_folder(root, "val")), wnids, class_names(root, wnids))
@@ -89,7 +91,9 @@ def from_parquet(root: Path, tables: dict[str, list[Path]]) -> Images:
         split: [item for path in paths for item in labelled_rows(path, *read[path][:2], places)]
         for split, paths in tables.items()
     }
-    check_classes(tables["train"][0].parent, wnids, splits["train"])
+    refuse_empty_classes(tables["train"][0].parent, wnids, splits["train"])
+    if not splits["val"]:
+        raise UserError(f"{tables['val'][0]} holds no rows, and neither does any other file of validation: fetch it again.")
     return Images(**splits, wnids=wnids, classes=class_names(root, wnids))
 
 
@@ -167,7 +171,7 @@ def same_classes(root: Path) -> None:
 
 def flat(root: Path, places: Iterable[Place], wnids: list[str]) -> list[dict]:
     """Validation images with the labels that the devkit or a table gives them, in the order of class and name."""
-    table, known = val_labels(root)
+    path, known = val_labels(root)
     label_of, by_class, odd = {wnid: k for k, wnid in enumerate(wnids)}, {}, []
     for place in places:
         if is_image(base(place)):
@@ -176,7 +180,7 @@ def flat(root: Path, places: Iterable[Place], wnids: list[str]) -> list[dict]:
             odd += [] if wnid in label_of else [f"{base(place)} is {wnid or 'not in it'}"]
     if odd:
         raise UserError(
-            f"{table} gives {len(odd)} validation image(s) none of the {len(wnids)} classes of the training images: "
+            f"{path} gives {len(odd)} validation image(s) none of the {len(wnids)} classes of the training images: "
             f"{', '.join(odd[:5])}{' ...' if len(odd) > 5 else ''}."
         )
     if not by_class:
@@ -198,7 +202,10 @@ def parquet_classes(read: dict[Path, tuple], train: list[Path]) -> tuple[list[st
         if own and own != names:
             raise UserError(f"{path} names its classes otherwise than {next(iter(read))}: the files must be of one set.")
     if names is None:
-        most = max((label for path in train for label in read[path][1] if label is not None), default=-1)
+        labels = [label for path in train for label in read[path][1] if label is not None]
+        most = max(labels, default=-1)
+        if most >= len(labels):  # labels may be any whole numbers: it takes care not to count to them
+            raise UserError(f"{train[0].parent} has the label {most} and {len(labels)} rows: labels must be 0, 1, 2 and so on.")
         names = [f"class {k}" for k in range(most + 1)]
     order = (
         sorted(range(len(names)), key=names.__getitem__) if all(re.fullmatch(r"n\d{8}", n) for n in names) else range(len(names))
@@ -227,14 +234,9 @@ def with_object_masks(root: Path, items: list[dict]) -> list[dict]:
 
 def caption_pairs(root: Path) -> list[dict]:
     """root/pairs/captions.csv with columns file, caption -> items {"image", "name", "caption"}; none when absent."""
-    table = root / "pairs" / "captions.csv"
-    if not table.exists():
-        return []
-    with open(table, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or any(not row.get("file") or not row.get("caption") for row in rows):
-        raise UserError(f"{table} must have the columns file and caption, and a value of both in every line.")
-    return [{"image": File(table.parent / row["file"]), "name": row["file"], "caption": row["caption"]} for row in rows]
+    path = root / "pairs" / "captions.csv"
+    rows = table(path, "file", "caption") if os.path.lexists(path) else []
+    return [{"image": File(path.parent / row["file"]), "name": row["file"], "caption": row["caption"]} for row in rows]
 
 
 def class_captions(items: list[dict], names: list[str], most: int) -> list[dict]:

@@ -8,12 +8,16 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+from milan.errors import UserError
 
 AHEAD = 4  # jobs a process that may be finished before their turn
 
 
 def ordered(function: Callable, jobs: Iterable, processes: int) -> Iterator:
-    """function(job) of each job, in the order of the jobs, computed by several processes (by this one if it is 1)."""
+    """function(job) of each job, in the order of the jobs, computed by several processes (by this one if it is 1). Raises
+    UserError when one of them is killed."""
     if processes == 1:
         yield from map(function, jobs)
         return
@@ -26,6 +30,8 @@ def ordered(function: Callable, jobs: Iterable, processes: int) -> Iterator:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise UserError("A worker process was killed, perhaps for want of memory. Run again: it continues.") from None
     finally:
         pool.shutdown(cancel_futures=True)  # after a failure, what still waits need not be done
 
@@ -50,7 +56,9 @@ def interrupts_held() -> Iterator[None]:
 
 
 def end_with(parent: int) -> None:
-    """Make this process end when its parent is gone (kill -9 reaches only one): no orphan works on unseen."""
+    """Make this process end when its parent is gone (kill -9 reaches only one): no orphan works on unseen. A SIGTERM ends
+    it as well: the handler of a stage, inherited, would only fail the job at hand, and a pool wait for ever."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def watch() -> None:
         while os.getppid() == parent:

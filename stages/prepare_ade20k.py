@@ -46,8 +46,8 @@ def pack(root: Path, folder: Path, params: Params, given: str | None) -> dict:
     if given:
         sources.refuse_other_counts("prepare_ade20k", {split: len(some) for split, some in items.items()}, p.expect)
     sources.refuse_too_few({"segment": (params.segment.batch_size, len(items["train"]))}, params.world)
-    splits = Packing(folder, p.shard_images, os.cpu_count(), classes=p.classes).pack(items)
     classes = scenes.scene_classes(places, p.classes)
+    splits = Packing(folder, p.shard_images, os.cpu_count(), classes=p.classes).pack(items)
     manifest = records.write_manifest(folder, splits=splits, classes=classes, source=given or "the built-in world")
     refuse_unlabelled(folder, root)
     records.drop_unlisted(folder)

@@ -44,6 +44,11 @@ def main(stage: Stage) -> None:
 
 
 def draw(root: Path, p: PrepareImagenet) -> None:
+    for split, images in {"train": p.train, "val": p.val}.items():
+        if images < len(world.CLASSES):
+            raise UserError(
+                f"prepare_imagenet.{split} is {images}, and the built-in world has {len(world.CLASSES)} classes: give each an image."
+            )
     if root.exists():
         return
     progress = Progress("drawing the world", p.train + p.val + p.pairs)
@@ -74,7 +79,7 @@ def captioned(root: Path, images: sources.Images, params: Params) -> list[dict]:
     if pairs or not most:
         return pairs
     if images.classes:
-        print("No pairs/captions.csv: the teacher that is trained here will learn from the class names, as captions.", flush=True)
+        print("No captions in pairs/captions.csv: the teacher trained here will learn from class names, as captions.", flush=True)
         return sources.class_captions(images.train, images.classes, most)
     if params.teacher.tiny:
         raise UserError(

@@ -1,5 +1,6 @@
 """Archives read in place: the very bytes, by no name of theirs; hostile and damaged ones are refused with a clear word."""
 
+import errno
 import io
 import os
 import pickle
@@ -304,6 +305,16 @@ def test_a_damaged_row_group_is_a_fault_of_its_rows_alone(tmp_path):
     assert good == [*range(50), *range(100, 200)]
 
 
+def test_a_row_of_nothing_is_a_fault_and_a_path_that_is_no_text_no_name(tmp_path):
+    rows = [{"bytes": b"1", "path": 5}, None]
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.int64()})
+    pq.write_table(pa.table({"image": pa.array(rows, kind), "label": [0, 1]}), tmp_path / "a.parquet")
+    (there, missing), _, _ = parquet_rows(tmp_path / "a.parquet")
+    assert (there.name, missing.name, there.read()) == (None, None, b"1")
+    with pytest.raises(ValueError, match="no bytes"):
+        missing.read()
+
+
 def test_a_row_without_bytes_is_a_fault(tmp_path):
     rows = [{"bytes": None, "path": "elsewhere.JPEG"}, None, {"bytes": b"1", "path": None}]
     kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
@@ -367,3 +378,33 @@ def test_a_tree_lists_a_folder_and_a_zip_alike(tmp_path):
         saved(tmp_path / "folder" / name, data)
     for root in (tmp_path / "folder", tmp_path / "a.zip"):
         assert [(name, place.read()) for name, place in tree(root).items()] == [("a.txt", b"a"), ("images/b.jpg", b"b")]
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+    """Rather than passed over, with the images in it."""
+    (tmp_path / "shut").mkdir()
+    (tmp_path / ".hidden" / "shut").mkdir(parents=True)
+    assert list(tree(tmp_path)) == []
+    scandir = os.scandir
+
+    def refused(path):
+        if Path(path).name == "shut":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(UserError, match=r"shut cannot be read: Permission denied\. Mend"):
+        tree(tmp_path)
+    (tmp_path / "shut").rmdir()
+    assert tree(tmp_path) == {}
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.jpg")
+    with pytest.raises(ValueError, match="no file, but a folder or a pipe"):
+        File(tmp_path / "x.jpg").read()
+    with pytest.raises(UserError, match=r"x\.jpg cannot be read: no file, but"):
+        tar_spans(tmp_path / "x.jpg")
+    for reader, said in ((tar_texts, "cannot be read"), (zip_members, "is no whole zip"), (parquet_rows, "is no whole parquet")):
+        with pytest.raises(UserError, match=rf"x\.jpg {said}.* \(no file, but"):
+            reader(tmp_path / "x.jpg")

@@ -115,6 +115,19 @@ def test_files_that_vanish_are_listed(tmp_path):
     assert "b.jpg" in refusal(tmp_path / "out", train=items)
 
 
+def test_names_that_are_not_in_utf_8_are_listed_readably(tmp_path):
+    items = items_of(tmp_path / "in", {"a.jpg": encoded(), "caf\udce9.jpg": encoded(seed=1)})
+    said = refusal(tmp_path / "out", train=items)
+    assert said.startswith("1 of 2 files") and "caf\\udce9.jpg' (the name is not in UTF-8: rename it)" in said
+    assert said.isascii()
+
+
+def test_a_name_that_no_file_can_have_is_listed(tmp_path):
+    items = items_of(tmp_path / "in", {"a.jpg": encoded()})
+    said = refusal(tmp_path / "out", train=[*items, {"image": File(tmp_path / "b\0.jpg"), "name": "b"}])
+    assert said.startswith("1 of 2 files") and "null byte" in said
+
+
 def test_a_long_list_of_broken_files_is_cut(tmp_path):
     items = items_of(tmp_path / "in", {f"{i:02d}.JPEG": b"" for i in range(23)})
     said = refusal(tmp_path / "out", train=items)

@@ -4,7 +4,10 @@ import io
 import json
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import scipy.io
 
@@ -138,6 +141,23 @@ def test_a_missing_part_is_named(tmp_path, name, word):
     assert word in refusal(root)
 
 
+PARTS = ["ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "val_labels.txt"]
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_folder_or_a_broken_link_in_the_place_of_a_part_is_named(tmp_path, name):
+    root = tars(tmp_path / "set", "list")
+    (root / name).unlink()
+    (root / name).mkdir()
+    assert f"{root / name} cannot be read: no file, but a folder" in refusal(root)
+    (root / name).rmdir()
+    (root / name).symlink_to("nowhere.tar")
+    assert f"{root / name} (a link to nowhere.tar) cannot be read: No such file" in refusal(root)
+    (root / name).unlink()
+    (root / name).symlink_to(name)
+    assert f"{root / name} (a link to {name}) cannot be read: Too many levels" in refusal(root)
+
+
 def test_labels_of_classes_or_images_that_are_not_there(tmp_path):
     root = tars(tmp_path / "set", "list")
     lines = (root / "val_labels.txt").read_text().splitlines()
@@ -150,7 +170,7 @@ def test_labels_of_classes_or_images_that_are_not_there(tmp_path):
 TABLES = {
     "LOC_val_solution.csv": [
         "",
-        "ImageId,PredictionString\n",
+        "ImageId\nILSVRC2012_val_00000001\n",
         "a,b\n1,2\n",
         "ImageId,PredictionString\nILSVRC2012_val_00000001,\n",
     ],
@@ -188,9 +208,6 @@ def test_a_devkit_that_cannot_be_read_is_named(tmp_path, meta):
 @pytest.mark.parametrize("names", [WORDS, None])
 @pytest.mark.parametrize("label", [-1, 3, None])
 def test_a_label_out_of_range_is_named_with_its_file(tmp_path, names, label):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     root = parquets(tmp_path / "set", names)
     path = root / "data" / "validation-00000-of-00001.parquet"
     table = pq.read_table(path)
@@ -206,6 +223,46 @@ def test_parquet_files_of_different_sets_and_without_validation(tmp_path):
     for path in (root / "data").glob("val*"):
         path.unlink()
     assert "no val-*.parquet" in refusal(root)
+
+
+def with_labels(path: Path, labels: list[int]) -> None:
+    table = pq.read_table(path)
+    pq.write_table(table.slice(0, len(labels)).set_column(1, "label", pa.array(labels, pa.int64())), path)
+
+
+def test_parquet_without_rows_of_validation_or_of_a_class(tmp_path):
+    root = parquets(tmp_path / "set")
+    with_labels(root / "data" / "validation-00000-of-00001.parquet", [])
+    assert "validation-00000-of-00001.parquet holds no rows" in refusal(root)
+    with_labels(root / "data" / "train-00001-of-00002.parquet", [0] * 5)
+    assert "1 class(es) of" in refusal(root) and "the first is golden retriever. Fill" in refusal(root)
+
+
+def test_labels_beyond_all_counting_are_refused_at_once(tmp_path):
+    root = parquets(tmp_path / "set", None)
+    with_labels(root / "data" / "train-00001-of-00002.parquet", [2, 2, 2, 2, 2**40])
+    assert "data has the label 1099511627776 and 12 rows" in refusal(root)
+
+
+@pytest.mark.parametrize("names", [["a", "b", "a"], "abc", [1, 2, 3], {"0": "a", "1": "b", "2": "c"}])
+def test_class_names_of_another_form_in_parquet_are_named(tmp_path, names):
+    root = parquets(tmp_path / "set")
+    path = root / "data" / "train-00000-of-00002.parquet"
+    features = json.dumps({"info": {"features": {"label": {"names": names}}}})
+    pq.write_table(pq.read_table(path).replace_schema_metadata({"huggingface": features}), path)
+    assert "train-00000-of-00002.parquet: the names of the feature label" in refusal(root)
+
+
+CLASSES_OF_OTHERS = [b'{"0": ["n01440764", "tench"]}', b'{"n01440764": 0}', b'{"n01440764": "ten', b'["tench"]', b"null"]
+
+
+@pytest.mark.parametrize("content", [*CLASSES_OF_OTHERS, '{"n01440764": "pêche"}'.encode("latin-1"), None])
+def test_class_names_of_another_form_are_named(tmp_path, content):
+    root = folders(tmp_path / "set")
+    (root / "classes.json").write_bytes(content) if content else (root / "classes.json").mkdir()
+    said = refusal(root)
+    expected = "must be a JSON object" if content in CLASSES_OF_OTHERS else "no text in UTF-8" if content else "cannot be read"
+    assert f"{root / 'classes.json'} " in said and expected in said
 
 
 def test_parquet_rows_without_names_are_named_by_file_and_place(tmp_path):
@@ -229,6 +286,11 @@ def test_a_missing_folder_is_named_with_the_layouts(tmp_path, missing):
 def test_a_file_in_the_place_of_its_folder(tmp_path):
     root = tars(tmp_path / "set")
     assert "ILSVRC2012_img_train.tar is a file: data.imagenet names the folder" in refusal(root / "ILSVRC2012_img_train.tar")
+
+
+def test_a_file_in_the_place_of_val(tmp_path):
+    root = class_tree(tmp_path, {"train/a/1.JPEG": b"x", "train/b/1.JPEG": b"x", "val": b"x"})
+    assert f"{root / 'val'} is a file: make it the folder" in refusal(root)
 
 
 def test_classes_that_differ_between_the_splits_are_named(tmp_path):
@@ -296,7 +358,9 @@ def test_nothing_to_train_on(tmp_path, files):
 
 def test_captions_and_object_masks(tmp_path):
     assert sources.caption_pairs(tmp_path) == []
-    class_tree(tmp_path, {"pairs/captions.csv": b'file,caption\n0.JPEG,"a disc, red"\n', "val_objects/v1.png": b""})
+    class_tree(tmp_path, {"pairs/captions.csv": b"file,caption\n"})
+    assert sources.caption_pairs(tmp_path) == []  # as the built-in world has it without pairs
+    class_tree(tmp_path, {"pairs/captions.csv": b'\xef\xbb\xbffile,caption\n0.JPEG,"a disc, red"\n', "val_objects/v1.png": b""})
     assert sources.caption_pairs(tmp_path) == [
         {"image": File(tmp_path / "pairs" / "0.JPEG"), "name": "0.JPEG", "caption": "a disc, red"}
     ]
@@ -307,10 +371,31 @@ def test_captions_and_object_masks(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("table", ["file,caption\n", "file,text\na,b\n", "file,caption\na.JPEG,\n", "file,caption\na.JPEG\n"])
+@pytest.mark.parametrize(
+    "table",
+    ["", "file\n", "file,text\na,b\n", "file,caption\na.JPEG,\n", "file,caption\na.JPEG,a disc, red\n", "file,caption\na.JPEG\n"],
+)
 def test_captions_without_a_file_or_a_caption_are_refused(table, tmp_path):
     class_tree(tmp_path, {"pairs/captions.csv": table.encode()})
     with pytest.raises(UserError, match=r"captions\.csv must have the columns file and caption"):
+        sources.caption_pairs(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "table, said",
+    [
+        ("file,caption\na.jpg,café\n".encode("latin-1"), "is no text in UTF-8"),
+        ("file,caption\na.jpg,disc\n".encode("utf-16"), "is no text in UTF-8"),
+        (b'file,caption\na.jpg,"' + b"x" * 140_000, "is no CSV table .*quote"),
+        (None, "cannot be read: no file, but a folder"),
+    ],
+)
+def test_captions_that_are_no_table_are_named(tmp_path, table, said):
+    (tmp_path / "pairs" / "captions.csv").mkdir(parents=True)
+    if table:
+        (tmp_path / "pairs" / "captions.csv").rmdir()
+        class_tree(tmp_path, {"pairs/captions.csv": table})
+    with pytest.raises(UserError, match=rf"captions\.csv {said}"):
         sources.caption_pairs(tmp_path)
 
 
@@ -349,6 +434,15 @@ def test_other_counts_than_the_recipe_s_are_said_with_the_mend():
     sources.refuse_other_counts("prepare_ade20k", {"train": 2, "val": 1}, SceneCounts(2, 1))
 
 
+def test_a_world_with_classes_without_an_image_is_refused_before_it_is_drawn(tmp_path):
+    from stages import prepare_imagenet
+
+    for counts, key in (({"train": 19, "val": 20}, "train is 19"), ({"train": 20, "val": 0}, "val is 0")):
+        with pytest.raises(UserError, match=rf"prepare_imagenet\.{key}, and the built-in world has 20 classes"):
+            prepare_imagenet.draw(tmp_path / "world", SimpleNamespace(seed=0, size=16, pairs=0, **counts))
+    assert list(tmp_path.iterdir()) == []
+
+
 # Scenes.
 
 ANNOTATIONS = {"s2": layouts.annotation(layouts.FITTING), "s1": layouts.annotation(layouts.FITTING * 0)}
@@ -374,6 +468,13 @@ def test_scenes_of_a_folder_and_of_a_zip_are_the_same(tmp_path, kind):
     assert said == [(name, encoded(size=(8, 6)), ANNOTATIONS[name]) for name in ("s1", "s2")]
     assert scenes.scene_classes(places, 2) == ["wall", "sky"]
     assert scenes.scene_classes(places, 3) == scenes.scene_classes({}, 3) == ["class 1", "class 2", "class 3"]
+
+
+def test_names_of_classes_that_cannot_be_read_are_said(tmp_path):
+    root = class_tree(tmp_path, scene_files(ANNOTATIONS))
+    (root / "objectInfo150.txt").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"objectInfo150\.txt cannot be read .*mend or remove it"):
+        scenes.scene_classes(scenes.scene_places(root), 11)
 
 
 def test_a_missing_annotation_is_named(tmp_path):

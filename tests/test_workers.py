@@ -9,8 +9,9 @@ import time
 import psutil
 import pytest
 
+from milan.errors import Preempted, UserError
 from milan.workers import AHEAD, interrupts_held, ordered
-from tests.conftest import ROOT
+from tests.conftest import ROOT, forked
 
 
 def slow_when_even(job: int) -> int:
@@ -54,6 +55,26 @@ def test_a_failing_job_says_why_and_ends_the_rest(one_thread):
 
 def reciprocal(job: int) -> float:
     return 1 / job
+
+
+def die_or_sleep(death: int) -> None:
+    os.kill(os.getpid(), death) if death else time.sleep(30)
+
+
+def lose_a_worker(death: int) -> None:
+    """As a stage does it, whose handler of SIGTERM the workers inherit."""
+
+    def preempt(*_):
+        raise Preempted
+
+    signal.signal(signal.SIGTERM, preempt)
+    with pytest.raises(UserError, match="A worker process was killed.*Run again: it continues"):
+        list(ordered(die_or_sleep, [0, 0, death, 0, 0, 0], 3))
+
+
+@pytest.mark.parametrize("death", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_worker_is_said_and_the_rest_end_at_once(death, one_thread):
+    assert forked(lose_a_worker, death) == 0
 
 
 def test_no_worker_outlives_a_killed_parent(tmp_path):
