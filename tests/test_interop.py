@@ -243,7 +243,7 @@ def test_what_holds_no_weights_is_refused(pth, tmp_path):
     refused(tmp_path / "absent.pth", "no file")
     refused(pth({"epoch": 3}), "no state dict")
     refused(pth([torch.ones(2)]), "no state dict")
-    refused(pth({"model": {**official(), "version": 3}}), "not tensors: version")
+    refused(pth({"model": {**official(), "version": 3}}), "not tensors by name: version")
 
 
 def test_help_names_the_layouts(capsys):

@@ -287,7 +287,7 @@ def test_a_vit_of_another_patch_size_is_not_bent_to_fit(tmp_path):
 
 def test_a_malicious_pickle_is_no_vit(tmp_path):
     torch.save({"teacher": small_vit().state_dict(), "args": Malice(tmp_path / "ran")}, tmp_path / "a.pth")
-    with pytest.raises(UserError, match="without running code"):
+    with pytest.raises(UserError, match=r"posix\.system.*Nothing in it was run"):
         fetched_vit(tmp_path / "a.pth", tmp_path / "teacher")
     assert not (tmp_path / "ran").exists()
 
