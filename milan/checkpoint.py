@@ -1,15 +1,19 @@
-"""Weights as safetensors, and the resumable state of a training run.
+"""Weights as safetensors, those of strangers' files, and the resumable state of a training run.
 
 The state lives outside DVC's outs, in .scratch/<stage>-<fingerprint>/: DVC deletes outs before a run. A killed
 run with the same fingerprint continues from it and ends in the same bytes; another recipe starts afresh.
 """
 
+import argparse
 import hashlib
 import io
 import json
+import re
 import shutil
 import socket
 import sys
+import warnings
+import zipfile
 from pathlib import Path
 
 import torch
@@ -24,7 +28,9 @@ from milan.files import SCRATCH, code_digest, fingerprint, write_whole
 def save_weights(path: Path, weights: dict[str, torch.Tensor], **about: str | int) -> None:
     """safetensors, with `about` as JSON under the metadata key "milan"; equal weights give equal bytes (one key,
     because safetensors writes several in random order)."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(weights.items())}
+    # Cloned, because safetensors refuses tensors that share memory, as tied ones of a stranger's file do.
+    plain = torch.contiguous_format
+    tensors = {name: tensor.detach().cpu().clone(memory_format=plain) for name, tensor in sorted(weights.items())}
     write_whole(path, safetensors_bytes(tensors, {"milan": json.dumps(about, sort_keys=True)}))
 
 
@@ -36,6 +42,84 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
         raise UserError(f"{path} is missing: run `dvc repro`, which makes it, or `dvc pull`, which fetches it.") from None
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}). Delete {Path(path).parent} and run `dvc repro` again.") from None
+
+
+def read_foreign(path: Path):
+    """What a stranger's .safetensors file, or pickle of tensors and plain values, holds, on the CPU; no code in it is run.
+
+    Raises UserError when it cannot be read, is damaged, or holds anything else."""
+    require_file(path)
+    if is_torchscript(path):
+        raise UserError(
+            f"{path} is a TorchScript archive, which is a program, and is not opened. Give the same weights as safetensors "
+            "(OpenAI's CLIP: open_clip_model.safetensors, Hugging Face: timm/vit_base_patch16_clip_224.openai). A teacher's is "
+            "opened when the recipe names it: set teacher.pretrained.sha256 to the digest that its publisher gives."
+        )
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        # Releases of MAE, MILAN, DINO and SLIP carry their command line along; a Namespace is a bag of plain values.
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch and safetensors raise many kinds for foreign files
+        raise refusal(path, error) from None
+
+
+def require_file(path: Path) -> None:
+    """Raises UserError unless path is a file that can be opened."""
+    try:
+        if path.is_file():
+            return path.open("rb").close()
+        fault = "is a folder" if path.is_dir() else "is no file"
+    except OSError as error:
+        fault = f"cannot be read ({error.strerror})"
+    raise UserError(f"{path} {fault}. Give the path of a checkpoint (.pth, .pt or .safetensors) that you may read.")
+
+
+def is_torchscript(path: Path) -> bool:
+    if path.suffix == ".safetensors" or not zipfile.is_zipfile(path):
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("constants.pkl") for name in archive.namelist())
+    except Exception:  # a damaged directory raises many kinds; torch, which is asked next, opens no program either
+        return False
+
+
+def refusal(path: Path, error: Exception) -> UserError:
+    """In our words: torch's own would send the reader to weights_only=False."""
+    wanted = re.search(r"GLOBAL (\S+)|Unsupported (?:global|class) (\S+)", str(error))
+    if not wanted:
+        return UserError(
+            f"{path} is no checkpoint of plain tensors, or is damaged: expected safetensors (in a file so named) or a pickle "
+            "(.pth, .pt) as torch.save(model.state_dict(), file) writes it. Nothing in it was run. Download or write it again."
+        )
+    return UserError(
+        f"{path} is refused: as a pickle it wants to load {next(filter(None, wanted.groups()))}, and a pickle can run any code. "
+        "Nothing in it was run. If you trust its origin, load it there and save the tensors alone: "
+        "torch.save({'model': model.state_dict()}, file)."
+    )
+
+
+def check_weights(weights: dict[str, torch.Tensor], path: str | Path) -> None:
+    """Raises UserError that names the first tensor of strange weights with which a model cannot compute."""
+    for name, tensor in weights.items():
+        if fault := unfit(tensor):
+            raise UserError(
+                f"{path}: {name} {fault}. Expected: dense tensors of finite floating-point numbers. Fetch or save it again."
+            )
+
+
+def unfit(tensor: torch.Tensor) -> str | None:
+    if tensor.layout != torch.strided or tensor.is_nested:
+        return "is sparse or nested"
+    if tensor.is_meta:
+        return "has a shape and no values (a meta tensor)"
+    if not tensor.is_floating_point():
+        return f"is {str(tensor.dtype).removeprefix('torch.')}"
+    if not tensor.float().isfinite().all():  # as the float32 that it will be: isfinite knows no float8
+        return "holds values that are no finite numbers (its training had broken down, perhaps)"
+    return None
 
 
 class Scratch:

@@ -16,15 +16,10 @@ Position embeddings are carried over, never drawn anew: mmpretrain's table has i
 import argparse
 import io
 import math
-import pickle
-import re
 import sys
-import warnings
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -48,9 +43,7 @@ def read_encoder(path: str | Path, model: Model) -> State:
         raise UserError(f"{path} is a CLIP checkpoint: a teacher, no student. Name it under teacher.pretrained.file instead.")
     encoder, _ = split(state)
     check(encoder, encoder_shapes(model), path)
-    broken = [name for name, tensor in encoder.items() if not tensor.isfinite().all()]
-    if broken:
-        raise UserError(f"{path} holds values that are no finite numbers, first in {broken[0]}: its training had broken down.")
+    checkpoint.check_weights(encoder, path)
     return encoder
 
 
@@ -62,42 +55,8 @@ def read(path: str | Path) -> State:
 
 def load(path: Path) -> State:
     """Tensors of a .safetensors file or of a pickle, unwrapped; no code in the file is ever run."""
-    if not path.is_file():
-        raise UserError(f"{path} is no file. Give the path of a checkpoint (.pth, .pt or .safetensors).")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        # Releases of MAE and MILAN carry their command line along; a Namespace is a bag of plain values.
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise refusal(path, error) from None
-    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise unreadable(path, error) from None
-    return unwrap(content, path)
-
-
-def refusal(path: Path, error: Exception) -> UserError:
-    wanted = re.search(r"GLOBAL (\S+)|Unsupported (?:global|class) (\S+)", str(error))
-    what = (
-        f"wants to load {next(filter(None, wanted.groups()))}"
-        if wanted
-        else "holds more than tensors and plain values, or is damaged"
-    )
-    return UserError(
-        f"{path} is refused: as a pickle it {what}, and a pickle can run any code. Nothing in it was run. If you trust "
-        "its origin, load it there and save the tensors alone: torch.save({'model': model.state_dict()}, file)."
-    )
-
-
-def unreadable(path: Path, error: Exception) -> UserError:
-    if "TorchScript" in str(error):
-        return UserError(
-            f"{path} is a TorchScript archive, which is code, and is not run. OpenAI's CLIP is published as plain weights "
-            "too (open_clip_model.safetensors, Hugging Face: timm/vit_base_patch16_clip_224.openai); give that file."
-        )
-    reason = str(error).strip().split("\n")[0][:200]
-    return UserError(f"{path} is damaged or no checkpoint ({reason}). Download or write it again.")
+    content = checkpoint.read_foreign(path)
+    return content if path.suffix == ".safetensors" else unwrap(content, path)
 
 
 def unwrap(content, path: Path) -> State:
@@ -108,9 +67,9 @@ def unwrap(content, path: Path) -> State:
     if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"{path} holds no state dict: expected tensors by name, bare or under 'model' or 'state_dict'.")
     state = {name: value for name, value in content.items() if name not in CLIP_INTEGERS}
-    strange = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
+    strange = [str(name) for name, value in state.items() if not isinstance(name, str) or not isinstance(value, Tensor)]
     if strange:
-        raise UserError(f"{path}: not tensors: {', '.join(strange)}. Save the model's state dict alone.")
+        raise UserError(f"{path}: not tensors by name: {', '.join(strange)}. Save the model's state dict alone.")
     return state
 
 
@@ -129,9 +88,9 @@ def decoder_shapes(decoder: State, encoder_dim: int, grid: int) -> dict[str, tor
     return {name: tensor.shape for name, tensor in whole.state_dict().items()}
 
 
-def clip_shapes(tower: State) -> dict[str, torch.Size]:
+def clip_shapes(tower: State, path: str | Path) -> dict[str, torch.Size]:
     """Of a whole image tower with this one's widths and depth, in timm's names."""
-    layouts.need(tower, ("patch_embed.proj.weight", "pos_embed", "head.weight"), "The CLIP")
+    need_vit(tower, {"patch_embed.proj.weight": 4, "pos_embed": 3, "head.weight": 2}, path)
     (width, _, _, patch), (_, rows, _) = tower["patch_embed.proj.weight"].shape, tower["pos_embed"].shape
     size = {"img_size": math.isqrt(rows - 1) * patch, "patch_size": patch, "embed_dim": width}
     with torch.device("meta"):
@@ -139,6 +98,13 @@ def clip_shapes(tower: State) -> dict[str, torch.Size]:
             **size, depth=depth(tower, "blocks."), num_heads=1, num_classes=len(tower["head.weight"]), pre_norm=True
         )
     return {name: tensor.shape for name, tensor in whole.state_dict().items()}
+
+
+def need_vit(state: State, dimensions: dict[str, int], path: str | Path) -> None:
+    """Raises UserError unless what tells a ViT's sizes is there."""
+    layouts.need(state, dimensions, path)
+    if not depth(state, "blocks."):
+        raise UserError(f"{path} holds no ViT: it has no blocks.* (in timm's names). It is no whole model; fetch it again.")
 
 
 def check(state: State, expected: dict[str, torch.Size], where: str | Path) -> None:
@@ -156,22 +122,20 @@ def check(state: State, expected: dict[str, torch.Size], where: str | Path) -> N
         raise UserError(f"{where} does not fit the model. {found}. Give a checkpoint of this size, or set `model` to its size.")
 
 
-def check_whole(encoder: State, decoder: State, path: str | Path) -> None:
+def check_whole(encoder: State, decoder: State, path: str | Path, decoder_path: str | Path) -> None:
     """Refuse a MILAN or MAE checkpoint that is not complete by its own measure."""
-    shapes = [encoder[name].shape for name in ("pos_embed", "patch_embed.proj.weight") if name in encoder]
-    if [len(shape) for shape in shapes] != [3, 4] or not depth(encoder, "blocks."):
-        raise UserError(
-            f"{path} holds no ViT: pos_embed (1, 1 + N, D), patch_embed.proj.weight (D, 3, p, p) or blocks.* are missing or misshapen."
-        )
-    (_, rows, width), (*_, patch) = shapes
+    need_vit(encoder, {"pos_embed": 3, "patch_embed.proj.weight": 4}, path)
+    (_, rows, width), (*_, patch) = encoder["pos_embed"].shape, encoder["patch_embed.proj.weight"].shape
     grid = math.isqrt(max(rows - 1, 1))
     try:
         tower = Tower(width, depth(encoder, "blocks."), 1)
         check(encoder, encoder_shapes(Model("checkpoint", grid * patch, patch, tower, tower)), path)
         if decoder:
-            check(decoder, decoder_shapes(decoder, width, grid), path)
+            check(decoder, decoder_shapes(decoder, width, grid), decoder_path)
     except ValueError as error:
         raise UserError(f"{path} holds a model that cannot be built here: {error}.") from None
+    checkpoint.check_weights(encoder, path)
+    checkpoint.check_weights(decoder, decoder_path)
 
 
 def convert(source: Path, target: Path, layout: str, decoder_file: Path | None = None) -> str:
@@ -180,18 +144,31 @@ def convert(source: Path, target: Path, layout: str, decoder_file: Path | None =
     suffixes = (".safetensors",) if layout == "timm" else (".pth", ".pt")
     if target.suffix not in suffixes:
         raise UserError(f"{target}: the {layout} layout is written as {' or '.join(suffixes)}; rename OUT.")
+    if decoder_file and layout == "timm" and (decoder_file.suffix not in suffixes or decoder_file == target):
+        raise UserError(f"{decoder_file}: the decoder is written as a .safetensors of its own; rename it.")
     state = read(source)
     if layouts.is_clip(state):
         return convert_clip(state, target, layout, source)
     if layout == "openai":
         raise UserError(f"{source} is no CLIP, so it has no openai layout; choose timm, official or mmpretrain.")
     encoder, decoder = split(state)
+    origin = source
     if decoder_file and bool(decoder) != (layout == "timm"):
         raise UserError(f"{source} {'already has a' if decoder else 'has no'} decoder; leave out --decoder.")
     if decoder_file and layout != "timm":
-        decoder = split(read(decoder_file))[1]
-    check_whole(encoder, decoder, source)
+        origin, decoder = decoder_file, decoder_of(decoder_file)
+    check_whole(encoder, decoder, source, origin)
     return write(encoder, decoder, target, layout, decoder_file)
+
+
+def decoder_of(path: Path) -> State:
+    """Raises UserError when there is none in the file."""
+    decoder = split(read(path))[1]
+    if not decoder:
+        raise UserError(
+            f"{path} holds no decoder tensors (decoder_*, mask_token): give --decoder the file that it was written to."
+        )
+    return decoder
 
 
 def write(encoder: State, decoder: State, target: Path, layout: str, decoder_file: Path | None) -> str:
@@ -200,9 +177,10 @@ def write(encoder: State, decoder: State, target: Path, layout: str, decoder_fil
         state = {**encoder, **decoder}
         save_pth(target, {"model": state} if layout == "official" else {"state_dict": layouts.to_mmpretrain(state)})
         return f"{said}, {len(decoder)} decoder tensors"
+    if decoder_file:  # first: where OUT is, all is
+        checkpoint.save_weights(decoder_file, decoder, format="pt")
     checkpoint.save_weights(target, encoder, format="pt")
     if decoder_file:
-        checkpoint.save_weights(decoder_file, decoder, format="pt")
         return f"{said}; {decoder_file}: {len(decoder)} decoder tensors"
     return said + (f" ({len(decoder)} decoder tensors left out; --decoder FILE keeps them)" if decoder else "")
 
@@ -213,7 +191,8 @@ def convert_clip(state: State, target: Path, layout: str, source: Path) -> str:
         raise UserError(f"{source} is a CLIP checkpoint, which has no {layout} layout; choose timm or openai.")
     in_timm = "norm_pre.weight" in state
     tower = state if in_timm else layouts.clip_to_timm(state, source)
-    check(tower, clip_shapes(tower), source)
+    check(tower, clip_shapes(tower, source), source)
+    checkpoint.check_weights(tower, source)
     if layout == "timm":
         checkpoint.save_weights(target, tower, format="pt")
         return f"{target}: {len(tower)} tensors of a CLIP's image tower"
@@ -240,6 +219,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(convert(**vars(parser.parse_args(arguments))))
     except UserError as error:
         print(error, file=sys.stderr)
+        return 1
+    except OSError as error:  # of writing: what cannot be read is a UserError
+        where = error.filename2 or error.filename
+        print(f"error: {where}: {error.strerror}. Give the path of a file in a folder that you may write to.", file=sys.stderr)
         return 1
     return 0
 

@@ -94,7 +94,7 @@ def clip_to_timm(state: State, path: str | Path) -> State:
 
     timm's classifier has a bias and CLIP's projection has none: it is written as zeros."""
     tower = renamed({n: t for n, t in state.items() if n.startswith("visual.")}, CLIP_NAMES, CLIP_PARTS, 0, path)
-    need(tower, ("cls_token", "pos_embed", "head.weight"), path)
+    need(tower, {"cls_token": 1, "pos_embed": 2, "head.weight": 2}, path)
     head = tower["head.weight"].T.contiguous()
     tables = {"cls_token": tower["cls_token"][None, None], "pos_embed": tower["pos_embed"][None]}
     return {**tower, **tables, "head.weight": head, "head.bias": torch.zeros_like(head[:, 0])}
@@ -102,7 +102,7 @@ def clip_to_timm(state: State, path: str | Path) -> State:
 
 def clip_from_timm(state: State, path: str | Path) -> State:
     """The inverse of clip_to_timm."""
-    need(state, ("cls_token", "pos_embed", "head.weight"), path)
+    need(state, {"cls_token": 3, "pos_embed": 3, "head.weight": 2}, path)
     tables = {
         "cls_token": state["cls_token"][0, 0],
         "pos_embed": state["pos_embed"][0],
@@ -112,10 +112,17 @@ def clip_from_timm(state: State, path: str | Path) -> State:
     return renamed(tower, CLIP_NAMES, CLIP_PARTS, 1, path)
 
 
-def need(state: State, names: tuple[str, ...], path: str | Path) -> None:
-    missing = [name for name in names if name not in state]
+def need(state: State, dimensions: dict[str, int], path: str | Path) -> None:
+    """Raises UserError unless the state has these tensors, with so many dimensions and none of size zero."""
+    missing = [name for name in dimensions if name not in state]
     if missing:
         raise UserError(f"{path}: missing keys: {', '.join(missing)} (in timm's names). It is no whole model; fetch it again.")
+    for name, count in dimensions.items():
+        if state[name].ndim != count or not all(state[name].shape):
+            shape = list(state[name].shape)
+            raise UserError(
+                f"{path}: {name} (in timm's names) is {shape}, not {count} sizes above 0. It is no ViT; fetch it again."
+            )
 
 
 def depth(state: State, beginning: str) -> int:

@@ -6,9 +6,7 @@ read with weights_only, and a TorchScript archive, as OpenAI publishes, which Py
 SECURITY.md), is opened only when its SHA-256 is teacher.pretrained.sha256.
 """
 
-import argparse
 import contextlib
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlparse
@@ -18,11 +16,11 @@ import timm
 import torch
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import RemoteEntryNotFoundError
-from safetensors.torch import load_file
 from timm.models import list_pretrained
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
+from milan.checkpoint import check_weights, is_torchscript, read_foreign, require_file
 from milan.clip import save_teacher
 from milan.errors import UserError
 from milan.files import file_digest
@@ -165,8 +163,7 @@ def from_hub(release: Release) -> Path:
 
 
 def verify(path: Path, source: Pretrained) -> None:
-    if not path.is_file():
-        raise UserError(f"teacher.pretrained.file {path} is no file.")
+    require_file(path)
     if source.sha256 and (found := file_digest(path)) != source.sha256.lower():
         mend = "fetch it again" if source.file else f"delete {cached_as(path)} and run again, which fetches it anew"
         raise UserError(
@@ -183,36 +180,24 @@ def cached_as(path: Path) -> Path:
 def read_state(path: Path, named: bool) -> State:
     """State dict of a safetensors file, a plain checkpoint or, when the recipe has named it by its digest, an OpenAI
     TorchScript archive."""
-    if is_torchscript(path) and not named:
-        raise UserError(
-            f"{path} is a TorchScript archive, which is a program, and is not opened unless the recipe names it: set "
-            "teacher.pretrained.sha256 to the digest that its publisher gives, or give the same weights as safetensors."
-        )
-    try:
-        state = read_tensors(path)
-    except Exception as error:  # torch and safetensors raise many kinds for foreign files
-        raise UserError(f"{path} is no checkpoint that can be read without running code from it ({str(error)[:200]}).") from None
+    state = read_program(path) if named and is_torchscript(path) else read_foreign(path)
     for name in ("state_dict", "model", "teacher"):  # open_clip's and SLIP's; DeiT's and MAE's; DINO's
         state = state.get(name, state) if isinstance(state, dict) else None
     if not isinstance(state, dict):
         raise UserError(f"{path} holds no state dict: expected tensors by name, bare or under 'state_dict'.")
-    return {name.removeprefix("module."): tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    named_tensors = {name: t for name, t in state.items() if isinstance(name, str) and isinstance(t, Tensor)}
+    return {name.removeprefix("module."): tensor for name, tensor in named_tensors.items()}
 
 
-def read_tensors(path: Path):
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    if is_torchscript(path):
+def read_program(path: Path) -> State:
+    """The tensors of a TorchScript archive; opening it may run what it holds."""
+    try:
         return torch.jit.load(path, map_location="cpu").state_dict()
-    with torch.serialization.safe_globals([argparse.Namespace]):  # DINO's and SLIP's carry their command line along
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def is_torchscript(path: Path) -> bool:
-    if path.suffix == ".safetensors" or not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("constants.pkl") for name in archive.namelist())
+    except Exception:  # torch raises many kinds
+        raise UserError(
+            f"{path} is no checkpoint: as a TorchScript archive it cannot be loaded. Fetch it again, or give the same weights "
+            "as safetensors."
+        ) from None
 
 
 def image_state(state: State) -> State:
@@ -253,4 +238,5 @@ def load_state(model: nn.Module, state: State, path: Path) -> None:
     if any(found.values()):
         lists = "; ".join(f"{word}: {', '.join(names)}" for word, names in found.items() if names)
         raise UserError(f"{path} does not fit teacher.pretrained.model. {lists}.")
+    check_weights(state, path)
     model.load_state_dict(state, assign=True)  # the model may be without values

@@ -193,6 +193,60 @@ def test_convert_refuses_what_is_not_whole(pth, tmp_path, capsys):
     assert not (tmp_path / "out.pth").exists()
 
 
+def turned_down(capsys, *arguments) -> str:
+    """What convert says of bad input; it writes nothing."""
+    assert run("convert", *arguments) == 1 and not arguments[1].is_file()
+    return capsys.readouterr().err
+
+
+def test_convert_refuses_a_decoder_file_without_a_decoder(tmp_path, capsys):
+    save_file(encoder_of(official()), tmp_path / "e.safetensors")
+    arguments = (tmp_path / "e.safetensors", tmp_path / "out.pth", "--to", "official", "--decoder", tmp_path / "e.safetensors")
+    assert "e.safetensors holds no decoder tensors" in turned_down(capsys, *arguments)
+
+
+def test_convert_writes_a_decoder_only_beside_the_encoder(pth, tmp_path, capsys):
+    source, target = pth({"model": official()}), tmp_path / "e.safetensors"
+    for other in (target, tmp_path / "d.pth"):
+        assert "of its own" in turned_down(capsys, source, target, "--to", "timm", "--decoder", other)
+    (tmp_path / "file").touch()
+    assert "file: File exists" in turned_down(capsys, source, target, "--to", "timm", "--decoder", tmp_path / "file/d.safetensors")
+
+
+@pytest.mark.parametrize("name", ["decoder_norm.bias", "pos_embed"])
+@pytest.mark.parametrize("value", [float("nan"), 1j])
+def test_convert_refuses_what_is_no_weights(pth, tmp_path, capsys, name, value):
+    state = official()
+    broken = {**state, name: torch.full(state[name].shape, value)}
+    assert f"in.pth: {name}" in turned_down(capsys, pth({"model": broken}), tmp_path / "out.pth", "--to", "mmpretrain")
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (1, 1, 1, 1, 1), (0, 0), (1, 0, 24), (64, 3, 0, 0)])
+def test_convert_refuses_what_is_misshapen(pth, tmp_path, capsys, shape):
+    """Numbers of dimensions and zero sizes, in MILAN's layout and in both of CLIP's."""
+    clip = clip_state()
+    cases = [(official(), "pos_embed"), (official(), "patch_embed.proj.weight")]
+    cases += [(clip, f"visual.{name}") for name in ("class_embedding", "positional_embedding", "conv1.weight", "proj")]
+    cases += [(layouts.clip_to_timm(clip, "here"), name) for name in ("cls_token", "pos_embed", "head.weight")]
+    for state, name in cases:
+        path = pth({**state, name: torch.zeros(shape)})
+        layout = "official" if "mask_token" in state else "openai" if "cls_token" in state else "timm"
+        target = tmp_path / ("out.safetensors" if layout == "timm" else "out.pth")
+        assert "in.pth" in turned_down(capsys, path, target, "--to", layout), name
+
+
+def test_names_that_are_no_text_are_refused(pth):
+    refused(pth({"model": {**official(), 5: torch.ones(2)}}), "not tensors by name: 5")
+
+
+def test_out_that_cannot_be_written_is_named(pth, tmp_path, capsys):
+    source = pth({"model": official()})
+    (tmp_path / "folder.pth").mkdir()
+    assert "folder.pth: Is a directory" in turned_down(capsys, source, tmp_path / "folder.pth", "--to", "official")
+    assert "in.pth: File exists" in turned_down(capsys, source, source / "out.pth", "--to", "official")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.pth", "in.pth"]
+
+
 class Payload:
     """Unpickling it runs a shell command."""
 
@@ -241,9 +295,10 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, name, data):
 
 def test_what_holds_no_weights_is_refused(pth, tmp_path):
     refused(tmp_path / "absent.pth", "no file")
+    refused(tmp_path, "is a folder")
     refused(pth({"epoch": 3}), "no state dict")
     refused(pth([torch.ones(2)]), "no state dict")
-    refused(pth({"model": {**official(), "version": 3}}), "not tensors: version")
+    refused(pth({"model": {**official(), "version": 3}}), "not tensors by name: version")
 
 
 def test_help_names_the_layouts(capsys):

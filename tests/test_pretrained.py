@@ -157,10 +157,45 @@ def test_missing_unexpected_and_misshapen_keys_are_listed(state, tmp_path):
     assert "misshapen: visual.conv1.weight is [64, 3, 4, 4], not [64, 3, 8, 8]." in words
 
 
-@pytest.mark.parametrize(("name", "data"), [("a.safetensors", b"nonsense"), ("a.pth", b""), ("a.pt", b"nonsense"), ("a.pt", b"PK\3\4")])
+@pytest.mark.parametrize(("name", "data"), [
+    ("a.safetensors", b"nonsense"),
+    ("a.pth", b""),
+    ("a.pt", b"nonsense"),
+    ("a.pt", b"PK\3\4"),
+    ("a.pth", b"<html>404</html>"),
+    ("a.pth", b"PK\1\2" + bytes(42) + b"PK\5\6" + bytes(4) + b"\1\0\1\0\xff\0\0\0" + bytes(6)),  # its directory lies before it begins
+])  # fmt: skip
 def test_what_is_no_checkpoint_is_refused(name, data, tmp_path):
     (tmp_path / name).write_bytes(data)
-    assert "is no checkpoint" in refusal(tmp_path / name)
+    for digest in (None, sha256(tmp_path / name)):
+        words = refusal(tmp_path / name, digest)
+        assert "is no checkpoint" in words and "expected safetensors" in words and "weights_only" not in words
+
+
+VALUES = {
+    "finite": lambda t: t.index_fill(0, torch.tensor([3]), float("nan")),
+    "finite, in float32": lambda t: torch.full_like(t, 1e300, dtype=torch.float64),
+    "complex64": lambda t: t.to(torch.complex64),
+    "int64": lambda t: t.long(),
+    "sparse": lambda t: t.to_sparse(),
+    "meta": lambda t: t.to("meta"),
+}
+
+
+@pytest.mark.parametrize("words", VALUES)
+def test_what_is_no_weights_is_refused(words, state, tmp_path):
+    name = "visual.class_embedding"
+    torch.save({**state, name: VALUES[words](state[name])}, tmp_path / "a.pth")
+    said = refusal(tmp_path / "a.pth")
+    assert f"a.pth: {name}" in said and words.split(",")[0] in said
+
+
+def test_tied_tensors_and_names_that_are_no_text(state, tmp_path):
+    """Nothing of a training run's surroundings is in the way of its weights."""
+    tied = {**state, "visual.ln_pre.bias": state["visual.ln_post.bias"]}
+    torch.save({**tied, 5: torch.ones(2), ("a", 1): torch.ones(1)}, tmp_path / "a.pth")
+    tower = fetched(tmp_path / "a.pth", tmp_path / "teacher")
+    assert tower.visual.ln_pre.bias.equal(state["visual.ln_post.bias"])
 
 
 @pytest.mark.parametrize("content", [[torch.zeros(2)], {"state_dict": 3}, torch.zeros(2)])
@@ -171,6 +206,13 @@ def test_what_holds_no_state_dict_is_refused(content, tmp_path):
 
 def test_a_missing_file_is_named(tmp_path):
     assert "absent.pt is no file" in refusal(tmp_path / "absent.pt")
+    assert f"{tmp_path} is a folder" in refusal(tmp_path)
+
+
+def test_a_file_that_may_not_be_read_is_named(state, tmp_path, monkeypatch):
+    path = write("safetensors", state, tmp_path)
+    monkeypatch.setattr(type(path), "open", mock.Mock(side_effect=PermissionError(13, "Permission denied")))
+    assert "given.safetensors cannot be read (Permission denied)" in refusal(path)
 
 
 def saying(*words) -> str:
@@ -287,7 +329,7 @@ def test_a_vit_of_another_patch_size_is_not_bent_to_fit(tmp_path):
 
 def test_a_malicious_pickle_is_no_vit(tmp_path):
     torch.save({"teacher": small_vit().state_dict(), "args": Malice(tmp_path / "ran")}, tmp_path / "a.pth")
-    with pytest.raises(UserError, match="without running code"):
+    with pytest.raises(UserError, match=r"posix\.system.*Nothing in it was run"):
         fetched_vit(tmp_path / "a.pth", tmp_path / "teacher")
     assert not (tmp_path / "ran").exists()
 

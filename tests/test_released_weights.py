@@ -125,7 +125,7 @@ def test_a_checkpoint_that_is_absent_or_of_another_size_is_refused(recipe, workp
     broken = released(p.model)
     broken["blocks.0.attn.qkv.bias"][3] = float("nan")
     torch.save({"model": broken}, "milan.pth")
-    with pytest.raises(UserError, match=r"no finite numbers, first in blocks\.0\.attn\.qkv\.bias"):
+    with pytest.raises(UserError, match=r"milan\.pth: blocks\.0\.attn\.qkv\.bias holds values that are no finite numbers"):
         up_to_pretrain(p, workplace)
 
 
