@@ -372,7 +372,9 @@ def read_params(path: str | Path = "params.yaml") -> Params:
         tree = yaml.safe_load(Path(path).read_text())
     except FileNotFoundError:
         raise UserError(f"{path} is missing: run from the repository's root (git checkout -- {path} restores it).") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}). Give the path of a recipe, a YAML file.") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueErrors: bytes, dates and numbers that are none
         raise UserError(f"{path} is no valid YAML: {error}") from None
     return build(Params, tree, str(path))
 
