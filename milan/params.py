@@ -340,7 +340,9 @@ class Params:
         if self.segment.crop_size % self.model.patch_size:
             raise ValueError(f"segment.crop_size {self.segment.crop_size} is no multiple of the patch size")
         if self.segment.crop_size < 2 * self.model.patch_size:
-            raise ValueError(f"segment.crop_size {self.segment.crop_size} must be two patches of {self.model.patch_size} at least")
+            raise ValueError(
+                f"segment.crop_size {self.segment.crop_size} must be two patches of {self.model.patch_size} at least"
+            )
         self.check_masking()
         self.check_stem()
         blocks = self.segment.out_blocks
