@@ -132,6 +132,8 @@ def refuse_what_cannot_be_written(stage: Stage) -> None:
         path = getattr(stage.args, name, None)
         if path is None or name in reads:
             continue
+        if path.name in ("", ".."):
+            raise UserError(f"--{name} {path}: give a path with a name of its own.")
         folder, is_folder = existing_parent(path.absolute().parent), name == "out" and stage.name != LAST_STAGE
         if not folder.is_dir():
             raise UserError(f"--{name} {path}: {folder} is no folder. Remove it or give another path.")

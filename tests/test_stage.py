@@ -270,6 +270,7 @@ def test_what_a_later_stage_would_miss_is_said_by_the_first(desk, tree, key, wor
 
 
 @pytest.mark.parametrize("arguments, words", [
+    (["--out", "."], ["--out .: give a path with a name of its own"]),
     (["--out", "note"], ["--out note is a file"]),
     (["--out", "note/x"], ["--out note/x:", "note is no folder"]),
     (["--out", "sealed/x"], ["nothing can be written in"]),
