@@ -13,6 +13,17 @@ from pathlib import Path
 from milan.errors import UserError
 
 SCRATCH = Path(".scratch")
+FULL = (errno.ENOSPC, errno.EDQUOT)
+REFUSED = (  # by the file system, for what the user can mend
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+)
 
 
 def fingerprint(*parts) -> str:
@@ -58,13 +69,31 @@ def full_disk_said(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in FULL:
             free = shutil.disk_usage(existing_parent(path)).free
             raise UserError(
                 f"The disk that holds {path} is full ({free / 1e6:.1f} MB free). No file was left half-written. "
                 "Free some space (`dvc gc -w` drops unused results) and run `dvc repro` again: it continues."
             ) from None
         raise
+
+
+@contextlib.contextmanager
+def refusals_said() -> Iterator[None]:
+    """Turn what the file system refuses (a full disk, a missing right, a file where a folder belongs) into an error that
+    names the place; any other OSError is a fault of this program, and passes."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (*FULL, *REFUSED):
+            raise
+        place = str(error.filename or "A file that was being written")
+        place = place if len(place) <= 300 else f"{place[:300]}..."
+        if error.errno in FULL:
+            raise UserError(f"The disk is full ({place}). Free some space (`dvc gc -w`) and run it again.") from None
+        raise UserError(
+            f"{place}: {error.strerror}. Mend that place (its rights, or what lies there) or give another one, and run it again."
+        ) from None
 
 
 def existing_parent(path: Path) -> Path:
@@ -113,7 +142,11 @@ def read_json(path: Path, **keys: type) -> dict:
 @contextlib.contextmanager
 def whole_folder(target: Path, fingerprint: str) -> Iterator[Path]:
     """A folder to fill that becomes `target` in one step at the end. What an interrupted run with the same
-    fingerprint left in it is still there, to be continued."""
+    fingerprint left in it is still there, to be continued. Raises UserError, before any work, where no folder can be."""
+    if target.name in ("", "..") or target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise UserError(
+            f"{target} cannot be replaced by a folder of results: give the path of a folder of its own, or remove it."
+        )
     folder = target.with_name(f".{target.name}.part-{fingerprint}")
     for other in target.parent.glob(f".{target.name}.part-*"):
         if other != folder:

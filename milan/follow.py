@@ -19,8 +19,9 @@ from pathlib import Path
 
 from milan import nodes
 from milan.errors import UserError
-from milan.files import read_json
+from milan.files import refusals_said
 from milan.nodes import NODES, Call
+from milan.stage import fail
 from milan.workers import end_with
 
 
@@ -91,11 +92,11 @@ def started(call: Call, place: int) -> subprocess.Popen:
 
 
 def join(launch: str, place: int) -> None:
-    """This node's processes of a launch, to their end. What goes wrong is left for the head to say."""
+    """This node's processes of a launch, to their end. What goes wrong is left for the head to say; UserError without one."""
     from milan import distributed
 
     end_with(os.getppid())
-    call = Call(**read_json(NODES / launch / "call.json"))
+    call = nodes.read_call(NODES / launch / "call.json")
     where = distributed.Place(call.folder, call.kind, call.processes, place, call.nodes, call.address, call.port)
     try:
         distributed.on_this_node(getattr(importlib.import_module(call.module), call.function), None, where)
@@ -111,6 +112,16 @@ def main() -> None:
     parser.add_argument("--join", metavar="LAUNCH", help=argparse.SUPPRESS)
     parser.add_argument("--place", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.join and args.place is None:
+        parser.error("--join needs --place")
+    try:
+        with refusals_said():
+            act(args)
+    except UserError as error:
+        fail(str(error))
+
+
+def act(args: argparse.Namespace) -> None:
     if args.end:
         for path in NODES.glob("follower-*"):
             path.unlink(missing_ok=True)

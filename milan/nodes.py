@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from milan.errors import UserError
@@ -47,6 +47,13 @@ class Call:
     @property
     def folder(self) -> Path:
         return NODES / self.launch
+
+
+def read_call(path: Path) -> Call:
+    """Raises UserError for anything but a head's call, and where there is none."""
+    kinds = {field.name: field.type for field in fields(Call)}
+    found = read_json(path, **kinds)
+    return Call(**{name: found[name] for name in kinds})
 
 
 @contextlib.contextmanager
@@ -126,9 +133,9 @@ def open_calls(mine: Path, joined: set[str]) -> Iterator[Call]:
     """The calls of heads that live and wait, the newest first. mine: a file that was touched just now."""
     look_again(NODES)
     for path in sorted(NODES.glob("*/call.json"), reverse=True):
-        with contextlib.suppress(FileNotFoundError):  # the launch ended meanwhile
+        with contextlib.suppress(FileNotFoundError, UserError):  # the launch ended meanwhile, or it is no head's
             if path.parent.name not in joined and age(path, mine) < FRESH_SECONDS:
-                yield Call(**read_json(path))
+                yield read_call(path)
 
 
 def take_place(call: Call) -> int | None:

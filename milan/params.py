@@ -22,8 +22,12 @@ POSITIVE = {"above": 0}
 COUNT = {"least": 0}
 SHARE = {"least": 0, "most": 1}
 FEW = {"above": 0, "most": 65536}  # processes, pixels of a side, channels: what nobody has more of
+MANY = {"above": 0, "most": 10**8}  # images
+SEED = {"least": 0, "most": 2**31 - 1}
+SIDE = {"least": 16, "most": 4096}  # pixels of a picture of the built-in world
 SOME = {"some": True, "distinct": True}
 BETAS = {"length": 2, "least": 0, "below": 1}
+RAND_AUGMENT = r"rand(-(m|n|mmax|inc)[0-9]{1,3}|-(mstd|p)[0-9]{1,3}([.][0-9]+)?|-t(weights|3aw|3a))+"  # timm's words
 CROP = {"length": 2, "above": 0, "most": 1, "ordered": True}  # smallest and largest share of the area
 
 
@@ -62,6 +66,11 @@ class Data:
     imagenet: str | None
     ade20k: str | None
 
+    def __post_init__(self):
+        for name, folder in vars(self).items():
+            if folder is not None and not folder.strip():
+                raise ValueError(f"{name}: an empty path; give the folder of the data, or null for the built-in world")
+
 
 @dataclass(frozen=True)
 class ImagenetCounts:
@@ -80,11 +89,11 @@ class SceneCounts:
 
 @dataclass(frozen=True)
 class PrepareImagenet:
-    seed: int
-    train: int = field(metadata=POSITIVE)
-    val: int = field(metadata=POSITIVE)
-    pairs: int = field(metadata=COUNT)
-    size: int | None = field(metadata={"least": 16, "most": 65536})
+    seed: int = field(metadata=SEED)
+    train: int = field(metadata=MANY)
+    val: int = field(metadata=MANY)
+    pairs: int = field(metadata={"least": 0, "most": 10**8})
+    size: int | None = field(metadata=SIDE)
     short_side: int | None = field(metadata=POSITIVE)
     shard_images: int = field(metadata=POSITIVE)
     expect: ImagenetCounts | None
@@ -92,11 +101,11 @@ class PrepareImagenet:
 
 @dataclass(frozen=True)
 class PrepareAde20k:
-    seed: int
-    train: int = field(metadata=POSITIVE)
-    val: int = field(metadata=POSITIVE)
-    size: int | None = field(metadata={"least": 16, "most": 65536})
-    classes: int = field(metadata=POSITIVE)
+    seed: int = field(metadata=SEED)
+    train: int = field(metadata=MANY)
+    val: int = field(metadata=MANY)
+    size: int | None = field(metadata=SIDE)
+    classes: int = field(metadata={"above": 0, "most": 254})  # a byte of a mask, without 255 and the unlabelled
     shard_images: int = field(metadata=POSITIVE)
     expect: SceneCounts | None
 
@@ -162,15 +171,15 @@ class Training:
 class TinyClip:
     """The image and text towers of the teacher that is trained here, in open_clip's terms."""
 
-    embed_dim: int = field(metadata=POSITIVE)
-    width: int = field(metadata=POSITIVE)
-    layers: int = field(metadata=POSITIVE)
-    head_width: int = field(metadata=POSITIVE)
+    embed_dim: int = field(metadata=FEW)
+    width: int = field(metadata=FEW)
+    layers: int = field(metadata=FEW)
+    head_width: int = field(metadata=FEW)
     conv_stem: bool
-    text_width: int = field(metadata=POSITIVE)
-    text_heads: int = field(metadata=POSITIVE)
-    text_layers: int = field(metadata=POSITIVE)
-    context_length: int = field(metadata=POSITIVE)
+    text_width: int = field(metadata=FEW)
+    text_heads: int = field(metadata=FEW)
+    text_layers: int = field(metadata=FEW)
+    context_length: int = field(metadata=FEW)
 
     def __post_init__(self):
         for name, width, part in (("width", self.width, self.head_width), ("text_width", self.text_width, self.text_heads)):
@@ -198,7 +207,7 @@ class Pretrained:
 
 @dataclass(frozen=True)
 class Teacher(Training):
-    seed: int
+    seed: int = field(metadata=SEED)
     betas: list[float] = field(metadata=BETAS)
     crop_scale: list[float] = field(metadata=CROP)
     tiny: TinyClip | None
@@ -212,7 +221,7 @@ class Teacher(Training):
 
 @dataclass(frozen=True)
 class ExtractTargets:
-    seed: int
+    seed: int = field(metadata=SEED)
     views: int = field(metadata=COUNT)
     batch_size: int = field(metadata=POSITIVE)
     shard_images: int = field(metadata=POSITIVE)
@@ -277,7 +286,7 @@ class Finetune(Training):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.rand_augment is not None and not re.fullmatch(r"rand(-[a-z]+[\d.]+)+", self.rand_augment):
+        if self.rand_augment is not None and not re.fullmatch(RAND_AUGMENT, self.rand_augment):
             raise ValueError(f"rand_augment {self.rand_augment!r} is none of timm's, such as rand-m9-mstd0.5-inc1 (null: none)")
 
 
@@ -305,7 +314,7 @@ class Report:
 @dataclass(frozen=True)
 class Params:
     scale: str
-    seeds: list[int] = field(metadata={**SOME, "least": 0, "most": 2**31 - 1})
+    seeds: list[int] = field(metadata={**SOME, **SEED})
     variants: list[str] = field(metadata=SOME)
     compute: Compute
     runtime: Runtime
@@ -330,6 +339,12 @@ class Params:
                 )
         if self.segment.crop_size % self.model.patch_size:
             raise ValueError(f"segment.crop_size {self.segment.crop_size} is no multiple of the patch size")
+        if self.segment.crop_size < 2 * self.model.patch_size:
+            raise ValueError(
+                f"segment.crop_size {self.segment.crop_size} must be two patches of {self.model.patch_size} at least"
+            )
+        self.check_masking()
+        self.check_stem()
         blocks = self.segment.out_blocks
         if len(blocks) != 4 or sorted(set(blocks)) != blocks or not 0 <= blocks[0] <= blocks[3] < self.model.encoder.depth:
             raise ValueError(
@@ -357,6 +372,25 @@ class Params:
         """A released student is only evaluated, so that nothing asks for the released teacher."""
         return bool(self.pretrain.weights and self.teacher.pretrained)
 
+    def check_masking(self) -> None:
+        kept = int(self.model.n_patches * (1 - self.pretrain.mask_ratio))  # as in milan/masking.py
+        if not 0 < kept < self.model.n_patches:
+            raise ValueError(
+                f"pretrain.mask_ratio {self.pretrain.mask_ratio} leaves {kept} of {self.model.n_patches} patches visible: "
+                "some must be, and some not"
+            )
+
+    def check_stem(self) -> None:
+        """The group norms of the teacher's stem (milan/clip.py) have 8 groups in each of its halvings."""
+        tiny = self.teacher.tiny
+        for halving in range(self.model.patch_size.bit_length() - 1) if tiny and tiny.conv_stem else ():
+            channels = max(tiny.width >> halving, 32)
+            if channels % 8:
+                raise ValueError(
+                    f"teacher.tiny.width {tiny.width} makes a stem layer of {channels} channels, no multiple of 8: take a "
+                    f"multiple of {4 * self.model.patch_size}, or set teacher.tiny.conv_stem to false"
+                )
+
     def check_shares(self, name: str, training: Training) -> None:
         micro_batches = training.batch_size // training.micro_batch
         if micro_batches % self.world:
@@ -372,7 +406,9 @@ def read_params(path: str | Path = "params.yaml") -> Params:
         tree = yaml.safe_load(Path(path).read_text())
     except FileNotFoundError:
         raise UserError(f"{path} is missing: run from the repository's root (git checkout -- {path} restores it).") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}). Give the path of a recipe, a YAML file.") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueErrors: bytes, dates and numbers that are none
         raise UserError(f"{path} is no valid YAML: {error}") from None
     return build(Params, tree, str(path))
 
@@ -391,6 +427,9 @@ def build(kind, value, where: str):
     if origin is list:
         return [build(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
     if origin is dict:
+        for name in value:
+            if not isinstance(name, str):
+                raise UserError(f"{where}: the name {name!r} is no word to YAML; put it in quotation marks.")
         return {name: build(arguments[1], item, f"{where}.{name}") for name, item in value.items()}
     return build_plain(kind, value, where)
 
@@ -429,6 +468,8 @@ def build_plain(kind, value, where: str):
         value = int(value)
     if not isinstance(value, kind if isinstance(kind, type) else object) or (isinstance(value, bool) and kind is not bool):
         raise UserError(f"{where}: expected {getattr(kind, '__name__', kind)}, found {value!r}.")
+    if kind is int and abs(value) >= 1e308:
+        raise UserError(f"{where}: a whole number of {value.bit_length()} bits is more than any setting takes.")
     if kind is float and not abs(value) < float("inf"):
         raise UserError(f"{where}: {value} is no finite number.")
     return value

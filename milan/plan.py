@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import yaml
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.autograd.graph import saved_tensors_hooks
@@ -25,8 +26,9 @@ from milan.classifier import build_classifier
 from milan.clip import Tower, tiny_config
 from milan.encoder import Encoder
 from milan.errors import UserError
+from milan.files import refusals_said
 from milan.model import MaskedPretraining
-from milan.params import Params, Training, build, read_params
+from milan.params import Params, Recipe, Training, build, read_params
 from milan.pretrained import describe
 from milan.stage import fail
 from milan.targets import bank_bytes
@@ -218,8 +220,10 @@ def disk(p: Params) -> dict[str, float]:
     }
 
 
-def milan_row(p: Params):
-    return p.pretrain.recipes.get("milan") or next(row for row in p.pretrain.recipes.values() if row.target != "none")
+def milan_row(p: Params) -> Recipe:
+    """The recipe's row for MILAN, else the first that pretrains, else the paper's."""
+    rows = [p.pretrain.recipes.get("milan"), *p.pretrain.recipes.values()]
+    return next((row for row in rows if row and row.target != "none"), Recipe("clip", "prompt", "semantic"))
 
 
 def rate_here(p: Params) -> float:
@@ -271,16 +275,21 @@ def plan(p: Params, rate: float, source: str) -> str:
 def composed(scale: str) -> Params:
     """The recipe of conf/scale/<scale>.yaml, as DVC would compose it."""
     from hydra import compose, initialize_config_dir
-    from hydra.errors import MissingConfigException
+    from hydra.errors import HydraException
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
+    known, path = sorted(path.stem for path in Path("conf/scale").glob("*.yaml")), f"conf/scale/{scale}.yaml"
+    if not known:
+        raise UserError("There is no conf/scale here, where the recipes are: run from the repository's root.")
+    if scale not in known:  # and so nothing that hydra would read as more than a name
+        raise UserError(f"There is no scale {scale!r}; conf/scale has {', '.join(known)}.")
     with initialize_config_dir(str(Path("conf").absolute()), version_base=None):
         try:
             tree = OmegaConf.to_container(compose("config", overrides=[f"scale={scale}"]), resolve=True)
-        except MissingConfigException:
-            known = ", ".join(sorted(path.stem for path in Path("conf/scale").glob("*.yaml")))
-            raise UserError(f"There is no scale {scale!r}; conf/scale has {known}.") from None
-    return build(Params, tree, f"conf/scale/{scale}.yaml")
+        except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError) as error:
+            raise UserError(f"{path} cannot be composed: {error}") from None
+    return build(Params, tree, path)
 
 
 def main() -> None:
@@ -290,11 +299,12 @@ def main() -> None:
     parser.add_argument("--tflops", type=float, help="what one device sustains in these steps (default: measured here)")
     args = parser.parse_args()
     try:
-        p = composed(args.scale) if args.scale else read_params(args.params)
-        if args.tflops is not None and not args.tflops > 0:
-            raise UserError(f"--tflops {args.tflops} must be above 0.")
-        rate, source = (args.tflops * 1e12, "given") if args.tflops else (rate_here(p), "half of a matrix product's here")
-        print(plan(p, rate, source))
+        with refusals_said():
+            p = read_params(args.params) if args.scale is None else composed(args.scale)
+            if args.tflops is not None and not 0 < args.tflops * 1e12 < float("inf"):
+                raise UserError(f"--tflops {args.tflops} must be a number above 0.")
+            rate, source = (args.tflops * 1e12, "given") if args.tflops else (rate_here(p), "half of a matrix product's here")
+            print(plan(p, rate, source))
     except UserError as error:
         fail(str(error))
 

@@ -7,10 +7,13 @@ prints their names, ids and artifact folders, newest first. Runs carry DVC's has
 
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import yaml
 from mlflow import MlflowClient
 
+from milan.errors import UserError
+from milan.files import refusals_said
 from milan.store import knock, store_uri
 
 LOCK, RECIPE = Path("dvc.lock"), Path("params.yaml")
@@ -19,7 +22,10 @@ LOCK, RECIPE = Path("dvc.lock"), Path("params.yaml")
 def locked() -> dict[str, dict[str, str]]:
     """{stage: {path: DVC's hash}} of what the stages in dvc.lock read and wrote; empty without dvc.lock."""
     stages = read_yaml(LOCK).get("stages", {})
-    return {name: hashes([*entry.get("deps", []), *entry.get("outs", [])]) for name, entry in stages.items()}
+    try:
+        return {name: hashes([*entry.get("deps", []), *entry.get("outs", [])]) for name, entry in stages.items()}
+    except (AttributeError, TypeError, KeyError):
+        raise damaged(LOCK) from None
 
 
 def locked_now() -> dict[str, dict[str, str]]:
@@ -30,8 +36,19 @@ def locked_now() -> dict[str, dict[str, str]]:
 
 
 def read_yaml(path: Path) -> dict:
+    """Empty without the file. Raises UserError for anything but keys and values."""
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the Python one takes seconds
-    return (yaml.load(path.read_text(), loader) or {}) if path.exists() else {}
+    try:
+        found = (yaml.load(path.read_text(), loader) or {}) if path.exists() else {}
+    except (yaml.YAMLError, ValueError, RecursionError):
+        raise damaged(path) from None
+    if not isinstance(found, dict):
+        raise damaged(path)
+    return found
+
+
+def damaged(path: Path) -> UserError:
+    return UserError(f"{path} is damaged, or holds the marks of an unfinished merge. git checkout -- {path} restores it.")
 
 
 def hashes(items: list[dict]) -> dict[str, str]:
@@ -58,23 +75,47 @@ def agrees(tags: dict[str, str], in_lock: dict[str, str]) -> bool:
 
 
 def store() -> MlflowClient:
-    """OSError within seconds when its server is not there."""
-    knock(store_uri())
-    return MlflowClient(store_uri())
+    """OSError, within seconds, when its server or its file is not there: mlflow would make an empty one."""
+    uri = store_uri()
+    parts = urlsplit(uri)
+    place = {"sqlite": parts.path[1:], "file": parts.path, "": uri}.get(parts.scheme)
+    if place is not None and not Path(place).exists():
+        raise FileNotFoundError(f"there is no {place}")
+    knock(uri)
+    return MlflowClient(uri)
 
 
 def find(path: str) -> list:
-    """The runs that dvc.lock's content of a path was made or read by, newest first."""
+    """The runs that dvc.lock's content of a path was made or read by, newest first. Raises UserError when there is none."""
     digests = {in_lock[path] for in_lock in locked().values() if path in in_lock}
     if not digests:
-        sys.exit(f"error: {LOCK} names no {path}. It must be written as there, such as outs/demo/pretrain/milan-0.")
-    client = store()
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    return [run for digest in digests for run in client.search_runs(experiments, f"tags.`dvc:{path}` = '{digest}'")]
+        raise UserError(f"{LOCK} names no {path}. It must be written as there, such as outs/demo/pretrain/milan-0.")
+    try:
+        client = store()
+        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+        found = [run for digest in digests for run in client.search_runs(experiments, f"tags.`dvc:{path}` = '{digest}'")]
+    except Exception as error:  # whatever ails the store: its server, its address, its file
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise UserError(
+            f"MLflow's store cannot be read ({reason}). It is mlflow.db in the repository's root, or where the variable "
+            "MLFLOW_TRACKING_URI says: mend that, or start its server."
+        ) from None
+    if not found:
+        raise UserError(f"MLflow has no run that made or read {path} as {LOCK} has it: it was made elsewhere, or not yet sent.")
+    return found
+
+
+def main(words: list[str]) -> None:
+    if len(words) != 1:
+        sys.exit(__doc__)
+    try:
+        with refusals_said():
+            found = find(words[0].rstrip("/"))
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    for run in found:
+        print(run.info.run_name, run.info.run_id, run.info.artifact_uri, sep="\t")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    for found in find(sys.argv[1].rstrip("/")):
-        print(found.info.run_name, found.info.run_id, found.info.artifact_uri, sep="\t")
+    main(sys.argv[1:])

@@ -4,9 +4,9 @@ import argparse
 import contextlib
 import csv
 import dataclasses
-import errno
 import fcntl
 import io
+import os
 import signal
 import subprocess
 import sys
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from milan import machine, tracking
 from milan.errors import PREEMPTED, Preempted, UserError
-from milan.files import SCRATCH, dvc_hash, file_digest, fingerprint, write_json, write_whole
+from milan.files import SCRATCH, dvc_hash, existing_parent, file_digest, fingerprint, refusals_said, write_json, write_whole
 from milan.params import Params, nearest, read_params
 
 LAST_STAGE = "page"
@@ -83,10 +83,12 @@ def run(name: str, main: Callable[[Stage], None], doc: str, **arguments: type) -
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, preempt)
     try:
-        stage = Stage(name, args, read_params(args.params))
-        refuse_what_is_not_there(stage.params)
-        with alone(stage.title):
-            tracked(stage, main)
+        with refusals_said():
+            stage = Stage(name, args, read_params(args.params))
+            refuse_what_is_not_there(stage.params)
+            refuse_what_cannot_be_written(stage)
+            with alone(stage.title):
+                tracked(stage, main)
     except UserError as error:
         fail(str(error))
     except KeyboardInterrupt:
@@ -94,10 +96,6 @@ def run(name: str, main: Callable[[Stage], None], doc: str, **arguments: type) -
     except Preempted:
         write_whole(SCRATCH / "preempted", f"{stage.title}\n".encode())
         fail(STOPPED, PREEMPTED)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        fail(f"The disk is full ({error.filename or 'while writing'}). Free some space (`dvc gc -w`) and run `dvc repro` again.")
 
 
 def preempt(*_) -> None:
@@ -112,8 +110,12 @@ def refuse_what_is_not_there(p: Params) -> None:
         "teacher.pretrained.file": p.teacher.pretrained and p.teacher.pretrained.file,
     }
     for key, path in given.items():
-        if path and not Path(path).exists():
-            raise UserError(f"{key}: {path} is missing. Mend the path, or set it to null.")
+        if path and not Path(path).is_file():
+            raise UserError(f"{key}: {path} is missing, or no file. Mend the path, or set it to null.")
+    if not Path(p.report.published).is_file():
+        raise UserError(
+            f"report.published: {p.report.published} is missing, or no file. Mend the path; reports/published.csv is in git."
+        )
     sections = {"imagenet": p.prepare_imagenet, "ade20k": p.prepare_ade20k}
     for name, section in sections.items():
         if section.size is None and not getattr(p.data, name):
@@ -121,6 +123,24 @@ def refuse_what_is_not_there(p: Params) -> None:
                 f"data.{name}: the recipe {p.scale} needs real data. Give its folder (-S data.{name}=/path), or set "
                 f"prepare_{name}.size and the built-in world is drawn in that size."
             )
+
+
+def refuse_what_cannot_be_written(stage: Stage) -> None:
+    """Before the work, for what is written after it: a folder that takes no file, a file where a folder belongs."""
+    reads = ("metrics",) if hasattr(stage.args, "published") else ()  # the last stages, of the earlier ones' files
+    for name in ("out", "metrics", "curve", "confusion"):
+        path = getattr(stage.args, name, None)
+        if path is None or name in reads:
+            continue
+        if path.name in ("", ".."):
+            raise UserError(f"--{name} {path}: give a path with a name of its own.")
+        folder, is_folder = existing_parent(path.absolute().parent), name == "out" and stage.name != LAST_STAGE
+        if not folder.is_dir():
+            raise UserError(f"--{name} {path}: {folder} is no folder. Remove it or give another path.")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise UserError(f"--{name} {path}: nothing can be written in {folder}. Change its rights or give another path.")
+        if path.exists() and path.is_dir() != is_folder:
+            raise UserError(f"--{name} {path} is a {'file' if is_folder else 'folder'}. Remove it or give another path.")
 
 
 @contextlib.contextmanager

@@ -82,6 +82,30 @@ def test_write_json_is_sorted(tmp_path):
     assert (tmp_path / "m.json").read_text() == '{\n "a": [\n  2.5\n ],\n "b": 1\n}\n'
 
 
+@pytest.mark.parametrize("number, words", [
+    (errno.EACCES, "it: Permission denied. Mend"), (errno.EROFS, "Read-only"), (errno.ENOSPC, r"disk is full \(it\)"),
+])  # fmt: skip
+def test_what_the_file_system_refuses_is_said(number, words):
+    with pytest.raises(UserError, match=words), files.refusals_said():
+        raise OSError(number, os.strerror(number), "it")
+
+
+def test_a_fault_of_the_program_passes():
+    with pytest.raises(ConnectionResetError), files.refusals_said():
+        raise ConnectionResetError(errno.ECONNRESET, "reset")
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_a_folder_is_refused_before_it_is_filled(tmp_path, kind):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "out").touch() if kind == "file" else (tmp_path / "out").symlink_to("real")
+    with pytest.raises(UserError, match="cannot be replaced"), files.whole_folder(tmp_path / "out", "f00d"):
+        pytest.fail("it worked before it looked")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "real"]
+    with pytest.raises(UserError, match="a folder of its own"), files.whole_folder(Path("."), "f00d"):
+        pytest.fail("it worked before it looked")
+
+
 def test_existing_parent(tmp_path):
     assert files.existing_parent(tmp_path / "x" / "y") == tmp_path
 

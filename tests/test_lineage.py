@@ -166,6 +166,45 @@ def test_a_path_that_dvc_lock_does_not_know(store):
     assert done.returncode == 1 and done.stderr.startswith("error: dvc.lock names no outs/test/nothing")
 
 
+LOCKED = "stages: {a: {outs: [{path: outs/x, md5: 1f}]}}"
+MERGE = "<<<<<<< HEAD\nstages: {}\n=======\nstages: {}\n>>>>>>> theirs\n"
+
+
+def refused(workplace: Path, monkeypatch, lock: str, uri: str) -> str:
+    """What `python -m milan.runs outs/x` ends with; nothing is written."""
+    Path("dvc.lock").write_text(lock)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    before = sorted(workplace.rglob("*"))
+    with pytest.raises(SystemExit) as ended:
+        runs.main(["outs/x"])
+    assert sorted(workplace.rglob("*")) == before
+    return ended.value.code
+
+
+@pytest.mark.parametrize("lock", [MERGE, "- a list", "stages: [a]", "stages: {a: {outs: [{md5: 1}]}}", "stages: {a: 3}"])
+def test_a_damaged_lock_is_said(workplace, monkeypatch, lock):
+    assert refused(workplace, monkeypatch, lock, "sqlite:///none.db").startswith("error: dvc.lock is damaged")
+
+
+@pytest.mark.parametrize("uri, said", [
+    ("sqlite:///none.db", "there is no none.db"),
+    ("sqlite:///broken.db", "cannot be read"),
+    ("nonsense://x", "cannot be read"),
+    ("http://[x", "cannot be read"),
+    ("http://127.0.0.1:9", "cannot be read"),
+])  # fmt: skip
+def test_a_store_that_is_not_there_is_said(workplace, monkeypatch, uri, said):
+    Path("broken.db").write_text("no database, and long enough to see that it is none " * 100)
+    found = refused(workplace, monkeypatch, LOCKED, uri)
+    assert said in found and "MLFLOW_TRACKING_URI" in found and "\n" not in found
+
+
+def test_a_path_that_no_run_made_is_said(store, monkeypatch):
+    monkeypatch.setattr(runs, "locked", lambda: {"a": {"outs/x": "of nobody"}})
+    with pytest.raises(SystemExit, match="error: MLflow has no run that made or read outs/x"):
+        runs.main(["outs/x/"])
+
+
 def test_runs_are_named_as_stages_name_them(tree):
     for name, args in {"pretrain@clip_target-3": {"variant": "clip_target", "seed": 3}, "report": {}}.items():
         params = SimpleNamespace(pretrain=SimpleNamespace(recipes=["clip_target"]))

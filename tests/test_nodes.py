@@ -220,3 +220,28 @@ def test_followers_go_home_when_told(follower, monkeypatch):
     follow.main()
     follower.join(30)
     assert follower.exitcode == 0
+
+
+@pytest.mark.parametrize("words, said", [
+    ([], ".scratch"),
+    (["--join", "junk", "--place", "1"], "call.json is missing"),
+    (["--join", "broken", "--place", "1"], "call.json is damaged"),
+])  # fmt: skip
+def test_a_mistake_is_said(lan, monkeypatch, capsys, words, said):
+    monkeypatch.setattr("milan.follow.end_with", lambda _: None)
+    if words:
+        (NODES / "broken").mkdir(parents=True)
+        (NODES / "broken" / "call.json").write_text('{"launch": "broken"}')
+    else:
+        Path(".scratch").touch()
+    monkeypatch.setattr("sys.argv", ["follow", *words])
+    with pytest.raises(SystemExit) as ended:
+        follow.main()
+    assert ended.value.code == 1 and said in capsys.readouterr().err
+
+
+def test_a_call_that_is_none_is_passed_over(lan):
+    (NODES / "broken").mkdir(parents=True)
+    (NODES / "broken" / "call.json").write_text('{"launch": "broken"}')
+    (NODES / "mine").touch()
+    assert list(nodes.open_calls(NODES / "mine", set())) == []

@@ -6,6 +6,7 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from timm.data.auto_augment import rand_augment_transform
 
 from milan.errors import UserError
 from milan.params import Model, Params, arithmetic, build, read_params
@@ -56,6 +57,7 @@ def test_the_paper_expects_the_whole_sets():
 
 
 PRETRAINED = {"library": "open_clip", "model": "m", "tag": "openai", "file": None, "sha256": None}
+TINY = {"embed_dim": 64, "layers": 4, "conv_stem": True, "text_width": 96, "text_heads": 3, "text_layers": 1, "context_length": 20}
 WRONG = {
     "unknown key at the top": ("pretrian", {}, ["unknown key 'pretrian'", "did you mean 'pretrain'"]),
     "unknown key in a section": ("pretrain.epoch", 3, ["pretrain: unknown key 'epoch'", "did you mean 'epochs'"]),
@@ -116,6 +118,23 @@ WRONG = {
     "threads beyond all machines": ("compute.threads", 10**12, ["compute:threads", "at most 65536"]),
     "width beyond all memory": ("model.encoder.embed_dim", 10**12, ["model:encoder:embed_dim", "at most 65536"]),
     "recipe that is a path": ("pretrain.recipes", {"a/b": {"target": "none", "decoder": "none", "masking": "none"}}, ["'a/b' names folders"]),
+    "recipe whose name is a number": ("pretrain.recipes", {2022: {"target": "none", "decoder": "none", "masking": "none"}}, ["name 2022", "quotation"]),
+    "recipe whose name is nothing": ("pretrain.recipes", {None: {}}, ["name None", "quotation"]),
+    "more classes than a mask's byte holds": ("prepare_ade20k.classes", 300, ["prepare_ade20k:classes", "at most 254"]),
+    "a world's negative seed": ("prepare_imagenet.seed", -1, ["prepare_imagenet:seed", "at least 0"]),
+    "a teacher's seed beyond all generators": ("teacher.seed", 2**31, ["teacher:seed", "at most 2147483647"]),
+    "a world beyond all disks": ("prepare_imagenet.train", 10**15, ["prepare_imagenet:train", "at most 100000000"]),
+    "pairs beyond all disks": ("prepare_imagenet.pairs", 10**15, ["prepare_imagenet:pairs", "at most 100000000"]),
+    "pictures beyond all memory": ("prepare_ade20k.size", 65536, ["prepare_ade20k:size", "at most 4096"]),
+    "a number of 8,000 digits": ("linear_eval.views", f"{10**4000} * {10**4000}", ["linear_eval:views", "26576 bits"]),
+    "an augmentation of no key of timm's": ("finetune.rand_augment", "rand-zz9", ["rand_augment 'rand-zz9'"]),
+    "an augmentation of no number": ("finetune.rand_augment", "rand-m9-mstd0.5.5", ["rand_augment 'rand-m9-mstd0.5.5'"]),
+    "an augmentation of half a layer": ("finetune.rand_augment", "rand-m9-n1.5", ["rand_augment 'rand-m9-n1.5'"]),
+    "an empty path": ("data.imagenet", "", ["data: imagenet: an empty path", "null for the built-in world"]),
+    "no visible patch": ("pretrain.mask_ratio", 0.9999, ["mask_ratio 0.9999 leaves 0 of 36"]),
+    "no masked patch": ("pretrain.mask_ratio", 1e-17, ["leaves 36 of 36"]),
+    "a stem that cannot be normalised": ("teacher.tiny", {**TINY, "width": 100, "head_width": 50}, ["width 100", "100 channels", "multiple of 32"]),
+    "a crop of one patch": ("segment.crop_size", 8, ["segment.crop_size 8", "two patches of 8"]),
     "unknown augmentation": ("finetune.rand_augment", "nonsense", ["rand_augment 'nonsense'", "rand-m9-mstd0.5-inc1"]),
     "teacher's heads that do not divide": ("teacher.tiny.head_width", 7, ["teacher:tiny", "width 128 is no multiple of head_width 7"]),
     "teacher's text heads": ("teacher.tiny.text_heads", 7, ["text_width 96 is no multiple of text_heads 7"]),
@@ -208,6 +227,13 @@ def test_the_largest_whole_number_in_a_division(tree):
     assert "pretrain:lr" in refusal(tree)
 
 
+@pytest.mark.parametrize("text", ["rand-m9-mstd0.5-inc1", "rand-m7-n3-p0.5-mmax12", "rand-mstd1-tweights"])
+def test_what_timm_takes_is_taken(text, tree):
+    change(tree, "finetune.rand_augment", text)
+    built = build(Params, tree, "p").finetune.rand_augment
+    assert built == text and rand_augment_transform(built, {}).ops
+
+
 def test_a_built_section_is_frozen(committed_tree):
     model = build(Model, committed_tree["model"], "model")
     with pytest.raises(AttributeError):
@@ -219,6 +245,9 @@ BROKEN_FILES = {
     "not text": b"\xff\xfe\x00\x81",
     "a tag that runs code": b"!!python/object/apply:os.system ['false']\n",
     "empty": b"",
+    "a date that is none": b"scale: 2024-13-45\n",
+    "a number of 5,000 digits": b"scale: " + b"9" * 5000,
+    "a list of lists of lists": b"[" * 5000,
 }
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from milan import plan
 from milan.clip import ClipTower, build_tiny
+from milan.errors import UserError
 from milan.model import MaskedPretraining
-from milan.params import Pretrained, read_params
+from milan.params import Params, Pretrained, build, read_params
+from tests.conftest import change
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +121,33 @@ def test_the_command(words, said, monkeypatch, capsys):
     assert said in printed and "pretrain milan" in printed and "hours on 8" in printed and "disk: records" in printed
 
 
-@pytest.mark.parametrize("words, said", [(["--scale", "papre"], "no scale 'papre'; conf/scale has demo, paper"), (["--tflops", "0"], "above 0")])
+def test_a_recipe_that_pretrains_nothing_is_planned(tree):
+    change(tree, "pretrain.recipes", {"scratch": {"target": "none", "decoder": "none", "masking": "none"}})
+    tree["variants"] = ["scratch"]
+    said = plan.plan(build(Params, tree, "params.yaml"), 1e12, "given")
+    assert "linear_eval" in said and "pretrain" not in said
+
+
+def test_away_from_the_repository_it_says_where_to_run(workplace):
+    with pytest.raises(UserError, match="run from the repository's root"):
+        plan.composed("demo")
+
+
+def test_a_broken_recipe_of_conf(workplace):
+    Path("conf/scale").mkdir(parents=True)
+    Path("conf/config.yaml").write_text("defaults: [{scale: mine}]")
+    for text in ("scale: ${nothing}", "scale: [", "scale: 2024-13-45"):
+        Path("conf/scale/mine.yaml").write_text(text)
+        with pytest.raises(UserError, match="conf/scale/mine.yaml"):
+            plan.composed("mine")
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--scale", "papre"], "no scale 'papre'; conf/scale has demo, paper"),
+    *[(["--scale", name], f"no scale {name!r}; conf/scale has demo") for name in ("paper,demo", "a=b", "[", "${x}", "", "../config")],
+    *[(["--tflops", number], "must be a number above 0") for number in ("0", "inf", "nan", "-1")],
+    (["--params", "conf"], "conf cannot be read (Is a directory)"),
+])  # fmt: skip
 def test_a_mistake_is_said(words, said, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["plan", *words])
     with pytest.raises(SystemExit):

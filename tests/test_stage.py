@@ -45,6 +45,8 @@ def desk(workplace, monkeypatch, tree) -> Path:
         tree[name] |= {"batch_size": 2, "micro_batch": 2}
     tree["finetune"]["labels"] = 1.0
     write_recipe(tree)
+    Path(tree["report"]["published"]).parent.mkdir()
+    Path(tree["report"]["published"]).touch()
     return workplace
 
 
@@ -257,13 +259,42 @@ def test_a_teacher_that_says_nothing_of_itself(desk):
 
 @pytest.mark.parametrize("key, words", [
     ("pretrain.weights", ["pretrain.weights: /nowhere/milan.pth is missing"]),
+    ("report.published", ["report.published: /nowhere/milan.pth is missing"]),
     ("prepare_imagenet.size", ["data.imagenet: the recipe demo needs real data", "-S data.imagenet=/path"]),
 ])  # fmt: skip
 def test_what_a_later_stage_would_miss_is_said_by_the_first(desk, tree, key, words):
-    change(tree, key, "/nowhere/milan.pth" if key == "pretrain.weights" else None)
+    change(tree, key, None if key == "prepare_imagenet.size" else "/nowhere/milan.pth")
     write_recipe(tree)
     said = run_light("prepare_ade20k", *PREPARE)
     assert [word for word in words if word not in said] == [], said
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--out", "."], ["--out .: give a path with a name of its own"]),
+    (["--out", "note"], ["--out note is a file"]),
+    (["--out", "note/x"], ["--out note/x:", "note is no folder"]),
+    (["--out", "sealed/x"], ["nothing can be written in"]),
+    (["--metrics", "folder"], ["--metrics folder is a folder"]),
+    (["--params", "folder"], ["folder cannot be read (Is a directory)"]),
+    (["--out", "n" * 300], ["File name too long"]),
+])  # fmt: skip
+def test_a_place_that_takes_no_result_is_said_before_the_work(desk, monkeypatch, arguments, words):
+    Path("note").write_text("mine")
+    Path("folder").mkdir()
+    Path("sealed").mkdir()
+    may = os.access  # which allows root everything
+    monkeypatch.setattr("os.access", lambda path, mode: path != Path("sealed").absolute() and may(path, mode))
+    monkeypatch.setattr("milan.stage.tracked", lambda *_: pytest.fail("it worked before it looked"))
+    status, said = run_heavy("prepare_imagenet", *PREPARE, *arguments)
+    assert status == 1, said
+    found = refused(said, "outs/data", "metrics.json")
+    assert [word for word in words if word not in found] == [] and Path("note").read_text() == "mine", said
+
+
+def test_a_scratch_that_is_a_file(desk):
+    Path(".scratch").touch()
+    status, said = run_heavy("prepare_imagenet", *PREPARE)
+    assert status == 1 and ".scratch: File exists" in refused(said, "outs/data", "metrics.json"), said
 
 
 def test_scenes_without_a_label_are_refused(desk, tree):
