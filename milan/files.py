@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from milan.errors import UserError
 
@@ -103,21 +104,27 @@ def existing_parent(path: Path) -> Path:
     return path
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write data under path, or leave path as it was."""
-    path = Path(path)
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to fill that stands under path once it is whole; after an error path is as it was."""
     temporary = path.with_name(path.name + ".part")
     with full_disk_said(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(temporary, "wb") as file:
-                file.write(data)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         finally:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write data under path, or leave path as it was."""
+    with whole_file(Path(path)) as file:
+        file.write(data)
 
 
 def write_json(path: Path, value) -> None:

@@ -6,16 +6,13 @@ manifest.json beside the shards counts the splits, lists the classes and the sha
 """
 
 import bisect
-import contextlib
-import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
 
 from milan.errors import UserError
-from milan.files import file_digest, fingerprint, full_disk_said, read_json
+from milan.files import file_digest, fingerprint, read_json, whole_file, write_json
 
 SCHEMA = {"image": pa.large_binary(), "name": pa.string(), "label": pa.int32(), "caption": pa.string(), "mask": pa.large_binary()}
 
@@ -26,21 +23,12 @@ def write_shard(path: Path, rows: Iterable[dict], columns: Iterable[str]) -> dic
     columns: all keys of the rows. Returns the shard's entry in the manifest {"file", "images", "sha256"}. Raises UserError
     on a full disk."""
     schema = pa.schema([(name, kind) for name, kind in SCHEMA.items() if name in set(columns)])
-    temporary, images = path.with_suffix(".part"), 0
-    with full_disk_said(path):
-        try:
-            with open(temporary, "wb") as sink:
-                with pa.ipc.new_file(sink, schema) as writer:
-                    # One batch an image batch of 256: a reader touches only the pages that it needs.
-                    for chunk in chunks(rows, 256):
-                        writer.write_batch(pa.RecordBatch.from_pylist(chunk, schema=schema))
-                        images += len(chunk)
-                sink.flush()
-                os.fsync(sink.fileno())
-            os.replace(temporary, path)
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+    images = 0
+    with whole_file(path) as sink, pa.ipc.new_file(sink, schema) as writer:
+        # One batch an image batch of 256: a reader touches only the pages that it needs.
+        for chunk in chunks(rows, 256):
+            writer.write_batch(pa.RecordBatch.from_pylist(chunk, schema=schema))
+            images += len(chunk)
     return {"file": path.name, "images": images, "sha256": file_digest(path)}
 
 
@@ -57,9 +45,7 @@ def chunks(items: Iterable, size: int) -> Iterator[list]:
 
 def write_manifest(folder: Path, **entries) -> dict:
     """Write manifest.json whole; it is written last, so that a folder with a manifest is complete."""
-    temporary = folder / "manifest.part"
-    temporary.write_text(json.dumps(entries, indent=1, sort_keys=True) + "\n")
-    os.replace(temporary, folder / "manifest.json")
+    write_json(folder / "manifest.json", entries)
     return entries
 
 

@@ -293,7 +293,7 @@ def killed_after(folder: Path, items: list[dict], shards: int) -> None:
 
     def counted(path, rows, columns):
         if len(list(folder.glob("*.seal"))) == shards:
-            path.with_suffix(".part").write_bytes(b"half a shard")
+            path.with_name(path.name + ".part").write_bytes(b"half a shard")
             os._exit(9)
         return write(path, rows, columns)
 
@@ -323,7 +323,7 @@ def test_the_progress_counts_on(tmp_path, given, monkeypatch):
 def test_a_full_disk_keeps_what_is_finished(tmp_path, given, read):
     whole = pack(tmp_path / "whole", given)
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "train-00002.part").symlink_to("/dev/full")
+    (tmp_path / "out" / "train-00002.arrow.part").symlink_to("/dev/full")
     with pytest.raises(UserError, match=r"train-00002\.arrow is full .*it continues"):
         pack(tmp_path / "out", given)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [

@@ -126,7 +126,7 @@ def test_a_full_disk_is_said_and_leaves_the_older_shard(tmp_path):
     """Linux's /dev/full stands where the half shard would."""
     path = tmp_path / "train-00000.arrow"
     path.write_bytes(b"older")
-    path.with_suffix(".part").symlink_to("/dev/full")
+    path.with_name(path.name + ".part").symlink_to("/dev/full")
     with pytest.raises(UserError, match=r"disk that holds .*train-00000\.arrow is full"):
         records.write_shard(path, ROWS, ["image", "name", "label", "caption"])
     assert path.read_bytes() == b"older" and list(tmp_path.iterdir()) == [path]
