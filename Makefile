@@ -13,8 +13,8 @@ repro: setup ## the whole pipeline, then the table
 	@echo "Compare runs:  .venv/bin/mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1"
 	@echo "Vary a thing:  .venv/bin/dvc exp run -S pretrain.mask_ratio=0.5"
 
-test: setup ## the test suite
-	@python -m pytest -q
+test: setup ## the test suite, in two processes
+	@python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 plan: setup ## what a recipe costs before it runs: make plan SCALE=paper
 	@python -m milan.plan $(if $(SCALE),--scale $(SCALE)) $(if $(TFLOPS),--tflops $(TFLOPS))

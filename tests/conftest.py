@@ -11,12 +11,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-import yaml
 
-from milan import records
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # `make test` runs two processes, and torch would take both cores in each
+
+import torch  # noqa: E402
+import yaml  # noqa: E402
+
+from milan import records  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
+SLOWEST = ("test_pipeline.py", "test_rehearsal.py")
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    """The longest files first, so that no process is left alone with one at the end."""
+    items.sort(key=lambda item: item.path.name not in SLOWEST)
 
 
 @pytest.fixture(scope="session")
