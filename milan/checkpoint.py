@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
+from torch import nn
 
 from milan.errors import UserError
 from milan.files import SCRATCH, code_digest, fingerprint, write_whole
@@ -42,6 +43,16 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
         raise UserError(f"{path} is missing: run `dvc repro`, which makes it, or `dvc pull`, which fetches it.") from None
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}). Delete {Path(path).parent} and run `dvc repro` again.") from None
+
+
+def load_into(module: nn.Module, path: Path) -> None:
+    """Give a model of the recipe's sizes the weights that a stage wrote. Raises UserError when they are of other sizes."""
+    weights = load_weights(path)
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        why = " ".join(str(error).split())[:300]
+        raise UserError(f"{path} was made by another recipe than params.yaml ({why}). Run `dvc repro`, which makes it anew.") from None
 
 
 def read_foreign(path: Path):

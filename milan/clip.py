@@ -12,7 +12,7 @@ from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, convert_weights_to
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
-from milan.checkpoint import load_weights, save_weights
+from milan.checkpoint import load_into, save_weights
 from milan.distributed import DTYPES
 from milan.errors import UserError
 from milan.files import read_json, write_json
@@ -197,7 +197,7 @@ def load_teacher(folder: Path) -> tuple[CLIP, Tokenizer, dict]:
         raise UserError(f"{folder} holds an image tower and no text tower: a released teacher is asked for features alone.")
     tokenizer = Tokenizer(config["tiny"]["context_length"], config["token_ids"])
     model = build_tiny(TinyClip(**config["tiny"]), config["image_size"], config["patch_size"], len(tokenizer))
-    model.load_state_dict(load_weights(Path(folder) / "teacher.safetensors"))
+    load_into(model, Path(folder) / "teacher.safetensors")
     return model.eval().requires_grad_(False), tokenizer, config
 
 

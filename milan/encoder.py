@@ -7,7 +7,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from milan import masking
-from milan.checkpoint import load_weights
+from milan.checkpoint import load_into
 from milan.params import Model
 from milan.pos_embed import sincos_pos_embed
 
@@ -46,9 +46,9 @@ class Encoder(nn.Module):
 
 
 def load_encoder(path: Path, model: Model) -> Encoder:
-    """The encoder that the pretrain stage wrote, by the recipe's sizes."""
+    """The encoder that the pretrain stage wrote, by the recipe's sizes. Raises UserError when it is of others."""
     encoder = Encoder(model)
-    encoder.vit.load_state_dict(load_weights(path))
+    load_into(encoder.vit, path)
     return encoder
 
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from milan import distributed, masking, miou, plots, samples, segmenter, transforms
-from milan.checkpoint import load_weights
+from milan.checkpoint import load_into, load_weights
 from milan.encoder import Encoder, load_encoder
 from milan.errors import UserError
 from milan.model import MaskedPretraining, in_image_order
@@ -76,15 +76,15 @@ class Project:
         """Encoder and decoder as pretraining left them."""
         p = self.params
         model = MaskedPretraining(p.model, p.pretrain.recipes[variant], p.pretrain.mask_ratio, feature_dim)
-        model.encoder.vit.load_state_dict(load_weights(self.weights("pretrain", variant, "encoder")))
-        model.decoder.load_state_dict(load_weights(self.weights("pretrain", variant, "decoder")))
+        load_into(model.encoder.vit, self.weights("pretrain", variant, "encoder"))
+        load_into(model.decoder, self.weights("pretrain", variant, "decoder"))
         return model.to(self.device).eval()
 
     def trained_segmenter(self, variant: str, classes: int) -> segmenter.Segmenter:
         m, e, s = self.params.model, self.params.model.encoder, self.params.segment
         sizes = (s.crop_size, m.patch_size, e.embed_dim, e.depth, e.num_heads, classes, s.channels, s.aux_channels, s.out_blocks)
         model = segmenter.Segmenter(*sizes, norm="batch")
-        model.load_state_dict(load_weights(self.weights("segment", variant, "segmenter")))
+        load_into(model, self.weights("segment", variant, "segmenter"))
         return model.to(self.device).eval()
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from milan import files
-from milan.checkpoint import Scratch, save_weights
+from milan.checkpoint import Scratch, load_into, save_weights
 from milan.errors import UserError
 from milan.params import Tower
 
@@ -191,6 +192,15 @@ def test_a_fingerprint_follows_from_its_parts():
 
 
 # Weights and states.
+
+
+def test_weights_of_another_recipe_are_refused_and_named(tmp_path):
+    save_weights(tmp_path / "w", torch.nn.Linear(2, 3).state_dict())
+    fitting = torch.nn.Linear(2, 3)
+    load_into(fitting, tmp_path / "w")
+    assert fitting.weight.tolist() == load_file(tmp_path / "w")["weight"].tolist()
+    with pytest.raises(UserError, match=r"w was made by another recipe than params.yaml \(.*size mismatch.*dvc repro"):
+        load_into(torch.nn.Linear(2, 4), tmp_path / "w")
 
 
 def test_equal_weights_give_equal_bytes_and_metadata_is_kept(tmp_path):
