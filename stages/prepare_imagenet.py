@@ -49,6 +49,8 @@ def draw(root: Path, p: PrepareImagenet) -> None:
             raise UserError(
                 f"prepare_imagenet.{split} is {images}, and the built-in world has {len(world.CLASSES)} classes: give each an image."
             )
+    for other in set(root.parent.glob("world-*")) - {root}:  # of a recipe that was given up
+        shutil.rmtree(other, ignore_errors=True)
     if root.exists():
         return
     progress = Progress("drawing the world", p.train + p.val + p.pairs)

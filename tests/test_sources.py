@@ -443,6 +443,17 @@ def test_a_world_with_classes_without_an_image_is_refused_before_it_is_drawn(tmp
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_world_of_a_recipe_that_was_given_up_is_dropped(tmp_path):
+    from stages import prepare_imagenet
+
+    for name in ("world-old", "world-new", "pretrain-milan-0"):
+        (tmp_path / name).mkdir()
+    p = SimpleNamespace(seed=0, size=16, train=20, val=20, pairs=0)
+    prepare_imagenet.draw(tmp_path / "world-new", p)  # which is there: drawn before an interruption
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pretrain-milan-0", "world-new"]
+    assert list((tmp_path / "world-new").iterdir()) == []
+
+
 # Scenes.
 
 ANNOTATIONS = {"s2": layouts.annotation(layouts.FITTING), "s1": layouts.annotation(layouts.FITTING * 0)}
