@@ -95,14 +95,18 @@ def find(path: str) -> list:
         experiments = [experiment.experiment_id for experiment in client.search_experiments()]
         found = [run for digest in digests for run in client.search_runs(experiments, f"tags.`dvc:{path}` = '{digest}'")]
     except Exception as error:  # whatever ails the store: its server, its address, its file
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise UserError(
-            f"MLflow's store cannot be read ({reason}). It is mlflow.db in the repository's root, or where the variable "
+            f"MLflow's store cannot be read ({why(error)}). It is mlflow.db in the repository's root, or where the variable "
             "MLFLOW_TRACKING_URI says: mend that, or start its server."
         ) from None
     if not found:
         raise UserError(f"MLflow has no run that made or read {path} as {LOCK} has it: it was made elsewhere, or not yet sent.")
     return found
+
+
+def why(error: Exception) -> str:
+    """The first line of what an error says."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def main(words: list[str]) -> None:

@@ -10,7 +10,7 @@ import mlflow
 import pytest
 import yaml
 
-from milan import logger, records, runs, tracking
+from milan import compare, logger, records, runs, tracking
 from milan.records import Records
 from milan.stage import Stage
 from tests.conftest import ROOT, write_split
@@ -152,6 +152,33 @@ def test_a_parent_links_the_runs_of_the_stages_that_dvc_skipped(store):
 
 def test_a_parent_that_executed_all_links_nothing(store):
     assert skipped(store, "2-2") == ({}, "")
+
+
+def test_pretrained_models_side_by_side(store):
+    """With what evaluated them; of the recipe only what differs, and no column for the number of processes."""
+    (row,) = compare.pretrained_models(store, "test").to_dict("records")
+    assert row == {"model": "milan-0", "Linear eval": 30.0, "k-NN": None, "Fine-tuning": 34.5, "ADE20K mIoU": None}
+    assert compare.pretrained_models(store, "of nobody").empty
+    run = store.get_run(store.search_logged_models([experiment(store)])[0].source_run_id)
+    models = [SimpleNamespace(name=name, metrics=[], source_run_id=name) for name in "ab"]
+    runs_of = {}
+    for name, ratio in (("a", "0.5"), ("b", "0.75")):
+        params = {"pretrain.mask_ratio": ratio, "pretrain.epochs": "16", "runtime.processes": ratio}
+        data = SimpleNamespace(tags=run.data.tags, params=params, metrics={"wall_seconds": 90.0})
+        runs_of[name] = SimpleNamespace(data=data)
+    fake = SimpleNamespace(
+        get_experiment_by_name=store.get_experiment_by_name, search_logged_models=lambda _: models, get_run=runs_of.get
+    )
+    rows = compare.pretrained_models(fake, "test").to_dict("records")
+    assert [(row["model"], row["minutes"], row["-S pretrain.mask_ratio"]) for row in rows] == [("a", 1.5, "0.5"), ("b", 1.5, "0.75")]
+    assert not any("epochs" in name or "processes" in name for name in rows[0])
+
+
+def test_a_store_that_is_away_is_said_in_the_notebook(tmp_path, monkeypatch, store):
+    assert "| milan-0 | 30.0 | – | 34.5 | – |" in compare.in_markdown("test")
+    assert compare.in_markdown("smoke") == "MLflow has no pretrained model of the experiment milan-smoke yet."
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/nowhere.db")
+    assert "nowhere.db" in compare.in_markdown("test") and "no runs are compared" in compare.in_markdown("test")
 
 
 def test_from_dvc_lock_to_the_runs(store):
