@@ -27,7 +27,8 @@ from milan.teachers import load_tower, look
 def main(stage: Stage) -> None:
     p, a = stage.params, stage.args
     inputs = [a.records / "manifest.json", a.teacher / ("teacher.json" if p.no_teacher else "teacher.safetensors")]
-    recipe = stage.fingerprint(p.extract_targets, p.model, p.compute, p.pretrain.crop_scale, inputs=inputs)
+    sizes = [p.model.image_size, p.model.patch_size]
+    recipe = stage.fingerprint(p.extract_targets, *sizes, p.compute, p.pretrain.crop_scale, inputs=inputs)
     if not p.no_teacher:
         stage.tracker.reads(Records(a.records, "train"), Records(a.records, "val"))
     with whole_folder(a.out, recipe) as folder:

@@ -25,7 +25,7 @@ from milan.stage import Stage, run
 
 def main(stage: Stage) -> None:
     p, a = stage.params, stage.args
-    sections = [p.teacher, p.model, p.compute, *(["none"] if p.no_teacher else [])]
+    sections = [p.teacher, p.model.image_size, p.model.patch_size, p.compute, *(["none"] if p.no_teacher else [])]
     recipe = stage.fingerprint(*sections, inputs=[a.records / "manifest.json"])
     scratch = Scratch(stage.name, recipe)
     result = {"curve": [], "metrics": {}}
