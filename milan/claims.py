@@ -14,8 +14,8 @@ from milan.results import MEASURES, Results, in_words
 
 CLAIMS = {  # (the variant that should be above, the variant that it is built from): the claim
     ("clip_target", "mae"): "CLIP features are a better target than pixels",
-    ("prompt_decoder", "clip_target"): "The prompting decoder adds to that",
-    ("milan", "prompt_decoder"): "The semantic aware mask adds to that",
+    ("prompt_decoder", "clip_target"): "The prompting decoder improves on the CLIP target alone",
+    ("milan", "prompt_decoder"): "The semantic aware mask improves on the random mask",
     ("milan", "mae"): "MILAN is above MAE",
     ("milan", "scratch"): "MILAN is above no pretraining",
 }

@@ -53,7 +53,7 @@ def test_fewer_than_three_seeds_judge_nothing(differences, words):
 def test_differences_are_paired_by_seed_and_each_measure_is_judged():
     """The variants range over 100 points and overlap; seed by seed MILAN is 2, 3, 4 above."""
     found = claims.judged(results(prompt_decoder=[0, 50, 100], milan=[2, 53, 104])).set_index("measure")
-    assert list(found.index) == list(MEASURES) and set(found["claim"]) == {"The semantic aware mask adds to that"}
+    assert list(found.index) == list(MEASURES) and set(found["claim"]) == {"The semantic aware mask improves on the random mask"}
     assert found["verdict"].to_dict() == {
         "linear": "supported",
         "knn": "not supported",
