@@ -34,11 +34,11 @@ class Prices:
 
 
 def known_runs(scale: str) -> list[Run]:
-    """From MLflow; none where it is out of reach, and a line says so."""
+    """From MLflow; none where it cannot be read, and a line says so."""
     try:
         return provenance.finished_runs(f"milan-{scale}")
     except Exception as error:  # whatever ails the store must not keep the table
-        print(f"MLflow is out of reach, so costs are left out ({type(error).__name__}: {str(error)[:300]}).", flush=True)
+        print(f"An MLflow store cannot be read, so what it knows is left out: {str(error)[:300]}.", flush=True)
         return []
 
 
