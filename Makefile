@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: repro test plan setup lock
+.PHONY: repro test plan evidence setup lock
 repro: setup ## the whole pipeline, then the table
 	@dvc repro
 	@cat reports/table.md
@@ -18,6 +18,9 @@ test: setup ## the test suite, in two processes
 
 plan: setup ## what a recipe costs before it runs: make plan SCALE=paper
 	@python -m milan.plan $(if $(SCALE),--scale $(SCALE)) $(if $(TFLOPS),--tflops $(TFLOPS))
+
+evidence: setup ## every study of docs/evidence.md, hours at demo scale; continues when repeated
+	@python -m milan.studies
 
 setup: .venv/.installed ## .venv with the pinned requirements.txt
 

@@ -15,7 +15,7 @@ import jinja2
 from markupsafe import Markup, escape
 from PIL import Image
 
-from milan import table
+from milan import claims, table
 from milan.files import read_json
 from milan.provenance import Data, Origin, revision
 from milan.results import KINDS, Results
@@ -39,7 +39,7 @@ def render(
 ) -> str:
     """The page. here: {"revision", "hardware"} of whoever writes it, for what no run is known for; recipe: text of params.yaml."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(duration=duration, date=date, revision=revision)
+    environment.filters.update(duration=duration, date=date, revision=revision, emphasised=emphasised)
     ours = [{k: v for k, v in row.items() if k not in LINKS} for row in table.our_rows(r, lambda text, path: text)]
     runs = [origin.run for origin in trail if origin.run]
     return environment.from_string(TEMPLATE.read_text()).render(
@@ -49,6 +49,7 @@ def render(
         ours=ours,
         sentences=[*table.order_said(r), *table.notes(r)],
         bars=bars,
+        claims={"heading": claims.heading(r), "notes": claims.notes(r), "rows": claims.rows(r)},
         others={title: table.published_rows(r.published, kind, linked) for kind, title in KINDS.items()},
         elsewhere=table.ELSEWHERE,
         pictures=pictures,

@@ -56,11 +56,20 @@ def read_lock(path: Path, p: Params) -> dict[str, dict]:
         raise UserError(f"{path} is missing: `dvc repro` writes it, and git checkout -- {path} restores it.") from None
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError):
         raise UserError(f"{path} is no lock file of DVC's. git checkout -- {path} restores it.") from None
-    variations = {"", *(f"{variant}-{seed}" for variant in p.variants for seed in p.seeds)}
+    return digests(of_recipe(stages, p.variants, p.seeds))
+
+
+def of_recipe(stages: dict, variants: list[str], seeds: list[int]) -> dict:
+    """The entries of a lock that belong to a recipe: DVC leaves in it what only earlier variants and seeds had."""
+    variations = {"", *(f"{variant}-{seed}" for variant in variants for seed in seeds)}
+    return {name: entry for name, entry in stages.items() if name.partition("@")[2] in variations}
+
+
+def digests(stages: dict) -> dict[str, dict]:
+    """Stage: {"deps", "outs": {path: DVC hash}}."""
     return {
         name: {kind: {item["path"]: item.get("md5", "") for item in entry.get(kind, [])} for kind in ("deps", "outs")}
         for name, entry in stages.items()
-        if name.partition("@")[2] in variations
     }
 
 

@@ -4,8 +4,10 @@
     dvc exp run --run-all
     python -m milan.sweep pretrain.mask_ratio
 
-Writes reports/sweeps/<key>.md, .csv and .png, and may be repeated as experiments come in. The commit's own results are
-a point too. What differs in another key than variants, seeds and runtime is no part of the sweep, and is named.
+Writes table.md, table.csv and figure.png to reports/sweeps/<key>/, and for every experiment its params.yaml and dvc.lock;
+may be repeated as experiments come in. The commit's own results are a point too. What differs in another key than
+variants, seeds and runtime is no part of the sweep, and is named. What the target bank and pretraining cost stands beside
+what they came to, as far as MLflow and dvc.lock know it.
 """
 
 import argparse
@@ -17,26 +19,31 @@ from typing import NamedTuple
 import pandas as pd
 import yaml
 
-from milan import plots
+from milan import costs, plots
+from milan.costs import COSTS
 from milan.errors import UserError
 from milan.files import write_whole
 from milan.params import nearest
 from milan.plots import Figure, plt
+from milan.provenance import Run, of_recipe
 from milan.results import MEASURES, TITLES, method
 from milan.stage import fail
 from milan.table import markdown_table
 
+LOADER, DUMPER = (getattr(yaml, f"CSafe{kind}", getattr(yaml, f"Safe{kind}")) for kind in ("Loader", "Dumper"))
 FREE = ("variants", "seeds", "runtime")  # what may differ within a sweep besides its key
 HERE = "this commit"
+AFTER = ("report", "figures", "page")  # the evaluations: an experiment may have left these as its commit had them
 TITLES = {**TITLES, "miou": "mIoU"}
 
 
 class Experiment(NamedTuple):
-    """An experiment as git keeps it: the recipe's tree, and the metrics by (stage, variant, seed)."""
+    """An experiment as git keeps it: the recipe's tree, the metrics by (stage, variant, seed), and dvc.lock's stages."""
 
     name: str
     recipe: dict
     metrics: dict[tuple[str, str, int], dict]
+    lock: dict
 
 
 def main() -> None:
@@ -45,25 +52,37 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("reports/sweeps"), help="default: %(default)s")
     args = parser.parse_args()
     try:
-        write(args.key, read_experiments(), args.out)
+        experiments = read_experiments()
+        write(args.key, experiments, costs.known_runs(experiments[0].recipe["scale"]), args.out / args.key)
     except UserError as error:
         fail(str(error))
 
 
-def write(key: str, experiments: list[Experiment], out: Path) -> None:
-    """Raises UserError unless at least two values of the key have results."""
+def write(key: str, experiments: list[Experiment], known: list[Run], out: Path, about: str = "") -> None:
+    """known: of MLflow; about: a paragraph above the tables. Raises UserError unless two values of the key have results."""
     sweep, others = members(key, experiments)
-    runs = rows(key, sweep)
+    runs = rows(key, sweep, known)
     if runs.empty:
         raise UserError(
             f"{key}: results of at least two values are needed; DVC has {len(experiments) - 1} experiment(s) on this commit "
             f"(`dvc exp show`). Run some: dvc exp run --queue -S '{key}=ONE,OTHER' && dvc exp run --run-all"
         )
-    write_whole(out / f"{key}.csv", runs.to_csv(index=False, lineterminator="\n").encode())
-    write_whole(out / f"{key}.md", markdown(key, sweep[0].recipe["scale"], runs).encode())
-    plots.save(draw(key, runs), out / f"{key}.png")
+    used = [e for e in sweep if e.name in set(runs["experiment"])]
+    origin = costs.said([e.lock for e in used], known)
+    write_whole(out / "table.csv", runs.round(2).to_csv(index=False, lineterminator="\n").encode())
+    write_whole(out / "table.md", markdown(key, sweep[0].recipe["scale"], runs, about, origin).encode())
+    plots.save(draw(key, runs), out / "figure.png")
+    for experiment in used:
+        if experiment.name != HERE:
+            keep(out / experiment.name, experiment.recipe, experiment.lock)
     left = f"; no part of this sweep: {', '.join(e.name for e in others)}" if others else ""
-    print(f"{out / key}.md: {runs['value'].nunique()} values, {runs['variant'].nunique()} variant(s){left}", flush=True)
+    print(f"{out / 'table.md'}: {runs['value'].nunique()} values, {runs['variant'].nunique()} variant(s){left}", flush=True)
+
+
+def keep(folder: Path, recipe: dict, lock: dict) -> None:
+    """What an experiment can be had again from: `dvc checkout` with these two in place, or `dvc repro`."""
+    for name, tree in {"params.yaml": recipe, "dvc.lock": {"schema": "2.0", "stages": lock}}.items():
+        write_whole(folder / name, yaml.dump(tree, Dumper=DUMPER, sort_keys=False).encode())
 
 
 # ------------------------------------------------------------------------------------------------------- from git and DVC
@@ -83,6 +102,7 @@ def read_experiments() -> list[Experiment]:
 
 
 def read_experiment(name: str, revision: str) -> Experiment:
+    """Without dvc.lock, before a first run, the lock is empty."""
     recipe = yaml.safe_load(git("show", f"{revision}:params.yaml"))
     folder = f"reports/metrics/{recipe['scale']}"
     held, metrics = set(git("ls-tree", "-r", "--name-only", revision, folder).splitlines()), {}
@@ -92,7 +112,14 @@ def read_experiment(name: str, revision: str) -> Experiment:
                 path = f"{folder}/{stage}/{variant}-{seed}.json"
                 if path in held:
                     metrics[stage, variant, seed] = json.loads(git("show", f"{revision}:{path}"))
-    return Experiment(name, recipe, metrics)
+    lock = git("show", f"{revision}:dvc.lock") if git("ls-tree", "--name-only", revision, "dvc.lock") else ""
+    return Experiment(name, recipe, metrics, read_lock(lock, recipe))
+
+
+def read_lock(text: str, recipe: dict) -> dict:
+    """Its stages that made the recipe's numbers."""
+    stages = (yaml.load(text, Loader=LOADER) or {}).get("stages", {})
+    return {name: entry for name, entry in of_recipe(stages, recipe["variants"], recipe["seeds"]).items() if name not in AFTER}
 
 
 def git(*words: str) -> str:
@@ -126,11 +153,12 @@ def flattened(tree: dict, prefix: str = "") -> dict:
     return found
 
 
-def rows(key: str, sweep: list[Experiment]) -> pd.DataFrame:
+def rows(key: str, sweep: list[Experiment], known: list[Run]) -> pd.DataFrame:
     """A row a value, variant and seed that has all measures, of repeated ones the newest; no variant with one value only."""
     found = {}
     for experiment in sweep:
         value = flattened(experiment.recipe)[key]
+        price = costs.Prices(experiment.lock, known)
         for variant in experiment.recipe["variants"]:
             for seed in experiment.recipe["seeds"]:
                 numbers = {
@@ -139,29 +167,31 @@ def rows(key: str, sweep: list[Experiment]) -> pd.DataFrame:
                 }
                 if None not in numbers.values():
                     place = (str(value), variant, seed)
-                    found[place] = {"value": value, "variant": variant, "seed": seed, **numbers, "experiment": experiment.name}
-    table = pd.DataFrame(found.values(), columns=["value", "variant", "seed", *MEASURES, "experiment"])
+                    point = {"value": value, "variant": variant, "seed": seed, "experiment": experiment.name}
+                    found[place] = {**point, **numbers, **price.of(variant, seed)}
+    table = pd.DataFrame(found.values(), columns=["value", "variant", "seed", *MEASURES, *COSTS, "experiment"])
     numeric = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in table["value"])
     table = table.assign(value=table["value"] if numeric else table["value"].map(str))
     table = table[table.groupby("variant")["value"].transform("nunique") > 1]
     return table.sort_values(["variant", "value", "seed"])
 
 
-def markdown(key: str, scale: str, runs: pd.DataFrame) -> str:
-    """A table a variant, in %: means over seeds, and the range of several."""
+def markdown(key: str, scale: str, runs: pd.DataFrame, about: str, origin: str) -> str:
+    """A table a variant, in %: means over seeds, and the range of several. Costs are means."""
 
     def cells(value, group: pd.DataFrame) -> dict[str, str]:
         shown = {TITLES[column]: spread(group[column]) for column in MEASURES}
         return {
             key: f"{value:g}" if isinstance(value, float) else str(value),
             **shown,
+            **{title: costs.cell(group[column]) for column, title in COSTS.items()},
             "Experiment": ", ".join(group["experiment"].unique()),
         }
 
-    parts = [f"# {key} at scale {scale}"]
+    parts = [f"# {key} at scale {scale}", *([about] if about else [])]
     for variant, group in runs.groupby("variant", sort=False):
         parts += [f"## {method(variant)}", markdown_table([cells(value, some) for value, some in group.groupby("value")])]
-    return "\n\n".join([*parts, f"![{key}]({key}.png)"]) + "\n"
+    return "\n\n".join([*parts, costs.CAVEAT, origin, f"![{key}](figure.png)"]) + "\n"
 
 
 def spread(values: pd.Series) -> str:

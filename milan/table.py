@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from milan import claims
 from milan.results import KINDS, MEASURES, METHODS, TITLES, Results, in_words, method
 
 CAPTIONS_CAVEAT = (
@@ -103,8 +104,12 @@ def notes(r: Results) -> list[str]:
         scores = [f"{name} {r.teacher[f'teacher/{entry}']:.1f}" for name, entry in TEACHER.items()]
         words.append(f"The teacher itself: {', '.join(scores)}.")
     if "extract_targets/importance_on_object" in r.importance:
-        on, area = (r.importance[f"extract_targets/{name}"] for name in ("importance_on_object", "object_area"))
-        words.append(f"{on:.1f} % of the teacher's patch importance falls on the object, which covers {area:.1f} % of the image.")
+        names = ("importance_on_object", "object_area", "importance_above_area")
+        on, area, above = (r.importance[f"extract_targets/{name}"] for name in names)
+        words.append(
+            f"{on:.1f} % of the teacher's patch importance falls on the object, which covers {area:.1f} % of the image; the "
+            f"first share is the larger one in {above:.1f} % of the images."
+        )
     if r.params.data.imagenet and r.params.teacher.tiny:
         words.append(NAMES_CAVEAT)
     return [*words, CAPTIONS_CAVEAT]
@@ -185,10 +190,18 @@ def markdown(r: Results) -> str:
     parts += [
         "![Bars of linear evaluation, fine-tuning and segmentation by variant](plots/bars.png)",
         "![Loss curves](plots/curves.png)",
+        *claims_section(r),
     ]
     for kind, title in KINDS.items():
         parts += [f"## {title}: {ELSEWHERE}, 224 px", markdown_table(published_rows(r.published, kind, markdown_source))]
     return "\n\n".join(parts) + "\n"
+
+
+def claims_section(r: Results) -> list[str]:
+    """Paragraphs; none where no claim's two variants were run."""
+    said, rows = claims.notes(r), claims.rows(r)
+    table = [markdown_table(rows)] if rows else []
+    return [f"### {claims.heading(r)}", *said[:1], *table, *said[1:]] if said else []
 
 
 def markdown_table(rows: list[dict[str, str]]) -> str:

@@ -117,7 +117,7 @@ def perplexity(importance: torch.Tensor) -> float:
 
 
 def importance_on_objects(p: Params, val: Records, tower: Tower, device: torch.device) -> dict:
-    """Share of the importance that falls on the object, beside the object's share of the area, where masks are known."""
+    """object_shares of the validation images whose object's outline is known; empty where none is."""
     if "mask" not in val.table(0).column_names:
         return {}
     known = [i for i, mask in enumerate(val.column("mask")) if mask is not None]
@@ -126,10 +126,17 @@ def importance_on_objects(p: Params, val: Records, tower: Tower, device: torch.d
     masks = torch.stack([transforms.decode_annotation(val[i]["mask"]) for i in known])
     cover = torch.nn.functional.adaptive_avg_pool2d((masks.unsqueeze(1) > 127).float(), p.model.grid).flatten(1)
     importance = look(tower, images.to(device), p.compute, p.extract_targets.normalisation, p.model.grid)[1].cpu()
-    mass = ((importance / importance.sum(dim=1, keepdim=True)) * cover).sum(dim=1)
+    return object_shares(importance, cover)
+
+
+def object_shares(importance: torch.Tensor, cover: torch.Tensor) -> dict[str, float]:
+    """Both (images, patches); cover: the object's share of each patch. In %: the importance that falls on the object, the
+    object's share of the area (means over images), and the images in which the first share is the larger one."""
+    mass, area = (importance * cover).sum(dim=1) / importance.sum(dim=1), cover.mean(dim=1)
     return {
         "extract_targets/importance_on_object": 100 * mass.mean().item(),
-        "extract_targets/object_area": 100 * cover.mean().item(),
+        "extract_targets/object_area": 100 * area.mean().item(),
+        "extract_targets/importance_above_area": 100 * (mass > area).float().mean().item(),
     }
 
 

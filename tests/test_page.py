@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import platform
+import re
 import urllib.request
 from html.parser import HTMLParser
 from pathlib import Path
@@ -212,6 +213,12 @@ def rendered(r: Results, trail: list[Origin], data: list[Data] = (), recipe: str
     return Cells(page.render(r, [dot], dot, trail, list(data), {"revision": "r0", "hardware": "h0"}, recipe))
 
 
+def whole(r: Results) -> str:
+    """The page without pictures and trail."""
+    dot = page.Picture("", page.emphasised(""), "data:,", 1, 1)
+    return page.render(r, [], dot, [], [], {"revision": "", "hardware": ""}, "")
+
+
 def test_table_sentences_recipe_and_trail_are_on_the_page():
     trail = [
         Origin("teacher", {"outs/teacher": "t1.dir"}, a_run("teacher", 0, 90)),
@@ -237,13 +244,22 @@ def test_table_sentences_recipe_and_trail_are_on_the_page():
 
 
 def test_ours_and_others_are_in_tables_of_their_own():
-    text = page.render(
-        results(), [], page.Picture("", page.emphasised(""), "data:,", 1, 1), [], [], {"revision": "", "hardware": ""}, ""
-    )
-    ours, published, again = (part.split("</section>")[0] for part in text.split("<section ")[1:4])
+    ours, published, again = (part.split("</section>")[0] for part in whole(results()).split("<section ")[1:4])
     assert "ViT-tiny/8" in ours and "ViT-B/16" not in ours
     assert "<h2>Published</h2>" in published and "<h2>Re-run by others</h2>" in again
     assert "ViT-tiny/8" not in published + again
+
+
+def test_claims_are_judged_from_three_seeds_on():
+    """MILAN - MAE is 1, 2, 3: 2 ± 4.303 / √3."""
+    (said,) = [text for text in re.findall("<p>(.*?)</p>", whole(results())) if "spread" in text]
+    assert "<code>dvc exp run -S &#39;seeds=[0,1,2]&#39;</code>" in said
+    p = dataclasses.replace(results().params, seeds=[0, 1, 2])
+    runs = [("mae", seed, 10.0) for seed in range(3)] + [("milan", seed, 11.0 + seed) for seed in range(3)]
+    runs = pd.DataFrame([{"variant": v, "seed": seed, **dict.fromkeys(MEASURES, value)} for v, seed, value in runs])
+    cells = rendered(results(params=p, runs=runs, ours=summary(runs)), []).texts("td", "th")
+    at = cells.index("MILAN is above MAE")
+    assert cells[at + 1 : at + 7] == ["MILAN – MAE", "Linear eval", "+2.00", "-0.48 to +4.48", "3", "inconclusive"]
 
 
 def test_without_mlflow_the_page_says_so_and_names_where_it_was_written():

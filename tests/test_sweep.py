@@ -9,12 +9,25 @@ import pandas as pd
 import pytest
 import yaml
 
-from milan import sweep
+from milan import costs, sweep
 from milan.errors import UserError
+from milan.provenance import Run
 from milan.results import MEASURES
 from tests.conftest import change
 
 KEY = "pretrain.mask_ratio"
+LOCK = {
+    "extract_targets": {"outs": [{"path": "outs/demo/targets", "md5": "t.dir", "size": 12_600_000}]},
+    "pretrain@milan-0": {"deps": [{"path": "outs/demo/targets", "md5": "t.dir"}], "outs": [{"path": "w", "md5": "w.dir"}]},
+}
+
+
+def known(stage: str, seconds: float, hardware: str = "a small machine", **tags: str) -> Run:
+    digests = {"dvc:outs/demo/targets": "t.dir", **({} if stage == "extract_targets" else {"dvc:w": "w.dir"})}
+    return Run("id", 0, seconds, {"stage": stage, "git_revision": "0123456789abcdef", "hardware": hardware, **digests, **tags})
+
+
+RUNS = [known("extract_targets", 20.4), known("pretrain", 90.0, variant="milan", seed="0")]
 
 
 def metrics(variant: str, *values: float) -> dict:
@@ -34,7 +47,7 @@ def experiment(tree):
         recipe = copy.deepcopy(tree)
         for place, value in {"variants": ["milan"], KEY: ratio, **{k.replace("__", "."): v for k, v in changes.items()}}.items():
             change(recipe, place, value)
-        return sweep.Experiment(name, recipe, found)
+        return sweep.Experiment(name, recipe, found, lock=LOCK)
 
     return made
 
@@ -73,7 +86,7 @@ def test_the_newest_of_a_repeated_value_counts_and_a_failed_one_does_not(experim
         experiment("failed", 0.9, {}),
         experiment("low", 0.25, metrics("milan", 5.0)),
     ]
-    runs = sweep.rows(KEY, some)
+    runs = sweep.rows(KEY, some, [])
     assert runs[["value", "experiment"]].values.tolist() == [[0.25, "low"], [0.5, "new"]]
     assert runs.iloc[1][list(MEASURES)].tolist() == [20.0 + k for k in range(len(MEASURES))]
 
@@ -83,15 +96,46 @@ def test_files_by_hand(experiment, tmp_path):
         experiment("one", 0.5, metrics("milan", 30.0, 33.0), seeds=[0, 1]),
         experiment("two", 0.75, {**metrics("milan", 40.25), **metrics("mae", 1.0)}, variants=["mae", "milan"]),  # MAE: once
     ]
-    sweep.write(KEY, some, tmp_path)
-    text = (tmp_path / f"{KEY}.md").read_text()
-    assert text.startswith(f"# {KEY} at scale demo\n\n## MILAN\n")
+    sweep.write(KEY, some, RUNS, tmp_path, "How much?")
+    text = (tmp_path / "table.md").read_text()
+    assert text.startswith(f"# {KEY} at scale demo\n\nHow much?\n\n## MILAN\n")
     own = text.split("## MILAN")[1]
-    assert "| 0.5 | 31.5 (30.0–33.0) | 32.5 (31.0–34.0) |" in own and "| 0.75 | 40.2 | 41.2 |" in own
-    assert len(pd.read_csv(tmp_path / f"{KEY}.csv")) == 3
-    picture = (tmp_path / f"{KEY}.png").read_bytes()
-    sweep.write(KEY, some, tmp_path)
-    assert picture == (tmp_path / f"{KEY}.png").read_bytes()
+    assert "| 0.5 | 31.5 (30.0–33.0) | 32.5 (31.0–34.0) | 33.5 (32.0–35.0) | 34.5 (33.0–36.0) | 13 | 20 | 90 | one |" in own
+    assert "| 0.75 | 40.2 | 41.2 |" in own
+    assert "Made at git revision 0123456789 on a small machine." in own
+    found = pd.read_csv(tmp_path / "table.csv")
+    assert len(found) == 3 and found.loc[0, ["bank_mb", "targets_seconds", "pretrain_seconds"]].tolist() == [12.6, 20.4, 90]
+    assert pd.isna(found.loc[1, "pretrain_seconds"])  # seed 1 has no run
+    for e in some:
+        assert yaml.safe_load((tmp_path / e.name / "params.yaml").read_text()) == e.recipe
+        assert yaml.safe_load((tmp_path / e.name / "dvc.lock").read_text()) == {"schema": "2.0", "stages": LOCK}
+    picture = (tmp_path / "figure.png").read_bytes()
+    sweep.write(KEY, some, RUNS, tmp_path)
+    assert picture == (tmp_path / "figure.png").read_bytes()
+
+
+def test_what_mlflow_does_not_know_is_a_dash(experiment, tmp_path):
+    """The one known run of pretraining wrote other weights; the commit's own recipe and lock are not copied."""
+    other = known("pretrain", 90.0, variant="milan", seed="0")
+    other.tags["dvc:w"] = "other.dir"
+    some = [experiment(sweep.HERE, 0.5, metrics("milan", 30.0)), experiment("two", 0.75, metrics("milan", 40.0))]
+    sweep.write(KEY, some, [other], tmp_path)
+    text = (tmp_path / "table.md").read_text()
+    assert "| 13 | – | – | two |" in text and "MLflow knows no run of these results" in text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["figure.png", "table.csv", "table.md", "two"]
+
+
+def test_a_part_that_mlflow_knows_is_called_a_part():
+    said = costs.said([LOCK], [known("extract_targets", 1.0, "this"), known("extract_targets", 1.0, "that")])
+    assert said == "Made at git revision 0123456789 on this (1 of 2 stages are known to MLflow)."
+
+
+def test_the_lock_keeps_what_made_the_recipe_s_numbers(tree):
+    change(tree, "variants", ["milan"])
+    stages = ("teacher", "pretrain@milan-0", "pretrain@milan-1", "pretrain@mae-0", "segment@milan-0", "report", "page")
+    text = yaml.safe_dump({"schema": "2.0", "stages": {name: {"cmd": name} for name in stages}})
+    assert list(sweep.read_lock(text, tree)) == ["pretrain@milan-0", "segment@milan-0", "teacher"]
+    assert sweep.read_lock("", tree) == {}
 
 
 def test_words_are_values_too(experiment, tmp_path):
@@ -100,13 +144,13 @@ def test_words_are_values_too(experiment, tmp_path):
         experiment(name, 0.5, metrics("milan", n), extract_targets__normalisation=name)
         for n, name in enumerate(("clip", "imagenet"))
     ]
-    sweep.write(key, some, tmp_path)
-    assert "| imagenet | 1.0 |" in (tmp_path / f"{key}.md").read_text()
+    sweep.write(key, some, [], tmp_path)
+    assert "| imagenet | 1.0 |" in (tmp_path / "table.md").read_text()
 
 
 def test_one_value_is_no_sweep_and_writes_nothing(experiment, tmp_path):
     with pytest.raises(UserError, match=r"at least two values.*dvc exp run --queue -S 'pretrain\.mask_ratio=ONE,OTHER'"):
-        sweep.write(KEY, [experiment("a", 0.5, metrics("milan", 1.0)), experiment("b", 0.9, {})], tmp_path / "out")
+        sweep.write(KEY, [experiment("a", 0.5, metrics("milan", 1.0)), experiment("b", 0.9, {})], [], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -117,9 +161,11 @@ def test_an_experiment_is_read_from_git(tree, workplace):
     folder.mkdir(parents=True)
     (folder / "milan-0.json").write_text(json.dumps({"finetune/top1": 12.5}))
     (folder / "mae-0.json").write_text("of no variant")
+    Path("dvc.lock").write_text("schema: '2.0'\nstages: {teacher: {cmd: t}, pretrain@mae-0: {cmd: m}}")
     identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
     for command in (["init", "-q"], ["add", "-A"], [*identity, "commit", "-qm", "results"]):
         subprocess.run(["git", *command], check=True)
     (folder / "milan-0.json").write_text("changed since")
     found = sweep.read_experiment("name", "HEAD")
     assert found.recipe == tree and found.metrics == {("finetune", "milan", 0): {"finetune/top1": 12.5}}
+    assert found.lock == {"teacher": {"cmd": "t"}}

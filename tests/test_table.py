@@ -40,7 +40,8 @@ def metrics(tmp_path) -> Path:
     write(tmp_path / "prepare_imagenet.json", **{"prepare_imagenet/classes": 20, "prepare_imagenet/val": 2500})
     write(tmp_path / "prepare_ade20k.json", **{"prepare_ade20k/val": 500})
     write(tmp_path / "teacher.json", **{"teacher/zero_shot_top1": 75.6, "teacher/linear_top1": 79.2, "teacher/knn_top1": 77.5})
-    write(tmp_path / "extract_targets.json", **{"extract_targets/importance_on_object": 40.6, "extract_targets/object_area": 14.9})
+    shares = {"importance_on_object": 40.6, "object_area": 14.9, "importance_above_area": 97.25}
+    write(tmp_path / "extract_targets.json", **{f"extract_targets/{name}": share for name, share in shares.items()})
     return tmp_path
 
 
@@ -123,7 +124,10 @@ def test_order_as_expected_and_one_variant(metrics):
 def test_notes_name_the_teacher_and_the_captions(metrics):
     said = table.notes(read_results(metrics, PUBLISHED, recipe()))
     assert "The teacher itself: zero-shot 75.6, linear 79.2, k-NN 77.5." in said
-    assert "40.6 % of the teacher's patch importance falls on the object, which covers 14.9 % of the image." in said
+    assert (
+        "40.6 % of the teacher's patch importance falls on the object, which covers 14.9 % of the image; the first share is "
+        "the larger one in 97.2 % of the images."
+    ) in said
     assert said[-1] == table.CAPTIONS_CAVEAT and "extra information" in said[-1]
 
 

@@ -14,6 +14,7 @@ from milan.errors import UserError
 from milan.records import Records
 from milan.samples import BankViews, PretrainSamples
 from milan.targets import Bank
+from stages.extract_targets import object_shares
 from tests.conftest import write_split
 
 IMAGES, VIEWS, N, D, SHARD = 5, 3, 4, 2, 2
@@ -180,3 +181,16 @@ def test_an_index_of_another_kind_is_named(tmp_path):
     (tmp_path / "bank.json").write_text('{"views": "4", "shard_images": 8, "feature_dim": 3}')
     with pytest.raises(UserError, match="bank.json is damaged"):
         targets.Bank(tmp_path)
+
+
+def test_where_the_importance_falls_by_hand():
+    """Three images of two patches. Importance on the object: 3 of 4, 1 of 4 and half of 2 of 4: 75, 25, 25 %. Area: 50, 50, 25 %."""
+    importance = torch.tensor([[3.0, 1.0], [1.0, 3.0], [2.0, 2.0]])
+    cover = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.5, 0.0]])
+    assert object_shares(importance, cover) == pytest.approx(
+        {
+            "extract_targets/importance_on_object": 125 / 3,
+            "extract_targets/object_area": 125 / 3,
+            "extract_targets/importance_above_area": 100 / 3,  # equal shares are not above
+        }
+    )

@@ -1,0 +1,111 @@
+"""The paper's claims: intervals by hand, and verdicts by rule."""
+
+import dataclasses
+import io
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from milan import claims, table
+from milan.params import read_params
+from milan.results import MEASURES, Data, Results, read_published, summary
+
+RATIO = {"linear": 1.0, "knn": -1.0, "finetune": 10.0, "miou": 0.0}  # of each measure to the number given
+
+
+def results(**values: list[float]) -> Results:
+    """A number a variant and seed."""
+    seeds = list(range(len(next(iter(values.values())))))
+    p = dataclasses.replace(read_params("params.yaml"), variants=list(values), seeds=seeds)
+    runs = pd.DataFrame(
+        [
+            {"variant": variant, "seed": seed, **{column: RATIO[column] * numbers[seed] for column in MEASURES}}
+            for variant, numbers in values.items()
+            for seed in seeds
+        ]
+    )
+    data = Data("the built-in world", 20, 2000, 11, 400, "Segmentation")
+    return Results(p, data, runs, summary(runs), read_published(Path("reports/published.csv")), {}, {})
+
+
+@pytest.mark.parametrize(
+    "differences, mean, low, high, verdict",
+    [
+        ([1, 2, 3], 2, -0.4841, 4.4841, "inconclusive"),  # sd 1, t 4.3027 with 2 degrees: half-width 4.3027 / √3 = 2.4841
+        ([2, 3, 4], 3, 0.5159, 5.4841, "supported"),
+        ([-2, -3, -4], -3, -5.4841, -0.5159, "not supported"),
+        ([0, 2, 0, 2], 1, -0.8374, 2.8374, "inconclusive"),  # sd 2/√3, t 3.1824 with 3 degrees: 3.1824 / √3 = 1.8374
+        ([0, 0, 0], 0, 0, 0, "inconclusive"),
+    ],
+)
+def test_intervals_and_verdicts_by_hand(differences, mean, low, high, verdict):
+    found = claims.judge(differences)
+    assert found[:3] == pytest.approx((mean, low, high), abs=1e-4)
+    assert found[3:] == (len(differences), verdict)
+
+
+@pytest.mark.parametrize("differences, words", [([5.0], "inconclusive: 1 seed"), ([5.0, 5.0], "inconclusive: 2 seeds")])
+def test_fewer_than_three_seeds_judge_nothing(differences, words):
+    assert claims.judge(differences) == (5.0, None, None, len(differences), words)
+
+
+def test_differences_are_paired_by_seed_and_each_measure_is_judged():
+    """The variants range over 100 points and overlap; seed by seed MILAN is 2, 3, 4 above."""
+    found = claims.judged(results(prompt_decoder=[0, 50, 100], milan=[2, 53, 104])).set_index("measure")
+    assert list(found.index) == list(MEASURES) and set(found["claim"]) == {"The semantic aware mask improves on the random mask"}
+    assert found["verdict"].to_dict() == {
+        "linear": "supported",
+        "knn": "not supported",
+        "finetune": "supported",
+        "miou": "inconclusive",
+    }
+    assert found.loc["finetune", ["difference", "low", "high"]].tolist() == pytest.approx([30, 5.159, 54.841], abs=1e-3)
+
+
+def test_every_claim_whose_variants_were_run_has_its_own_pair():
+    values = {"scratch": 1.0, "mae": 3.0, "clip_target": 7.0, "prompt_decoder": 15.0, "milan": 31.0}
+    found = claims.judged(results(**{variant: [value] * 3 for variant, value in values.items()}))
+    linear = found[found["measure"] == "linear"].set_index("claim")["difference"]
+    assert linear.tolist() == [4.0, 8.0, 16.0, 28.0, 30.0] and list(linear.index) == list(claims.CLAIMS.values())
+    assert claims.judged(results(scratch=[1.0], mae=[2.0])).empty
+
+
+def test_the_report_shows_rule_table_and_scope():
+    section = table.markdown(results(mae=[0, 50, 100], milan=[2, 53, 104])).split("### The paper's claims at scale demo\n\n")[1]
+    section = section.split("\n\n## ")[0]
+    rule, rows, scope = section.split("\n\n")
+    assert "paired by seed" in rule and scope == claims.SCOPE
+    assert rows.splitlines()[2:] == [
+        "| MILAN is above MAE | MILAN – MAE | Linear eval | +3.00 | +0.52 to +5.48 | 3 | supported |",
+        "| MILAN is above MAE | MILAN – MAE | k-NN | -3.00 | -5.48 to -0.52 | 3 | not supported |",
+        "| MILAN is above MAE | MILAN – MAE | Fine-tuning | +30.00 | +5.16 to +54.84 | 3 | supported |",
+        "| MILAN is above MAE | MILAN – MAE | Segmentation mIoU | +0.00 | +0.00 to +0.00 | 3 | inconclusive |",
+    ]
+
+
+def test_one_seed_names_the_command_and_two_have_no_interval():
+    text = table.markdown(results(mae=[10.0], milan=[20.0]))
+    assert "One seed carries no spread, so nothing is judged here. Three seeds are: `dvc exp run -S 'seeds=[0,1,2]'`." in text
+    assert "MILAN is above MAE" not in text
+    two = table.markdown(results(mae=[10.0, 11.0], milan=[20.0, 20.0]))
+    assert "| MILAN is above MAE | MILAN – MAE | Linear eval | +9.50 | – | 2 | inconclusive: 2 seeds |" in two
+
+
+def test_without_a_pair_there_is_no_section_and_the_csv_has_its_header():
+    alone = results(milan=[1.0, 2.0, 3.0])
+    assert "claims" not in table.markdown(alone)
+    assert claims.csv(alone) == ",".join(claims.COLUMNS) + "\n"
+
+
+def test_the_csv_has_the_numbers():
+    found = pd.read_csv(io.StringIO(claims.csv(results(mae=[0, 0, 0], milan=[2, 3, 4])))).set_index("measure")
+    assert found.loc["linear", ["above", "below", "difference", "low", "high", "seeds", "verdict"]].tolist() == [
+        "milan",
+        "mae",
+        3.0,
+        0.5159,
+        5.4841,
+        3,
+        "supported",
+    ]
