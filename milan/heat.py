@@ -49,4 +49,4 @@ def show(axes: list[Axes], maps: Tensor, shades: Tensor) -> None:
 
 def title(axis: Axes, name: str) -> None:
     """A class's name above its picture, in lines that are as narrow."""
-    axis.set_title(textwrap.fill(name, 11, max_lines=3, placeholder=" …"), fontsize=9)
+    axis.set_title(textwrap.fill(name, 11, max_lines=3, placeholder=" …", break_long_words=False), fontsize=9)
