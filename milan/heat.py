@@ -21,10 +21,12 @@ def whole(n: int, n_patches: int) -> Tensor:
     return torch.arange(n_patches).expand(n, -1)
 
 
-def text_maps(features: Tensor, queries: Tensor) -> Tensor:
-    """features (n, 1+N, D), class token first, queries (n, D) one an image -> (n, N) cosines of the patches."""
-    patches = nn.functional.normalize(features[:, 1:], dim=-1)
-    return (patches @ nn.functional.normalize(queries, dim=-1).unsqueeze(2)).squeeze(2)
+def text_maps(features: Tensor, embeddings: Tensor, labels: Tensor) -> Tensor:
+    """features (n, 1+N, D), class token first, unit embeddings (K, D) of the classes, labels (n,) -> (n, N): each patch's
+    cosine with the text of the image's class, less the mean of its cosines with the texts of all classes: what all have in
+    common ("a photo of") says nothing of where the object is, and some patches are near to any text."""
+    queries = embeddings[labels] - embeddings.mean(dim=0)
+    return (nn.functional.normalize(features[:, 1:], dim=-1) @ queries.unsqueeze(2)).squeeze(2)
 
 
 def found(maps: Tensor, cover: Tensor) -> float:
@@ -39,12 +41,11 @@ def found(maps: Tensor, cover: Tensor) -> float:
     return 100 * torch.stack(shares).mean().item() if shares else float("nan")
 
 
-def show(axes: list[Axes], maps: Tensor, shades: Tensor) -> None:
-    """A row of maps (k, N) in one scale, that of the middle 96 % of the shades (any shape), with its two ends at the right."""
-    low, high = (torch.quantile(shades.flatten()[:: max(1, shades.numel() // 100_000)], q).item() for q in (0.02, 0.98))
+def show(axes: list[Axes], maps: Tensor) -> None:
+    """A row of maps (k, N), each in a scale of its own, from its coldest patch to its hottest."""
     for axis, heat in zip(axes, maps, strict=True):
-        drawn = figures.show(axis, figures.as_grid(heat), cmap="cividis", vmin=low, vmax=high)
-    figures.colourbar(axes[-1], drawn, f"{low:.2f}", f"{high:.2f}")
+        drawn = figures.show(axis, figures.as_grid(heat), cmap="cividis")
+    figures.colourbar(axes[-1], drawn, "coldest", "hottest")
 
 
 def title(axis: Axes, name: str) -> None:

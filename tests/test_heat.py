@@ -8,11 +8,15 @@ import torch
 from milan import figures, heat, plots
 
 
-def test_a_map_is_the_cosine_of_each_patch_and_not_of_the_class_token():
-    features = torch.tensor([[[9.0, 9], [3, 0], [0, 5], [-2, 0], [1, 1]], [[0, 1], [0, 2], [1, 0], [0, 0.5], [-1, -1]]])
-    found = heat.text_maps(features, torch.tensor([[2.0, 0], [0, 0.1]]))
-    assert found[0].tolist() == pytest.approx([1, 0, -1, math.sqrt(0.5)])
-    assert found[1].tolist() == pytest.approx([1, 0, 1, -math.sqrt(0.5)])
+def test_a_map_is_the_cosine_with_the_own_text_less_the_mean_over_all_texts():
+    """Texts east, north and west; their mean is (0, 1/3). The class token, which lies east of everything, does not count."""
+    texts = torch.tensor([[1.0, 0], [0, 1], [-1, 0]])
+    patches = torch.tensor([[3.0, 0], [0, 5], [-2, 0], [1, 1]])
+    features = torch.cat([torch.tensor([[9.0, 0]]), patches])
+    east, north = heat.text_maps(features.expand(2, -1, -1), texts, torch.tensor([0, 1]))
+    half = math.sqrt(0.5)
+    assert east.tolist() == pytest.approx([1, 0 - 1 / 3, -1, half - half / 3])
+    assert north.tolist() == pytest.approx([0, 1 - 1 / 3, 0, half - half / 3], abs=1e-6)
 
 
 def test_how_often_the_object_is_hotter():
@@ -31,12 +35,10 @@ def test_whole_images_show_every_patch():
     assert heat.whole(2, 3).tolist() == [[0, 1, 2], [0, 1, 2]]
 
 
-def test_a_row_has_one_scale_that_of_all_its_maps():
+def test_every_map_has_its_own_scale():
     figure, axes = figures.grid_of(["heat"], 2)
-    shades = torch.linspace(0, 1, 101).reshape(1, -1)
-    heat.show(list(axes[0]), torch.tensor([[0.0, 0.1, 0.2, 0.3], [0.6, 0.7, 0.8, 0.9]]), shades)
-    limits = [axis.images[0].get_clim() for axis in axes[0]]
-    assert limits[0] == limits[1] == pytest.approx((0.02, 0.98))
+    heat.show(list(axes[0]), torch.tensor([[0.0, 0.1, 0.2, 0.3], [0.9, 0.6, 0.7, 0.8]]))
+    assert [axis.images[0].get_clim() for axis in axes[0]] == [pytest.approx((0, 0.3)), pytest.approx((0.6, 0.9))]
     assert axes[0, 0].images[0].get_array().tolist() == [pytest.approx([0.0, 0.1]), pytest.approx([0.2, 0.3])]
     plots.plt.close(figure)
 
