@@ -29,6 +29,7 @@ from milan.params import Pretrained, nearest
 from milan.teachers import Tower, build_tower
 
 State = dict[str, Tensor]
+TEXT_SIZES = {"context_length", "vocab_size", "width", "heads", "layers"}  # all that OpenAI's text towers differ in
 
 
 @dataclass(frozen=True)
@@ -53,24 +54,32 @@ def fetch_teacher(source: Pretrained, folder: Path, wording: Wording | None = No
     state = read_state(path, named=bool(source.sha256))
     load_state(tower, timm_state(state, tower, path) if source.library == "timm" else image_state(state), path)
     save_teacher(folder, tower, config)
-    text = text_tower(source, state, path) if wording else None
+    text = text_tower(source, state, path, wording) if wording else None
     if text:
         save_class_text(folder, wording, embed_classes(text.to(device), Tokenizer(text.context_length), wording, shown=True))
 
 
-def text_tower(source: Pretrained, state: State, path: Path) -> nn.Module | None:
-    """The text tower of a CLIP, where the file has one for open_clip's own tokenizer; else a line that says what that costs."""
-    words = state.get("token_embedding.weight")
+def text_tower(source: Pretrained, state: State, path: Path, wording: Wording) -> nn.Module | None:
+    """The text tower of a CLIP for texts as long as these, where the file has one as OpenAI's; else a line that says what that
+    costs. Attention is causal, so what would follow the end of a text changes nothing, and is left out."""
+    config = open_clip.get_model_config(source.model) if source.library == "open_clip" else {"text_cfg": {}}
+    sizes, words = config["text_cfg"], state.get("token_embedding.weight")
     try:
-        if source.library != "open_clip" or words is None or len(words) != len(Tokenizer(1)):
-            raise UserError(f"{path} has no text tower of CLIP's kind.")
-        config = open_clip.get_model_config(source.model)
-        model = build_text(config["embed_dim"], config["text_cfg"], config.get("quick_gelu", False))
-        load_state(model, {name: state[name] for name in model.state_dict() if name in state}, path)
+        if words is None or len(words) != len(Tokenizer(1)) or not set(sizes) <= TEXT_SIZES:
+            raise UserError(f"{path} has no text tower of OpenAI's kind.")
+        length = longest(wording, sizes["context_length"])
+        model = build_text(config["embed_dim"], {**sizes, "context_length": length}, config.get("quick_gelu", False))
+        short = {name: tensor[:length] if name == "positional_embedding" else tensor for name, tensor in state.items()}
+        load_state(model, {name: short[name] for name in model.state_dict() if name in short}, path)
     except UserError as error:  # an image tower is all that a teacher needs
         print(f"No zero-shot accuracies and no text heat maps with this teacher: {error}", flush=True)
         return None
     return model.eval().requires_grad_(False)
+
+
+def longest(wording: Wording, most: int) -> int:
+    """Tokens that no text of the wording exceeds."""
+    return min(most, sum(int((Tokenizer(most)(texts) != 0).sum(dim=1).max()) for texts in wording))
 
 
 def describe(source: Pretrained) -> dict:

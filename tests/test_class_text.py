@@ -21,7 +21,7 @@ CONFIG = {
     "embed_dim": 12,
     "quick_gelu": True,
     "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 64, "layers": 1},
-    "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2},
+    "text_cfg": {"context_length": 30, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2},
 }
 ASKED = Wording(["tench", "red kite"], ["a photo of a {}.", "art of the {}."])
 
@@ -86,9 +86,21 @@ def test_a_released_text_tower_is_asked_before_it_is_dropped(whole, tmp_path):
         strict=True,
     ):
         with torch.no_grad():
-            features = whole.encode_text(open_clip.SimpleTokenizer(context_length=12)(texts)).double().numpy()
+            features = whole.encode_text(open_clip.SimpleTokenizer(context_length=30)(texts)).double().numpy()
         mean = (features / np.linalg.norm(features, axis=1, keepdims=True)).mean(axis=0)
         assert row.tolist() == pytest.approx((mean / np.linalg.norm(mean)).tolist(), abs=1e-5)
+
+
+def test_the_context_holds_the_longest_text_and_never_more_than_the_tower_s():
+    """Begin, a, photo, of, a, red, kite, full stop, end."""
+    assert 9 <= pretrained.longest(ASKED, 77) <= 14 and pretrained.longest(ASKED, 6) == 6
+
+
+def test_a_text_tower_of_another_kind_is_not_asked(whole, tmp_path, monkeypatch, capsys):
+    other = {**CONFIG, "text_cfg": {**CONFIG["text_cfg"], "no_causal_mask": True}}
+    monkeypatch.setattr(open_clip, "get_model_config", lambda name: other)
+    assert read_class_text(fetched(whole.state_dict(), tmp_path)) is None
+    assert "has no text tower of OpenAI's kind" in capsys.readouterr().out
 
 
 def broken(state: dict, lacking: str) -> dict:
@@ -102,9 +114,9 @@ def broken(state: dict, lacking: str) -> dict:
 
 
 SAID = {
-    "all": "has no text tower of CLIP's kind",
+    "all": "has no text tower of OpenAI's kind",
     "one": "missing: ln_final.bias",
-    "other words": "has no text tower of CLIP's kind",
+    "other words": "has no text tower of OpenAI's kind",
     "sense": "ln_final.bias holds values that are no finite numbers",
 }
 

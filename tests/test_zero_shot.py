@@ -14,6 +14,7 @@ from milan.errors import UserError
 from milan.model import MaskedPretraining, load_pretrained
 from milan.params import Compute, LinearEval, Model, Recipe, Runtime, Tower
 from tests.conftest import write_split
+from tests.test_fit import launched
 
 CPU = torch.device("cpu")
 SMALL = Model("small", 16, 8, Tower(16, 2, 2), Tower(16, 1, 2))  # 4 patches, 2 of them visible
@@ -85,6 +86,17 @@ def test_the_share_of_the_class_that_is_predicted(tmp_path, val, variant):
     assert tops(tmp_path, val, variant) == {"zero_shot_top1": 25, "zero_shot_masked_top1": 25}
     ask(tmp_path, TEXT[[0, 2, 1]])
     assert tops(tmp_path, val, variant) == {"zero_shot_top1": 0, "zero_shot_masked_top1": 0}
+
+
+def of_folder(folder) -> dict:
+    return tops(folder, records.Records(folder / "records", "val"))
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_processes_share_the_images(tmp_path, val, workplace, processes):
+    planted(tmp_path / "weights", "milan", TEXT[2])
+    ask(tmp_path, TEXT)
+    assert launched(processes, of_folder, tmp_path) == {"zero_shot_top1": 75, "zero_shot_masked_top1": 75}
 
 
 class Reader(torch.nn.Module):
