@@ -13,12 +13,15 @@ from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
 from milan.checkpoint import load_into, save_weights
+from milan.class_text import Wording
 from milan.distributed import DTYPES
 from milan.errors import UserError
 from milan.files import read_json, write_json
 from milan.params import Model, TinyClip
+from milan.progress import track
 
 NO_TEXT = CLIPTextCfg(context_length=1, vocab_size=1, width=1, heads=1, layers=1)
+NO_VISION = CLIPVisionCfg(layers=1, width=1, head_width=1, patch_size=1, image_size=1)
 
 
 class Tower(nn.Module):
@@ -94,6 +97,13 @@ def mean_attention(query: Tensor, keys: Tensor) -> Tensor:
 def build_visual(embed_dim: int, vision_cfg: dict, quick_gelu: bool = False) -> nn.Module:
     """The image tower of open_clip's own classes that one of its model configurations describes."""
     return CLIP(embed_dim, vision_cfg, NO_TEXT, quick_gelu).visual
+
+
+def build_text(embed_dim: int, text_cfg: dict, quick_gelu: bool = False) -> CLIP:
+    """The text tower alone of a model configuration: a CLIP of open_clip's that encodes texts and has no `visual`."""
+    model = CLIP(embed_dim, NO_VISION, text_cfg, quick_gelu)
+    del model.visual
+    return model
 
 
 def build_tiny(config: TinyClip, image_size: int, patch_size: int, vocabulary: int) -> CLIP:
@@ -201,11 +211,12 @@ def load_teacher(folder: Path) -> tuple[CLIP, Tokenizer, dict]:
     return model.eval().requires_grad_(False), tokenizer, config
 
 
-def text_classifier(model: CLIP, tokenizer: Tokenizer, classes: list[str], prompts: list[str]) -> Tensor:
-    """(D, C) float32: unit text features of each class, averaged over the prompts ("a photo of a {}")."""
-    columns = []
+def embed_classes(model: CLIP, tokenizer: Tokenizer, wording: Wording, shown: bool = False) -> Tensor:
+    """(K, D) float32, on the CPU: of each class the unit mean of the unit text features of its name in the prompts."""
+    rows, device = [], model.token_embedding.weight.device
     with torch.no_grad():
-        for name in classes:
-            features = model.encode_text(tokenizer([prompt.format(name) for prompt in prompts]), normalize=True)
-            columns.append(nn.functional.normalize(features.mean(dim=0), dim=0))
-    return torch.stack(columns, dim=1).float()
+        for name in track(wording.names, "texts of the classes", len(wording.names)) if shown else wording.names:
+            tokens = tokenizer([prompt.format(name) for prompt in wording.prompts]).to(device)
+            features = model.encode_text(tokens, normalize=True)
+            rows.append(nn.functional.normalize(features.mean(dim=0), dim=0).float().cpu())
+    return torch.stack(rows)

@@ -46,6 +46,8 @@ class PromptingDecoder(Decoder):
     block = staticmethod(lambda dim, heads: PromptingBlock(dim, heads))
 
     def complete(self, seen: Tensor, hidden: Tensor) -> Tensor:
+        if not hidden.shape[1]:  # nothing is masked, so nothing is updated; attention kernels refuse to have no queries
+            return seen
         for block, (keys, values) in zip(self.decoder_blocks, self.prompts(seen), strict=True):
             hidden = block(hidden, keys, values)
         return torch.cat([seen, hidden], dim=1)

@@ -27,12 +27,21 @@ def batches(dataset: Dataset, batch_size: int, device: torch.device, name: str, 
 
 @torch.inference_mode()
 def outputs(
-    logits_of: Callable[[Tensor], Tensor], dataset: Dataset, batch_size: int, device: torch.device, name: str, workers: int = 0
+    logits_of: Callable[..., Tensor],
+    dataset: Dataset,
+    batch_size: int,
+    device: torch.device,
+    name: str,
+    workers: int = 0,
+    also: tuple[str, ...] = (),
 ):
-    """(n, C) float32 outputs of normalised images and (n,) labels, in order, on the CPU; every process gets all."""
+    """(n, C) float32 outputs of normalised images and (n,) labels, in order, on the CPU; every process gets all.
+
+    also: what else of a batch logits_of is given, behind the images."""
     found, labels = [], []
     for batch in batches(dataset, batch_size, device, name, workers):
-        found.append(logits_of(transforms.normalise(batch["image"])).float().cpu())
+        rest = (batch[key] for key in also)
+        found.append(logits_of(transforms.normalise(batch["image"]), *rest).float().cpu())
         labels.append(batch["label"].cpu())
     return tuple(gathered(torch.cat(parts) if parts else torch.empty(0), len(dataset)) for parts in (found, labels))
 

@@ -17,7 +17,7 @@ from milan import distributed, masking, miou, plots, samples, segmenter, transfo
 from milan.checkpoint import load_into, load_weights
 from milan.encoder import Encoder, load_encoder
 from milan.errors import UserError
-from milan.model import MaskedPretraining, in_image_order
+from milan.model import MaskedPretraining, in_image_order, load_pretrained
 from milan.params import Params, read_params
 from milan.plots import plt
 from milan.records import Records, chunks
@@ -74,10 +74,8 @@ class Project:
 
     def pretrained(self, variant: str, feature_dim: int) -> MaskedPretraining:
         """Encoder and decoder as pretraining left them."""
-        p = self.params
-        model = MaskedPretraining(p.model, p.pretrain.recipes[variant], p.pretrain.mask_ratio, feature_dim)
-        load_into(model.encoder.vit, self.weights("pretrain", variant, "encoder"))
-        load_into(model.decoder, self.weights("pretrain", variant, "decoder"))
+        p, folder = self.params, self.weights("pretrain", variant, "decoder").parent
+        model = load_pretrained(folder, p.model, p.pretrain.recipes[variant], p.pretrain.mask_ratio, feature_dim)
         return model.to(self.device).eval()
 
     def trained_segmenter(self, variant: str, classes: int) -> segmenter.Segmenter:
@@ -267,6 +265,12 @@ def masked(image: Tensor, visible: Tensor, n_patches: int) -> np.ndarray:
     kept = 1 - as_grid(masking.mask_of(visible[None], n_patches)[0])
     wide = nn.functional.interpolate(kept[None, None], size=image.shape[1:], mode="nearest")[0, 0].bool().numpy()
     return np.where(wide[..., None], image.permute(1, 2, 0).numpy() / 255, UNKNOWN)
+
+
+def dots(axis: Axes, visible: Tensor, grid: int) -> None:
+    """A dot on each patch of a map that is visible, (K,) indices."""
+    rows, columns = divmod(visible.numpy(), grid)
+    axis.plot(columns, rows, "o", color="white", mec="black", mew=0.6, ms=3 if grid < 10 else 1.5)
 
 
 def frame(axis: Axes, colour: str, style: str = "-") -> None:

@@ -18,9 +18,9 @@ def n_visible(n_patches: int, mask_ratio: float) -> int:
     return int(n_patches * (1 - mask_ratio))
 
 
-def gumbel(seed: int, epoch: int, index: int, n_patches: int) -> Tensor:
+def gumbel(seed: int, epoch: int, index: int, n_patches: int, purpose: str = "mask") -> Tensor:
     """(N,) float32 standard Gumbel noise of one sample in one epoch."""
-    uniform = torch.rand(n_patches, generator=rng.generator(seed, "mask", epoch, index), dtype=torch.float64)
+    uniform = torch.rand(n_patches, generator=rng.generator(seed, purpose, epoch, index), dtype=torch.float64)
     return -torch.log(-torch.log(uniform.clamp(1e-300, 1 - 1e-16))).float()
 
 

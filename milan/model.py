@@ -1,9 +1,12 @@
 """Masked pretraining as the paper states it: sample, encode, decode, loss."""
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
 from milan import masking
+from milan.checkpoint import load_into
 from milan.decoder import DECODERS
 from milan.encoder import Encoder, patchify
 from milan.params import Model, Recipe
@@ -43,6 +46,14 @@ class MaskedPretraining(nn.Module):
         patches = masking.gather(patchify(images, self.patch_size), masked)
         mean, variance = patches.mean(dim=-1, keepdim=True), patches.var(dim=-1, keepdim=True)
         return (patches - mean) / (variance + 1e-6).sqrt()
+
+
+def load_pretrained(folder: Path, model: Model, recipe: Recipe, mask_ratio: float, feature_dim: int) -> MaskedPretraining:
+    """Encoder and decoder as the pretrain stage left them in its folder."""
+    found = MaskedPretraining(model, recipe, mask_ratio, feature_dim)
+    load_into(found.encoder.vit, folder / "encoder.safetensors")
+    load_into(found.decoder, folder / "decoder.safetensors")
+    return found
 
 
 def feature_loss(predictions: Tensor, targets: Tensor) -> Tensor:

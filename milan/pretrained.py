@@ -21,13 +21,15 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from milan.checkpoint import check_weights, is_torchscript, read_foreign, require_file
-from milan.clip import save_teacher
+from milan.class_text import Wording, save_class_text
+from milan.clip import Tokenizer, build_text, embed_classes, save_teacher
 from milan.errors import UserError
 from milan.files import file_digest
 from milan.params import Pretrained, nearest
 from milan.teachers import Tower, build_tower
 
 State = dict[str, Tensor]
+TEXT_SIZES = {"context_length", "vocab_size", "width", "heads", "layers"}  # all that OpenAI's text towers differ in
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,9 @@ class Release:
     names: tuple[str, ...]  # of the file on the hub, best first
 
 
-def fetch_teacher(source: Pretrained, folder: Path) -> None:
-    """Write the released image tower into folder as teacher.safetensors and teacher.json."""
+def fetch_teacher(source: Pretrained, folder: Path, wording: Wording | None = None, device: str | torch.device = "cpu") -> None:
+    """Write the released image tower into folder as teacher.safetensors and teacher.json, and what its text tower, where
+    there is one, makes of the classes (class_text.py), which it is asked on this device. The text tower is not kept."""
     config = describe(source)
     path = Path(source.file) if source.file else located(source)
     verify(path, source)
@@ -51,6 +54,32 @@ def fetch_teacher(source: Pretrained, folder: Path) -> None:
     state = read_state(path, named=bool(source.sha256))
     load_state(tower, timm_state(state, tower, path) if source.library == "timm" else image_state(state), path)
     save_teacher(folder, tower, config)
+    text = text_tower(source, state, path, wording) if wording else None
+    if text:
+        save_class_text(folder, wording, embed_classes(text.to(device), Tokenizer(text.context_length), wording, shown=True))
+
+
+def text_tower(source: Pretrained, state: State, path: Path, wording: Wording) -> nn.Module | None:
+    """The text tower of a CLIP for texts as long as these, where the file has one as OpenAI's; else a line that says what that
+    costs. Attention is causal, so what would follow the end of a text changes nothing, and is left out."""
+    config = open_clip.get_model_config(source.model) if source.library == "open_clip" else {"text_cfg": {}}
+    sizes, words = config["text_cfg"], state.get("token_embedding.weight")
+    try:
+        if words is None or len(words) != len(Tokenizer(1)) or not set(sizes) <= TEXT_SIZES:
+            raise UserError(f"{path} has no text tower of OpenAI's kind.")
+        length = longest(wording, sizes["context_length"])
+        model = build_text(config["embed_dim"], {**sizes, "context_length": length}, config.get("quick_gelu", False))
+        short = {name: tensor[:length] if name == "positional_embedding" else tensor for name, tensor in state.items()}
+        load_state(model, {name: short[name] for name in model.state_dict() if name in short}, path)
+    except UserError as error:  # an image tower is all that a teacher needs
+        print(f"No zero-shot accuracies and no text heat maps with this teacher: {error}", flush=True)
+        return None
+    return model.eval().requires_grad_(False)
+
+
+def longest(wording: Wording, most: int) -> int:
+    """Tokens that no text of the wording exceeds."""
+    return min(most, sum(int((Tokenizer(most)(texts) != 0).sum(dim=1).max()) for texts in wording))
 
 
 def describe(source: Pretrained) -> dict:

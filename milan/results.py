@@ -15,7 +15,18 @@ MEASURES = {  # column: (stage, name in its metrics file)
     "finetune": ("finetune", "finetune/top1"),
     "miou": ("segment", "segment/miou"),
 }
-TITLES = {"linear": "Linear eval", "knn": "k-NN", "finetune": "Fine-tuning", "miou": "ADE20K mIoU"}
+ZERO_SHOT = {  # the same, of the variants that predict CLIP features, where the teacher has a text tower
+    "zero_shot": ("linear_eval", "linear_eval/zero_shot_top1"),
+    "zero_shot_masked": ("linear_eval", "linear_eval/zero_shot_masked_top1"),
+}
+TITLES = {
+    "linear": "Linear eval",
+    "knn": "k-NN",
+    "zero_shot": "Zero-shot",
+    "zero_shot_masked": "Zero-shot, masked",
+    "finetune": "Fine-tuning",
+    "miou": "ADE20K mIoU",
+}
 METHODS = {  # in the order in which the paper adds its ingredients
     "scratch": "No pretraining",
     "mae": "MAE",
@@ -47,7 +58,7 @@ class Results(NamedTuple):
 
     params: Params
     data: Data
-    runs: pd.DataFrame  # a row a variant and seed: variant, seed, linear, knn, finetune, miou
+    runs: pd.DataFrame  # a row a variant and seed: variant, seed, linear, knn, ..., NaN for what it has not
     ours: pd.DataFrame  # a row a variant: the means, and the range as linear_low, linear_high, ...
     published: pd.DataFrame
     teacher: dict
@@ -81,14 +92,16 @@ def value_of(path: Path, name: str):
 
 def read_runs(metrics: Path, p: Params) -> pd.DataFrame:
     def numbers(variant: str, seed: int) -> dict:
-        return {column: value_of(metrics / stage / f"{variant}-{seed}.json", name) for column, (stage, name) in MEASURES.items()}
+        path = {stage: metrics / stage / f"{variant}-{seed}.json" for stage, _ in MEASURES.values()}
+        found = {column: value_of(path[stage], name) for column, (stage, name) in MEASURES.items()}
+        return found | {column: read_metrics(path[stage]).get(name, float("nan")) for column, (stage, name) in ZERO_SHOT.items()}
 
     return pd.DataFrame([{"variant": v, "seed": s, **numbers(v, s)} for v in p.variants for s in p.seeds])
 
 
 def summary(runs: pd.DataFrame) -> pd.DataFrame:
     """Mean over seeds, and the smallest and the largest, of each variant, in the order of the runs."""
-    found = runs.groupby("variant", sort=False)[list(MEASURES)].agg(["mean", "min", "max"])
+    found = runs.groupby("variant", sort=False)[list(TITLES)].agg(["mean", "min", "max"])
     suffix = {"mean": "", "min": "_low", "max": "_high"}
     found.columns = [column + suffix[how] for column, how in found.columns]
     return found.round(4)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from milan import claims
-from milan.results import KINDS, MEASURES, METHODS, TITLES, Results, in_words, method
+from milan.results import KINDS, METHODS, TITLES, ZERO_SHOT, Results, in_words, method
 
 CAPTIONS_CAVEAT = (
     "The CLIP teacher was trained on captions, which speak of the very things to be recognised. MILAN and every variant "
@@ -103,6 +103,8 @@ def notes(r: Results) -> list[str]:
     if "teacher/linear_top1" in r.teacher:
         scores = [f"{name} {r.teacher[f'teacher/{entry}']:.1f}" for name, entry in TEACHER.items()]
         words.append(f"The teacher itself: {', '.join(scores)}.")
+    if r.ours[list(ZERO_SHOT)].notna().any(axis=None):
+        words.append(zero_shot_said(r))
     if "extract_targets/importance_on_object" in r.importance:
         names = ("importance_on_object", "object_area", "importance_above_area")
         on, area, above = (r.importance[f"extract_targets/{name}"] for name in names)
@@ -113,6 +115,13 @@ def notes(r: Results) -> list[str]:
     if r.params.data.imagenet and r.params.teacher.tiny:
         words.append(NAMES_CAVEAT)
     return [*words, CAPTIONS_CAVEAT]
+
+
+def zero_shot_said(r: Results) -> str:
+    return (
+        "Zero-shot: the pretrained model's own prediction of the teacher's class token, beside the teacher's texts of the class "
+        f"names, of whole images and with {100 * r.params.pretrain.mask_ratio:g} % of the patches masked at random."
+    )
 
 
 def heading(r: Results) -> str:
@@ -156,6 +165,8 @@ def our_row(r: Results, variant: str, link: Callable[[str, str], str]) -> dict[s
 
 
 def spread_cell(row: pd.Series, column: str, seeds: int) -> str:
+    if pd.isna(row[column]):
+        return DASH
     mean = f"{row[column]:.1f}"
     return mean if seeds < 2 else f"{mean} ({row[f'{column}_low']:.1f}{DASH}{row[f'{column}_high']:.1f})"
 
@@ -228,7 +239,7 @@ def frame(r: Results) -> pd.DataFrame:
     ours = ours.assign(kind="ours", data=r.data.name, seeds=len(r.params.seeds))
     theirs = r.published.assign(data=ELSEWHERE)
     both = pd.concat([ours.astype(object), theirs.astype(object)], ignore_index=True)
-    first = ["kind", "data", "method", "variant", "backbone", "epochs", "batch_size", "teacher", *MEASURES]
+    first = ["kind", "data", "method", "variant", "backbone", "epochs", "batch_size", "teacher", *TITLES]
     return both[[*first, *(name for name in both.columns if name not in first)]]
 
 

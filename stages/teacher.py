@@ -2,7 +2,8 @@
 
 At demo scale a tiny CLIP learns from captioned images that no student sees (so MILAN's edge over MAE includes
 what those captions tell). At paper scale: OpenAI's ViT-B/16 (as the release's main_pretrain.py); none when pretrain.weights
-names a released student, which is only evaluated.
+names a released student, which is only evaluated. The text tower is asked about the classes here and now (for all of
+ImageNet 80,000 texts), for zero-shot classification by the student, and for heat maps of text.
 Costs: demo about 5 minutes. Expect a zero-shot accuracy of 50 to 75 % on the 20 classes (chance 5 %).
 """
 
@@ -12,15 +13,17 @@ import torch
 
 from milan import contrast, distributed, evaluate, optim, rng, transforms, world
 from milan.checkpoint import Scratch
-from milan.clip import Tokenizer, build_tiny, save_no_teacher, save_teacher, text_classifier, tiny_config
+from milan.class_text import Wording, save_class_text
+from milan.clip import Tokenizer, build_tiny, embed_classes, save_no_teacher, save_teacher, tiny_config
 from milan.files import whole_folder
 from milan.fit import Run, fit
 from milan.params import Params
 from milan.pretrained import fetch_teacher
 from milan.probe import probe_top1
-from milan.records import Records
+from milan.records import Records, read_manifest
 from milan.samples import CentreSamples
 from milan.stage import Stage, run
+from milan.wording import wording_of
 
 
 def main(stage: Stage) -> None:
@@ -37,7 +40,7 @@ def main(stage: Stage) -> None:
             print("pretrain.weights is set: no teacher is needed.", flush=True)
             save_no_teacher(folder)
         else:
-            fetch_teacher(p.teacher.pretrained, folder)
+            fetch_teacher(p.teacher.pretrained, folder, wording_of(read_manifest(a.records)), distributed.set_up(p.compute))
     stage.write_curve(result["curve"])
     stage.write_metrics(result["metrics"], recipe)
     if not p.no_teacher:
@@ -64,20 +67,22 @@ def train(p: Params, records: Path, folder: Path, scratch: Scratch, tracker) -> 
     )
     if distributed.rank() == 0:
         save_teacher(folder, model, tiny_config(t.tiny, p.model, tokenizer.ids.tolist()))
-    return {"curve": curve, "metrics": assess(model.eval(), tokenizer, p, records, device)}
-
-
-def assess(model, tokenizer: Tokenizer, p: Params, records: Path, device: torch.device) -> dict:
-    """Zero-shot and linear-probe accuracy of the teacher itself; nothing for images without labels."""
-    classes = Records(records, "val").manifest["classes"]
-    if not classes:
+    wording = Wording(read_manifest(records)["classes"], world.PROMPTS)
+    if not wording.names:
         print("The images have no labels: how good the teacher is cannot be said.", flush=True)
-        return {}
+        return {"curve": curve, "metrics": {}}
+    text = embed_classes(model.eval(), tokenizer, wording)
+    if distributed.rank() == 0:
+        save_class_text(folder, wording, text)
+    return {"curve": curve, "metrics": assess(model, text, p, records, device)}
+
+
+def assess(model, text: torch.Tensor, p: Params, records: Path, device: torch.device) -> dict:
+    """Zero-shot, by the classes' texts (K, D), and linear-probe accuracy of the teacher itself."""
     train, val = (CentreSamples(Records(records, split), p.linear_eval.resize, p.model.image_size) for split in ("train", "val"))
-    classifier = text_classifier(model, tokenizer, classes, world.PROMPTS)
     features = [evaluate.outputs(model.encode_image, d, 256, device, "teacher features") for d in (train, val)]
     unit = torch.nn.functional.normalize(features[1][0], dim=1)
-    zero_shot = dict(evaluate.accuracy(unit @ classifier, features[1][1], "teacher/zero_shot"))
+    zero_shot = dict(evaluate.accuracy(unit @ text.T, features[1][1], "teacher/zero_shot"))
     return {
         "teacher/zero_shot_top1": zero_shot["teacher/zero_shot/top1"],
         "teacher/linear_top1": probe_top1(*features[0], *features[1]),

@@ -14,6 +14,7 @@ from PIL import Image
 
 WNIDS = ["n01440764", "n01443537", "n02099601"]
 WORDS = ["tench, Tinca tinca", "goldfish, Carassius auratus", "golden retriever"]
+IMAGENET_NAMES = ["tench", "goldfish", "Golden Retriever"]  # as OpenAI calls them
 IDS = {"n01440764": 449, "n01443537": 3, "n02099601": 12}  # as in the devkit, in no order of WordNet ids
 HOUSE = {"train": 4, "val": 2}  # images of a class
 

@@ -10,16 +10,17 @@ import torch
 from open_clip.model import CLIP
 
 from milan import contrast, rng
+from milan.class_text import Wording
 from milan.clip import (
     ClipTower,
     Tokenizer,
     build_tiny,
+    embed_classes,
     in_heads,
     load_teacher,
     mean_attention,
     save_no_teacher,
     save_teacher,
-    text_classifier,
 )
 from milan.errors import UserError
 from milan.params import TinyClip
@@ -193,17 +194,17 @@ def test_no_teacher_is_said(tmp_path):
         load_teacher(tmp_path)
 
 
-def test_text_classifier_is_the_unit_mean_of_unit_features():
+def test_a_class_is_the_unit_mean_of_unit_features():
     tokenizer = Tokenizer.of_corpus(CAPTIONS, 12)
     model = tiny(False, len(tokenizer))
-    found = text_classifier(model, tokenizer, ["red disc", "stars"], ["a photo of a {}", "a picture of two {}"])
-    assert found.shape == (12, 2)
-    for column, texts in enumerate(
+    found = embed_classes(model, tokenizer, Wording(["red disc", "stars"], ["a photo of a {}", "a picture of two {}"]))
+    assert found.shape == (2, 12)
+    for row, texts in enumerate(
         (["a photo of a red disc", "a picture of two red disc"], ["a photo of a stars", "a picture of two stars"])
     ):
         features = model.encode_text(tokenizer(texts)).double().numpy()
         mean = (features / np.linalg.norm(features, axis=1, keepdims=True)).mean(axis=0)
-        assert found[:, column].tolist() == pytest.approx((mean / np.linalg.norm(mean)).tolist(), abs=1e-5)
+        assert found[row].tolist() == pytest.approx((mean / np.linalg.norm(mean)).tolist(), abs=1e-5)
 
 
 # Its training.

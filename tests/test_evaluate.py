@@ -75,6 +75,18 @@ def test_every_sample_once_and_in_order(workplace, processes, n):
     assert result["seen"] == len(range(0, n, processes))
 
 
+def read_with_labels(n: int) -> dict:
+    """What is asked for besides comes with its own image."""
+    device = torch.device("cpu")
+    found, _ = evaluate.outputs(lambda images, labels: labels[:, None], Numbered(n), 2, device, "reading", also=("label",))
+    return {"found": found[:, 0].tolist()}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_else_of_a_batch_is_asked_for(workplace, processes):
+    assert launched(processes, read_with_labels, 5)["found"] == [100, 101, 102, 103, 104]
+
+
 def test_the_smallest_temperature_is_the_nearest_neighbour_alone():
     """Votes of exp(1 / 1e-6) would be beyond all floats."""
     assert evaluate.knn_top1(POINTS, LABELS, POINTS, LABELS, CPU, k=3, temperature=1e-6) == 100

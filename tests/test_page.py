@@ -18,7 +18,7 @@ from milan import machine, page, provenance
 from milan.errors import UserError
 from milan.params import read_params
 from milan.provenance import Data, Origin, Run
-from milan.results import MEASURES, Results, read_published, summary
+from milan.results import TITLES, Results, read_published, summary
 from milan.results import Data as Measured
 from stages import page as stage
 
@@ -195,7 +195,7 @@ class Cells(HTMLParser):
 def results(**changes) -> Results:
     p = dataclasses.replace(read_params("params.yaml"), variants=["mae", "milan"])
     runs = pd.DataFrame(
-        [{"variant": v, "seed": 0, **dict.fromkeys(MEASURES, value)} for v, value in (("mae", 10.0), ("milan", 31.44))]
+        [{"variant": v, "seed": 0, **dict.fromkeys(TITLES, value)} for v, value in (("mae", 10.0), ("milan", 31.44))]
     )
     measured = Measured("the built-in world", 20, 2000, 11, 400, "Segmentation")
     given = {
@@ -228,7 +228,7 @@ def test_table_sentences_recipe_and_trail_are_on_the_page():
     found = rendered(results(), trail, [Data(Path("outs/demo/imagenet"), {"train": 6000, "val": 20}, "drawn", "ab12")])
     cells = found.texts("td", "th")
     at = cells.index("MILAN")
-    assert cells[at + 4 : at + 8] == ["31.4"] * 4
+    assert cells[at + 4 : at + 10] == ["31.4"] * 6
     assert "MILAN: linear eval 31.4, 21.4 above MAE." in found.texts("li")
     assert "85.4" in cells and "scale: demo" in found.texts("pre")
     at = cells.index("pretrain@milan-0")

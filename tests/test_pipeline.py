@@ -1,5 +1,6 @@
 """The whole pipeline at smoke scale, as a user runs it: in a fresh clone, by DVC."""
 
+import json
 import os
 import shutil
 import signal
@@ -61,6 +62,8 @@ def test_the_table_and_the_figures_are_there(clone):
         assert variant in table
     assert "85.4" in table and "79.9" in table and "52.7" in table
     assert len(list((clone / "reports/figures").glob("*.png"))) >= 4
+    linear = {v: json.loads((clone / f"reports/metrics/smoke/linear_eval/{v}-0.json").read_text()) for v in params["variants"]}
+    assert "linear_eval/zero_shot_masked_top1" in linear["milan"] and not any("zero_shot" in name for name in linear["mae"])
 
 
 def test_the_page_knows_the_run_of_every_stage(clone):

@@ -100,6 +100,9 @@ def test_from_the_tars_to_the_table(data, teacher, tmp_path):
         "prepare_imagenet/train": 12, "prepare_imagenet/val": 6, "prepare_imagenet/classes": 3, "fingerprint": 0,
     }  # fmt: skip
     assert "MILAN | ViT-B/16 | 2 | 8 |" in (clone / "reports/table.md").read_text()
+    assert json.loads((clone / "outs/paper/teacher/class_text.json").read_text())["names"] == layouts.IMAGENET_NAMES
+    linear = json.loads((clone / "reports/metrics/paper/linear_eval/milan-0.json").read_text())
+    assert all(0 <= linear[f"linear_eval/zero_shot{seen}_top1"] <= 100 for seen in ("", "_masked"))
     curve = pandas.read_csv(clone / "reports/curves/paper/pretrain/milan-0.csv")
     assert curve["lr"].tolist() == pytest.approx([0, 1.5e-4 * 4096 / 256])  # one step of warm-up, then the peak
     assert curve["loss"].min() > 0 and curve["loss"].max() < 4

@@ -182,7 +182,8 @@ def test_without_labels_what_needs_them_says_what_runs(desk, tree, name):
     encoder = Encoder(build(Params, tree, "params.yaml").model).vit.state_dict()
     save_weights(desk / "weights" / "encoder.safetensors", encoder)
     given = ["--variant", "milan", "--seed", "0", "--records", "records", "--weights", "weights", *MADE]
-    status, said = run_heavy(name, *given, *(["--confusion", "confusion.csv"] if name == "finetune" else []))
+    own = {"linear_eval": ["--teacher", "teacher"], "finetune": ["--confusion", "confusion.csv"]}
+    status, said = run_heavy(name, *given, *own[name])
     assert status == 1, said
     assert "has no labels" in said and "`dvc repro pretrain segment`" in refused(said, "outs/made", "metrics.json", "curve.csv")
 
@@ -205,7 +206,7 @@ HEAVY = {
     "teacher": ["records"],
     "extract_targets": ["records", "teacher"],
     "pretrain": ["records", "teacher", "bank"],
-    "linear_eval": ["records", "weights"],
+    "linear_eval": ["records", "weights", "teacher"],
     "finetune": ["records", "weights"],
     "segment": ["scenes", "weights"],
 }
@@ -241,7 +242,7 @@ def test_damaged_weights(desk, damage):
     path = desk / "weights" / "encoder.safetensors"
     data = path.read_bytes()
     path.write_bytes({"empty": b"", "cut": data[:-2], "header": b"\xff" * 8 + data[8:]}[damage])
-    status, said = run_heavy("linear_eval", *arguments)
+    status, said = run_heavy("linear_eval", *arguments, "--teacher", "teacher")
     assert status == 1, said
     assert "encoder.safetensors is damaged" in refused(said, "outs/made", "metrics.json", "curve.csv")
 
@@ -333,7 +334,7 @@ def test_a_preemption_outside_training(desk, tree, monkeypatch, processes, place
         time.sleep(60)
 
     monkeypatch.setattr(f"milan.{place}", preempted)
-    status, said = run_heavy("linear_eval", *arguments)
+    status, said = run_heavy("linear_eval", *arguments, "--teacher", "teacher")
     assert status == 75, said
     assert "Stopped" in refused(said, "metrics.json", "curve.csv")
     assert Path(".scratch/preempted").read_text() == "linear_eval milan seed 0\n"

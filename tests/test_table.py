@@ -16,6 +16,7 @@ from milan.params import Params, read_params
 from milan.results import read_published, read_results
 
 PUBLISHED = Path("reports/published.csv")
+ZERO_SHOT = {"linear_eval/zero_shot_top1": 30.0, "linear_eval/zero_shot_masked_top1": 20.04}  # of MILAN, with both seeds
 LINEAR = {"scratch": (11.0, 12.0), "mae": (10.0, 11.4), "milan": (35.0, 37.04)}
 
 
@@ -34,7 +35,8 @@ def metrics(tmp_path) -> Path:
     for variant, values in LINEAR.items():
         for seed, value in enumerate(values):
             name = f"{variant}-{seed}.json"
-            write(tmp_path / "linear_eval" / name, **{"linear_eval/top1": value, "linear_eval/knn_top1": value - 1})
+            zero_shot = ZERO_SHOT if variant == "milan" else {}
+            write(tmp_path / "linear_eval" / name, **{"linear_eval/top1": value, "linear_eval/knn_top1": value - 1, **zero_shot})
             write(tmp_path / "finetune" / name, **{"finetune/top1": value + 1})
             write(tmp_path / "segment" / name, **{"segment/miou": 50 - value})
     write(tmp_path / "prepare_imagenet.json", **{"prepare_imagenet/classes": 20, "prepare_imagenet/val": 2500})
@@ -55,6 +57,8 @@ def test_means_and_ranges_by_hand(metrics):
     assert list(ours.index) == ["scratch", "mae", "milan"]
     assert ours.loc["milan"].to_dict() == pytest.approx(
         {"linear": 36.02, "linear_low": 35.0, "linear_high": 37.04, "knn": 35.02, "knn_low": 34.0, "knn_high": 36.04}
+        | {"zero_shot": 30.0, "zero_shot_low": 30.0, "zero_shot_high": 30.0}
+        | {"zero_shot_masked": 20.04, "zero_shot_masked_low": 20.04, "zero_shot_masked_high": 20.04}
         | {"finetune": 37.02, "finetune_low": 36.0, "finetune_high": 38.04, "miou": 13.98, "miou_low": 12.96, "miou_high": 15.0}
     )
 
@@ -63,20 +67,36 @@ def test_row_shows_mean_range_recipe_weights_and_curves(metrics):
     row = cells(table.markdown(read_results(metrics, PUBLISHED, recipe())), "MILAN")
     p = recipe()
     assert row[1:4] == [p.model.name, f"{p.pretrain.epochs:g}", str(p.pretrain.batch_size)]
-    assert row[4:8] == ["36.0 (35.0–37.0)", "35.0 (34.0–36.0)", "37.0 (36.0–38.0)", "14.0 (13.0–15.0)"]
-    assert row[8] == "[demo](../conf/scale/demo.yaml)"
-    assert row[9] == "[0](../outs/demo/pretrain/milan-0), [1](../outs/demo/pretrain/milan-1)"
-    assert row[10] == "[0](curves/demo/pretrain/milan-0.csv), [1](curves/demo/pretrain/milan-1.csv)"
+    assert row[4:6] == ["36.0 (35.0–37.0)", "35.0 (34.0–36.0)"] and row[8:10] == ["37.0 (36.0–38.0)", "14.0 (13.0–15.0)"]
+    assert row[10] == "[demo](../conf/scale/demo.yaml)"
+    assert row[11] == "[0](../outs/demo/pretrain/milan-0), [1](../outs/demo/pretrain/milan-1)"
+    assert row[12] == "[0](curves/demo/pretrain/milan-0.csv), [1](curves/demo/pretrain/milan-1.csv)"
 
 
 def test_no_pretraining_has_no_epochs_and_no_curve(metrics):
     row = cells(table.markdown(read_results(metrics, PUBLISHED, recipe())), "No pretraining")
-    assert row[2:4] == ["–", "–"] and row[10] == "–"
+    assert row[2:4] == ["–", "–"] and row[12] == "–"
 
+
+def test_zero_shot_stands_where_there_is_one_and_is_explained(metrics):
+    r = read_results(metrics, PUBLISHED, recipe())
+    text = table.markdown(r)
+    head = cells(text, "Algorithm")
+    assert head[6:8] == ["Zero-shot", "Zero-shot, masked"]
+    assert cells(text, "MILAN")[6:8] == ["30.0 (30.0–30.0)", "20.0 (20.0–20.0)"] and cells(text, "MAE")[6:8] == ["–", "–"]
+    assert any(said.startswith("Zero-shot: ") and "75 % of the patches masked at random" in said for said in table.notes(r))
+    rows = list(csv.DictReader(io.StringIO(table.csv(r))))
+    assert [row["zero_shot"] for row in rows[:3]] == ["", "", "30.0"] and rows[2]["zero_shot_masked"] == "20.04"
+    assert r"30.0 (30.0--30.0) & 20.0 (20.0--20.0)" in table.latex(r) and "nan" not in text + table.csv(r) + table.latex(r)
+
+
+def test_without_any_zero_shot_it_is_not_spoken_of(metrics):
+    text = table.markdown(read_results(metrics, PUBLISHED, recipe(["scratch", "mae"])))
+    assert cells(text, "MAE")[6:8] == ["–", "–"] and "- Zero-shot:" not in text
 
 def test_one_seed_has_no_range_and_says_so(metrics):
     text = table.markdown(read_results(metrics, PUBLISHED, recipe(seeds=[1])))
-    assert cells(text, "MILAN")[4:8] == ["37.0", "36.0", "38.0", "13.0"]
+    assert cells(text, "MILAN")[4:10] == ["37.0", "36.0", "30.0", "20.0", "38.0", "13.0"]
     assert "One seed, so the spread over seeds is not known; the sampling error of a top-1 over 2,500 images is up to 1.0 points" in text
 
 
@@ -134,7 +154,7 @@ def test_notes_name_the_teacher_and_the_captions(metrics):
 def test_a_released_teacher_has_no_numbers_here(metrics):
     write(metrics / "teacher.json")
     write(metrics / "extract_targets.json")
-    assert len(table.notes(read_results(metrics, PUBLISHED, recipe()))) == 2
+    assert [said[:9] for said in table.notes(read_results(metrics, PUBLISHED, recipe()))] == ["Means ove", "Zero-shot", "The CLIP "]
 
 
 @pytest.mark.parametrize("missing", ["linear_eval/mae-1.json", "segment/milan-0.json", "prepare_ade20k.json", "teacher.json"])
