@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from milan.checkpoint import load_weights, save_weights
 from milan.distributed import DTYPES
 from milan.errors import UserError
-from milan.files import read_json, write_json
+from milan.files import read_checked, write_checked
 from milan.params import Model, TinyClip
 
 NO_TEXT = CLIPTextCfg(context_length=1, vocab_size=1, width=1, heads=1, layers=1)
@@ -158,7 +158,7 @@ class Tokenizer:
 
 def save_no_teacher(folder: Path) -> None:
     """What stands in the teacher's place when a released student is only evaluated."""
-    write_json(folder / "teacher.json", {"kind": "none"})
+    write_checked(folder / "teacher.json", {"kind": "none"})
 
 
 def save_teacher(folder: Path, model: nn.Module, config: dict) -> None:
@@ -166,12 +166,12 @@ def save_teacher(folder: Path, model: nn.Module, config: dict) -> None:
     teacher.json, which says how to build the model."""
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(folder / "teacher.safetensors", model.state_dict())
-    write_json(folder / "teacher.json", config)
+    write_checked(folder / "teacher.json", config)
 
 
 def read_config(folder: Path) -> dict:
     """teacher.json. Raises UserError when no teacher was made."""
-    config = read_json(Path(folder) / "teacher.json", kind=str)
+    config = read_checked(Path(folder) / "teacher.json", kind=str)
     if config["kind"] == "none":
         raise UserError(
             f"{folder} holds no teacher: pretrain.weights was set when it was made. Set it to null and run `dvc repro`."

@@ -14,6 +14,7 @@ from typing import BinaryIO
 from milan.errors import UserError
 
 SCRATCH = Path(".scratch")
+OTHER_DIGEST = "its digest is not the one that it was written with"
 FULL = (errno.ENOSPC, errno.EDQUOT)
 REFUSED = (  # by the file system, for what the user can mend
     errno.EACCES,
@@ -144,6 +145,24 @@ def read_json(path: Path, **keys: type) -> dict:
             f"{path} is damaged: it is no JSON object with {', '.join(keys)}. Delete {path.parent} and run `dvc repro` again."
         )
     return found
+
+
+def write_checked(path: Path, entries: dict) -> None:
+    """JSON that carries its own digest."""
+    write_json(path, {**entries, "digest": fingerprint(entries)})
+
+
+def read_checked(path: Path, **keys: type) -> dict:
+    """What write_checked was given. Raises UserError, as read_json does, and when a byte has changed since."""
+    found = read_json(path, **keys)
+    if found.pop("digest", None) != fingerprint(found):
+        raise damaged(path, OTHER_DIGEST)
+    return found
+
+
+def damaged(path: Path, fault: str) -> UserError:
+    """For a file in a stage's out: what is wrong with it, and that DVC has or makes another."""
+    return UserError(f"{path} is damaged ({fault}). Delete {Path(path).parent} and run `dvc repro` again.")
 
 
 @contextlib.contextmanager
