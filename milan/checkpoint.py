@@ -53,7 +53,7 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
     except FileNotFoundError:
         raise UserError(f"{path} is missing: run `dvc repro`, which makes it, or `dvc pull`, which fetches it.") from None
     except (SafetensorError, OSError, ValueError) as error:
-        raise damaged(path, str(error)) from None
+        raise damaged(path, f"it cannot be read ({error})") from None
     if not isinstance(about, dict) or about.get("sha256") != weights_digest(weights):
         raise damaged(path, OTHER_DIGEST)
     return weights

@@ -14,7 +14,7 @@ from typing import BinaryIO
 from milan.errors import UserError
 
 SCRATCH = Path(".scratch")
-OTHER_DIGEST = "its digest is not the one that it was written with"
+OTHER_DIGEST = "the digest is not the one that it was written with"
 FULL = (errno.ENOSPC, errno.EDQUOT)
 REFUSED = (  # by the file system, for what the user can mend
     errno.EACCES,
@@ -141,9 +141,7 @@ def read_json(path: Path, **keys: type) -> dict:
     except (ValueError, RecursionError):  # JSON's and UTF-8's errors are ValueErrors
         found = None
     if not isinstance(found, dict) or any(not isinstance(found.get(key), kind) for key, kind in keys.items()):
-        raise UserError(
-            f"{path} is damaged: it is no JSON object with {', '.join(keys)}. Delete {path.parent} and run `dvc repro` again."
-        )
+        raise damaged(path, f"it is no JSON object with {', '.join(keys)}")
     return found
 
 
@@ -161,8 +159,12 @@ def read_checked(path: Path, **keys: type) -> dict:
 
 
 def damaged(path: Path, fault: str) -> UserError:
-    """For a file in a stage's out: what is wrong with it, and that DVC has or makes another."""
-    return UserError(f"{path} is damaged ({fault}). Delete {Path(path).parent} and run `dvc repro` again.")
+    """For a file in a stage's out. Where DVC links (.dvc/config), its cache holds the very same file, and deleting the out
+    alone would bring it back."""
+    return UserError(
+        f"{path} is damaged: {fault}. Delete it and its twin in DVC's cache (`find .dvc/cache -samefile {path} -delete; "
+        f"rm -r {Path(path).parent}`) and run `dvc repro` again, which makes what the cache lacks."
+    )
 
 
 @contextlib.contextmanager

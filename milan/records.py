@@ -121,7 +121,7 @@ class Records:
         row = index - self.starts[number]
         record = {name: column[row].as_py() for name, column in self.columns(number).items()}
         if record.pop("crc") != crc(record):
-            raise damaged(self.path(number), f"record {row}: {OTHER_DIGEST}")
+            raise damaged(self.path(number), f"of record {row} {OTHER_DIGEST}")
         return record
 
     def column(self, name: str) -> list:
@@ -159,7 +159,7 @@ class Records:
                 table.validate(full=True)  # places and lengths: what lies outside of the file would end the process
                 digest = index_digest(table)
             except Exception as error:  # pyarrow raises many kinds
-                raise UserError(f"{path} cannot be read ({error}). Delete {self.folder} and run `dvc repro` again.") from None
+                raise damaged(path, f"it cannot be read ({error})") from None
             if digest != self.shards[number]["index"]:
                 raise damaged(path, OTHER_DIGEST)
             self._tables[number] = table

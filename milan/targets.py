@@ -97,7 +97,7 @@ class Bank:
         """A view's part of an array, copied, its CRC-32 compared."""
         found = self.array(name, number)[row, view].copy()
         if zlib.crc32(found.data) != self.array("crc", number)[row, view, ARRAYS.index(name)]:
-            raise damaged(self.file(name, number), f"row {row}, view {view}: {OTHER_DIGEST}")
+            raise damaged(self.file(name, number), f"of row {row}, view {view} {OTHER_DIGEST}")
         return found
 
     def file(self, name: str, number: int) -> Path:
@@ -109,7 +109,7 @@ class Bank:
             try:
                 self._arrays[name, number] = np.load(path, mmap_mode="r", allow_pickle=False)
             except Exception as error:  # numpy reads the header as Python, and raises many kinds
-                raise UserError(f"{path} cannot be read ({error}). Delete {self.folder} and run `dvc repro` again.") from None
+                raise damaged(path, f"it cannot be read ({error})") from None
         return self._arrays[name, number]
 
     def __getstate__(self) -> dict:

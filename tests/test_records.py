@@ -108,7 +108,7 @@ def test_a_damaged_shard_is_named_when_it_is_touched(tmp_path, damage):
     found = Records(written(tmp_path), "train")
     damage(tmp_path / "train-00001.arrow")
     assert found[0] == ROWS[0]
-    with pytest.raises(UserError, match="train-00001.arrow cannot be read"):
+    with pytest.raises(UserError, match="train-00001.arrow is damaged: it cannot be read"):
         found[4]
 
 
@@ -168,7 +168,7 @@ def test_a_damaged_manifest_is_named(content, tmp_path):
 def test_an_edited_manifest_is_named(tmp_path):
     path = written(tmp_path) / "manifest.json"
     path.write_text(path.read_text().replace('"images": 4', '"images": 3', 1))
-    with pytest.raises(UserError, match=r"manifest\.json is damaged \(its digest"):
+    with pytest.raises(UserError, match=r"manifest\.json is damaged: the digest"):
         records.Records(tmp_path, "train")
 
 
@@ -201,7 +201,7 @@ def test_a_flipped_byte_of_an_image_is_found_where_it_is_read(tmp_path):
     path.write_bytes(path.read_bytes().replace(bytes([10]) * 11, bytes([10]) * 10 + b"!"))
     found = Records(tmp_path, "train")
     assert found[9] == ROWS[9]
-    with pytest.raises(UserError, match=r"train-00002\.arrow is damaged \(record 2: .*Delete .* and run `dvc repro` again"):
+    with pytest.raises(UserError, match=r"train-00002\.arrow is damaged: of record 2 the digest .*Delete .* and run `dvc repro` again"):
         found[10]
 
 
@@ -212,4 +212,4 @@ def test_a_loader_s_worker_says_it_as_it_is(tmp_path):
     path.write_bytes(path.read_bytes().replace(bytes([3]) * 4, bytes([3]) * 3 + b"!"))
     with pytest.raises(UserError) as caught:
         list(DataLoader(Records(tmp_path, "train"), batch_size=None, num_workers=1))
-    assert str(caught.value).startswith(f"{path} is damaged (record 3: its digest")
+    assert str(caught.value).startswith(f"{path} is damaged: of record 3 the digest")

@@ -152,7 +152,7 @@ def test_any_flipped_byte_of_a_view_is_found_and_its_file_named(bank, name):
         fresh = Bank(bank.folder)
         assert [fresh[view, same][0] for view in range(VIEWS)] == [bank[view, same][0] for view in range(VIEWS)]
         file = r"\w+" if name == "crc" else name  # a CRC-32 tells not which of the two has changed
-        with pytest.raises(UserError, match=rf"{file}-00001\.npy is damaged \(row {changed - 2}, view \d: its digest"):
+        with pytest.raises(UserError, match=rf"{file}-00001\.npy is damaged: of row {changed - 2}, view \d the digest"):
             [fresh[view, changed] for view in range(VIEWS)]
 
 
@@ -170,7 +170,7 @@ def test_a_flipped_byte_of_a_bank_s_header_is_found(bank):
 def test_an_edited_index_is_named(bank):
     path = bank.folder / "bank.json"
     path.write_text(path.read_text().replace('"shard_images": 2', '"shard_images": 1'))
-    with pytest.raises(UserError, match=r"bank\.json is damaged \(its digest"):
+    with pytest.raises(UserError, match=r"bank\.json is damaged: the digest"):
         Bank(bank.folder)
 
 
@@ -188,7 +188,7 @@ def test_a_damaged_shard_is_named(bank, content):
     if content is not None:
         path.write_bytes(content)
     assert bank[0, 0][1][0, 0] == 0
-    with pytest.raises(UserError, match="importance-00001.npy cannot be read"):
+    with pytest.raises(UserError, match="importance-00001.npy is damaged: it cannot be read"):
         bank[0, 2]
 
 
