@@ -196,8 +196,9 @@ def flips(clone: Clone, options) -> Trials:
 
 
 def flip(clone: Clone, name: str, stage: str, where: float) -> None:
-    """One bit in the middle half of a file, its time as before; the stage that reads it must name it, and what it says to
-    do must mend it."""
+    """One bit in the middle half of a file, its time as before, and linked with DVC's cache where links are to be had, as
+    after a pull; the stage that reads it must name it, and what it says to do must mend it."""
+    clone.dvc("checkout", "--relink", "-q").wait()
     path = clone.outs / name
     sound, before = path.read_bytes(), path.stat()
     place = int(len(sound) * (0.25 + where / 2))
