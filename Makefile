@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: repro test plan evidence setup lock
+.PHONY: repro test torture plan evidence setup lock
 repro: setup ## the whole pipeline, then the table
 	@dvc repro
 	@cat reports/table.md
@@ -15,6 +15,9 @@ repro: setup ## the whole pipeline, then the table
 
 test: setup ## the test suite, in two processes
 	@python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+
+torture: setup ## a smoke-scale pipeline killed, cut off and damaged in every way: about 40 minutes
+	@python -m tests.torture $(if $(ONLY),--only $(ONLY)) $(if $(KILLS),--kills $(KILLS)) $(if $(SEED),--seed $(SEED))
 
 plan: setup ## what a recipe costs before it runs: make plan SCALE=paper
 	@python -m milan.plan $(if $(SCALE),--scale $(SCALE)) $(if $(TFLOPS),--tflops $(TFLOPS))

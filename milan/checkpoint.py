@@ -17,32 +17,47 @@ import zipfile
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
 from milan.errors import UserError
-from milan.files import SCRATCH, code_digest, fingerprint, write_whole
+from milan.files import OTHER_DIGEST, SCRATCH, code_digest, damaged, fingerprint, write_whole
 
 
 def save_weights(path: Path, weights: dict[str, torch.Tensor], **about: str | int) -> None:
-    """safetensors, with `about` as JSON under the metadata key "milan"; equal weights give equal bytes (one key,
-    because safetensors writes several in random order)."""
+    """safetensors, with `about` and the weights' digest as JSON under the metadata key "milan"; equal weights give equal
+    bytes (one key, because safetensors writes several in random order)."""
     # Cloned, because safetensors refuses tensors that share memory, as tied ones of a stranger's file do.
     plain = torch.contiguous_format
     tensors = {name: tensor.detach().cpu().clone(memory_format=plain) for name, tensor in sorted(weights.items())}
+    about = {**about, "sha256": weights_digest(tensors)}
     write_whole(path, safetensors_bytes(tensors, {"milan": json.dumps(about, sort_keys=True)}))
 
 
+def weights_digest(weights: dict[str, torch.Tensor]) -> str:
+    """SHA-256 of names, types, shapes and values, in hex."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def load_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file that a stage wrote, on the CPU. Raises UserError when it is missing or damaged."""
+    """The tensors of a file that a stage wrote, on the CPU. Raises UserError when it is missing or damaged, be it by a
+    bit."""
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            about, weights = json.loads((file.metadata() or {}).get("milan", "{}")), load_file(path)
     except FileNotFoundError:
         raise UserError(f"{path} is missing: run `dvc repro`, which makes it, or `dvc pull`, which fetches it.") from None
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}). Delete {Path(path).parent} and run `dvc repro` again.") from None
+        raise damaged(path, f"it cannot be read ({error})") from None
+    if not isinstance(about, dict) or about.get("sha256") != weights_digest(weights):
+        raise damaged(path, OTHER_DIGEST)
+    return weights
 
 
 def load_into(module: nn.Module, path: Path) -> None:
@@ -69,9 +84,15 @@ def read_foreign(path: Path):
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        if zipfile.is_zipfile(path) and (changed := zipfile.ZipFile(path).testzip()):  # torch.load looks at no CRC-32
+            raise UserError(
+                f"{path} is damaged: {changed} in it has another CRC-32 than was written. Download or write it again."
+            )
         # Releases of MAE, MILAN, DINO and SLIP carry their command line along; a Namespace is a bag of plain values.
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except Exception as error:  # torch and safetensors raise many kinds for foreign files
         raise refusal(path, error) from None
 

@@ -16,7 +16,7 @@ from milan.checkpoint import load_into, save_weights
 from milan.class_text import Wording
 from milan.distributed import DTYPES
 from milan.errors import UserError
-from milan.files import read_json, write_json
+from milan.files import read_checked, write_checked
 from milan.params import Model, TinyClip
 from milan.progress import track
 
@@ -168,7 +168,7 @@ class Tokenizer:
 
 def save_no_teacher(folder: Path) -> None:
     """What stands in the teacher's place when a released student is only evaluated."""
-    write_json(folder / "teacher.json", {"kind": "none"})
+    write_checked(folder / "teacher.json", {"kind": "none"})
 
 
 def save_teacher(folder: Path, model: nn.Module, config: dict) -> None:
@@ -176,12 +176,12 @@ def save_teacher(folder: Path, model: nn.Module, config: dict) -> None:
     teacher.json, which says how to build the model."""
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(folder / "teacher.safetensors", model.state_dict())
-    write_json(folder / "teacher.json", config)
+    write_checked(folder / "teacher.json", config)
 
 
 def read_config(folder: Path) -> dict:
     """teacher.json. Raises UserError when no teacher was made."""
-    config = read_json(Path(folder) / "teacher.json", kind=str)
+    config = read_checked(Path(folder) / "teacher.json", kind=str)
     if config["kind"] == "none":
         raise UserError(
             f"{folder} holds no teacher: pretrain.weights was set when it was made. Set it to null and run `dvc repro`."

@@ -14,6 +14,7 @@ from typing import BinaryIO
 from milan.errors import UserError
 
 SCRATCH = Path(".scratch")
+OTHER_DIGEST = "the digest is not the one that it was written with"
 FULL = (errno.ENOSPC, errno.EDQUOT)
 REFUSED = (  # by the file system, for what the user can mend
     errno.EACCES,
@@ -140,10 +141,30 @@ def read_json(path: Path, **keys: type) -> dict:
     except (ValueError, RecursionError):  # JSON's and UTF-8's errors are ValueErrors
         found = None
     if not isinstance(found, dict) or any(not isinstance(found.get(key), kind) for key, kind in keys.items()):
-        raise UserError(
-            f"{path} is damaged: it is no JSON object with {', '.join(keys)}. Delete {path.parent} and run `dvc repro` again."
-        )
+        raise damaged(path, f"it is no JSON object with {', '.join(keys)}")
     return found
+
+
+def write_checked(path: Path, entries: dict) -> None:
+    """JSON that carries its own digest."""
+    write_json(path, {**entries, "digest": fingerprint(entries)})
+
+
+def read_checked(path: Path, **keys: type) -> dict:
+    """What write_checked was given. Raises UserError, as read_json does, and when a byte has changed since."""
+    found = read_json(path, **keys)
+    if found.pop("digest", None) != fingerprint(found):
+        raise damaged(path, OTHER_DIGEST)
+    return found
+
+
+def damaged(path: Path, fault: str) -> UserError:
+    """For a file in a stage's out. Where DVC links (.dvc/config), its cache holds the very same file, and deleting the out
+    alone would bring it back."""
+    return UserError(
+        f"{path} is damaged: {fault}. Delete it and its twin in DVC's cache (`find .dvc/cache -samefile {path} -delete; "
+        f"rm -r {Path(path).parent}`) and run `dvc repro` again, which makes what the cache lacks."
+    )
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ SECURITY.md), is opened only when its SHA-256 is teacher.pretrained.sha256.
 """
 
 import contextlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlparse
@@ -192,7 +193,11 @@ def from_hub(release: Release) -> Path:
 
 
 def verify(path: Path, source: Pretrained) -> None:
+    """Raises UserError when a file has another SHA-256 than the recipe says or, where that says none, the hub has it under."""
     require_file(path)
+    blob = path.resolve().name  # in the hub's cache: its SHA-256, if it is large
+    if not source.sha256 and re.fullmatch("[0-9a-f]{64}", blob) and file_digest(path) != blob:
+        raise UserError(f"{path} is damaged: its SHA-256 is not {blob}, the hub's. Delete {cached_as(path)} and run again.")
     if source.sha256 and (found := file_digest(path)) != source.sha256.lower():
         mend = "fetch it again" if source.file else f"delete {cached_as(path)} and run again, which fetches it anew"
         raise UserError(

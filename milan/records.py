@@ -1,35 +1,54 @@
 """Packed data sets: a few Arrow IPC (feather) shards a split, memory-mapped, random access by index.
 
-Columns: image (encoded bytes, verbatim), name, and where there is one label, caption, mask (encoded bytes).
-manifest.json beside the shards counts the splits, lists the classes and the shards' SHA-256 digests. pandas
+Columns: image (encoded bytes, verbatim), name, and where there is one label, caption, mask (encoded bytes); crc is the
+CRC-32 of image and mask, which every reading of a record compares. manifest.json beside the shards counts the splits,
+lists the classes and the shards' SHA-256 digests: of the file, and of all but images and masks ("index"), which is compared
+when a shard is opened. So a byte that has changed is found where it would be used, at no cost before. pandas
 (`pd.read_feather`) and Hugging Face datasets read the shards as they are.
 """
 
 import bisect
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
 
 from milan.errors import UserError
-from milan.files import file_digest, fingerprint, read_json, whole_file, write_json
+from milan.files import OTHER_DIGEST, damaged, file_digest, fingerprint, read_checked, whole_file, write_checked
 
 SCHEMA = {"image": pa.large_binary(), "name": pa.string(), "label": pa.int32(), "caption": pa.string(), "mask": pa.large_binary()}
+
+HEAVY = ("image", "mask")
 
 
 def write_shard(path: Path, rows: Iterable[dict], columns: Iterable[str]) -> dict:
     """Write rows (dicts with any of SCHEMA's keys) under path, or nothing at all when the rows end in an error.
 
-    columns: all keys of the rows. Returns the shard's entry in the manifest {"file", "images", "sha256"}. Raises UserError
-    on a full disk."""
-    schema = pa.schema([(name, kind) for name, kind in SCHEMA.items() if name in set(columns)])
+    columns: all keys of the rows. Returns the shard's entry in the manifest {"file", "images", "sha256", "index"}. Raises
+    UserError on a full disk."""
+    schema = pa.schema([*((name, kind) for name, kind in SCHEMA.items() if name in set(columns)), ("crc", pa.uint32())])
     images = 0
     with whole_file(path) as sink, pa.ipc.new_file(sink, schema) as writer:
         # One batch an image batch of 256: a reader touches only the pages that it needs.
         for chunk in chunks(rows, 256):
-            writer.write_batch(pa.RecordBatch.from_pylist(chunk, schema=schema))
+            writer.write_batch(pa.RecordBatch.from_pylist([{**row, "crc": crc(row)} for row in chunk], schema=schema))
             images += len(chunk)
-    return {"file": path.name, "images": images, "sha256": file_digest(path)}
+    return {"file": path.name, "images": images, "sha256": file_digest(path), "index": index_digest(opened(path))}
+
+
+def crc(row: dict) -> int:
+    return zlib.crc32(row.get("mask") or b"", zlib.crc32(row["image"]))
+
+
+def opened(path: Path) -> pa.Table:
+    return pa.ipc.open_file(pa.memory_map(str(path), "r")).read_all()
+
+
+def index_digest(table: pa.Table) -> str:
+    """Digest of all that is small: names, labels, captions, and of images and masks the CRC-32 and whether they are there."""
+    small = {name: column.is_valid() if name in HEAVY else column for name, column in zip(table.column_names, table.columns)}
+    return fingerprint({name: column.to_pylist() for name, column in small.items()})
 
 
 def chunks(items: Iterable, size: int) -> Iterator[list]:
@@ -45,7 +64,7 @@ def chunks(items: Iterable, size: int) -> Iterator[list]:
 
 def write_manifest(folder: Path, **entries) -> dict:
     """Write manifest.json whole; it is written last, so that a folder with a manifest is complete."""
-    write_json(folder / "manifest.json", entries)
+    write_checked(folder / "manifest.json", entries)
     return entries
 
 
@@ -61,11 +80,7 @@ def read_manifest(folder: Path) -> dict:
     path = Path(folder) / "manifest.json"
     if not path.exists():
         raise UserError(f"{folder} holds no manifest.json, so it is no complete record set: run `dvc repro` to prepare it.")
-    found = read_json(path, splits=dict)
-    for split in found["splits"].values():
-        if not isinstance(split, dict) or not isinstance(split.get("shards"), list):
-            raise UserError(f"{path} is damaged: a split lists no shards. Delete {folder} and run `dvc repro` again.")
-    return found
+    return read_checked(path, splits=dict)
 
 
 class Records:
@@ -104,10 +119,13 @@ class Records:
             raise IndexError(f"record {index} of {len(self)}")
         number = bisect.bisect_right(self.starts, index) - 1
         row = index - self.starts[number]
-        return {name: column[row].as_py() for name, column in self.columns(number).items()}
+        record = {name: column[row].as_py() for name, column in self.columns(number).items()}
+        if record.pop("crc") != crc(record):
+            raise damaged(self.path(number), f"of record {row} {OTHER_DIGEST}")
+        return record
 
     def column(self, name: str) -> list:
-        """A whole column, such as "label", without touching the images."""
+        """A whole column, such as "label", without touching the images; of image and mask no CRC-32 is compared."""
         return [value for number in range(len(self.shards)) for value in self.table(number).column(name).to_pylist()]
 
     def columns(self, number: int) -> dict[str, pa.ChunkedArray]:
@@ -127,16 +145,24 @@ class Records:
             "digest": fingerprint([shard.get("sha256") for shard in self.shards]),
             "images": len(self),
             "classes": self.manifest.get("classes", []),
-            "columns": {field.name: str(field.type) for field in schema},
+            "columns": {field.name: str(field.type) for field in schema if field.name in SCHEMA},
         }
+
+    def path(self, number: int) -> Path:
+        return self.folder / self.shards[number]["file"]
 
     def table(self, number: int) -> pa.Table:
         if number not in self._tables:
-            path = self.folder / self.shards[number]["file"]
+            path = self.path(number)
             try:
-                self._tables[number] = pa.ipc.open_file(pa.memory_map(str(path), "r")).read_all()
-            except (OSError, pa.ArrowInvalid) as error:
-                raise UserError(f"{path} cannot be read ({error}). Delete {self.folder} and run `dvc repro` again.") from None
+                table = opened(path)
+                table.validate(full=True)  # places and lengths: what lies outside of the file would end the process
+                digest = index_digest(table)
+            except Exception as error:  # pyarrow raises many kinds
+                raise damaged(path, f"it cannot be read ({error})") from None
+            if digest != self.shards[number]["index"]:
+                raise damaged(path, OTHER_DIGEST)
+            self._tables[number] = table
         return self._tables[number]
 
     def __getstate__(self) -> dict:

@@ -2,11 +2,13 @@
 
 View v of image i is a random resized crop drawn from (seed, "view", v, i). Pretraining's epoch e uses view
 e mod V. Files are plain .npy, memory-mapped: features-00000.npy float16 (n, V, 1+N, D), importance-00000.npy
-float32 (n, V, N), boxes-00000.npy int32 (n, V, 5) = top, left, height, width, flip. bank.json is written last.
+float32 (n, V, N), boxes-00000.npy int32 (n, V, 5) = top, left, height, width, flip, and crc-00000.npy uint32
+(n, V, 3), the CRC-32 of each of the three, which every reading of a view compares. bank.json is written last.
 """
 
 import os
 import shutil
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +17,10 @@ from torch import Tensor
 
 from milan import rng, transforms
 from milan.errors import UserError
-from milan.files import existing_parent, full_disk_said, read_json, write_json
+from milan.files import OTHER_DIGEST, damaged, existing_parent, full_disk_said, read_checked, write_checked
 
 ARRAYS = ("features", "importance", "boxes")
+FILES = (*ARRAYS, "crc")
 
 
 def view_box(seed: int, view: int, index: int, height: int, width: int, scale: list[float]) -> tuple[int, int, int, int, bool]:
@@ -27,7 +30,7 @@ def view_box(seed: int, view: int, index: int, height: int, width: int, scale: l
 
 def bank_bytes(images: int, views: int, n_patches: int, feature_dim: int) -> int:
     """Size of a bank on disk."""
-    return images * views * ((1 + n_patches) * feature_dim * 2 + n_patches * 4 + 5 * 4)
+    return images * views * ((1 + n_patches) * feature_dim * 2 + n_patches * 4 + 5 * 4 + 3 * 4)
 
 
 def refuse_when_too_big(folder: Path, size: int) -> None:
@@ -48,19 +51,27 @@ def in_words(size: float) -> str:
 def write_shard(folder: Path, number: int, arrays: dict[str, np.ndarray]) -> None:
     """One shard, whole: each array under a temporary name, then renamed."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, array in arrays.items():
+    for name, array in {**arrays, "crc": crc(arrays)}.items():
         path = folder / f"{name}-{number:05d}.npy"
         with full_disk_said(path):
             np.save(path.with_suffix(".part.npy"), array, allow_pickle=False)
             os.replace(path.with_suffix(".part.npy"), path)
 
 
+def crc(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """uint32 (n, V, 3), in the order of ARRAYS."""
+    rows, views = arrays["boxes"].shape[:2]
+    return np.array(
+        [[[zlib.crc32(arrays[name][i, v].tobytes()) for name in ARRAYS] for v in range(views)] for i in range(rows)], np.uint32
+    )
+
+
 def has_shard(folder: Path, number: int) -> bool:
-    return all((folder / f"{name}-{number:05d}.npy").exists() for name in ARRAYS)
+    return all((folder / f"{name}-{number:05d}.npy").exists() for name in FILES)
 
 
 def finish(folder: Path, **entries) -> None:
-    write_json(folder / "bank.json", entries)
+    write_checked(folder / "bank.json", entries)
 
 
 class Bank:
@@ -71,24 +82,34 @@ class Bank:
         path = self.folder / "bank.json"
         if not path.exists():
             raise UserError(f"{folder} holds no bank.json, so it is no complete target bank: run `dvc repro` to extract it.")
-        self.info = read_json(path, views=int, shard_images=int, feature_dim=int)
+        self.info = read_checked(path, views=int, shard_images=int, feature_dim=int)
         self.views, self.shard_images, self.feature_dim = (self.info[k] for k in ("views", "shard_images", "feature_dim"))
         self._arrays: dict[tuple[str, int], np.ndarray] = {}
 
     def __getitem__(self, place: tuple[int, int]) -> tuple[tuple, Tensor, Tensor]:
         view, index = place
         number, row = divmod(index, self.shard_images)
-        top, left, height, width, flip = self.array("boxes", number)[row, view].tolist()
-        features, importance = (torch.from_numpy(self.array(name, number)[row, view].copy()) for name in ARRAYS[:2])
-        return (top, left, height, width, bool(flip)), features, importance
+        features, importance, box = (self.sound(name, number, row, view) for name in ARRAYS)
+        top, left, height, width, flip = box.tolist()
+        return (top, left, height, width, bool(flip)), torch.from_numpy(features), torch.from_numpy(importance)
+
+    def sound(self, name: str, number: int, row: int, view: int) -> np.ndarray:
+        """A view's part of an array, copied, its CRC-32 compared."""
+        found = self.array(name, number)[row, view].copy()
+        if zlib.crc32(found.data) != self.array("crc", number)[row, view, ARRAYS.index(name)]:
+            raise damaged(self.file(name, number), f"of row {row}, view {view} {OTHER_DIGEST}")
+        return found
+
+    def file(self, name: str, number: int) -> Path:
+        return self.folder / f"{name}-{number:05d}.npy"
 
     def array(self, name: str, number: int) -> np.ndarray:
         if (name, number) not in self._arrays:
-            path = self.folder / f"{name}-{number:05d}.npy"
+            path = self.file(name, number)
             try:
                 self._arrays[name, number] = np.load(path, mmap_mode="r", allow_pickle=False)
-            except (OSError, ValueError, EOFError) as error:
-                raise UserError(f"{path} cannot be read ({error}). Delete {self.folder} and run `dvc repro` again.") from None
+            except Exception as error:  # numpy reads the header as Python, and raises many kinds
+                raise damaged(path, f"it cannot be read ({error})") from None
         return self._arrays[name, number]
 
     def __getstate__(self) -> dict:

@@ -1,7 +1,6 @@
 """The teacher: open_clip's own numbers read out whole, its tokenizer renumbered, its weights stored exactly."""
 
 import copy
-import json
 
 import numpy as np
 import open_clip
@@ -23,6 +22,7 @@ from milan.clip import (
     save_teacher,
 )
 from milan.errors import UserError
+from milan.files import read_checked
 from milan.params import TinyClip
 
 CAPTIONS = ["a photo of a red disc", "a photo of a striped square", "a picture of two stars", ""]
@@ -189,7 +189,7 @@ def test_the_same_teacher_is_the_same_files(tmp_path):
 
 def test_no_teacher_is_said(tmp_path):
     save_no_teacher(tmp_path)
-    assert json.loads((tmp_path / "teacher.json").read_text()) == {"kind": "none"}
+    assert read_checked(tmp_path / "teacher.json") == {"kind": "none"}
     with pytest.raises(UserError, match="holds no teacher"):
         load_teacher(tmp_path)
 

@@ -293,6 +293,16 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, name, data):
     refused(path)
 
 
+def test_a_flipped_byte_in_a_download_is_found(pth, tmp_path):
+    """torch.load itself would take it."""
+    path = pth({"model": {**official(), "cls_token": torch.full((1, 1, 24), 7.0)}})
+    whole = path.read_bytes()
+    place = whole.index(torch.full((24,), 7.0).numpy().tobytes())
+    path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    assert torch.load(path, weights_only=True)["model"]["cls_token"][0, 0, 0] != 7
+    refused(path, "in.pth is damaged: in/data/", "Download or write it again")
+
+
 def test_what_holds_no_weights_is_refused(pth, tmp_path):
     refused(tmp_path / "absent.pth", "no file")
     refused(tmp_path, "is a folder")

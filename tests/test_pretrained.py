@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from milan import plan, pretrained
 from milan.clip import load_teacher
 from milan.errors import UserError
+from milan.files import read_checked
 from milan.params import Compute, Pretrained
 from milan.teachers import build_tower, load_tower
 
@@ -317,7 +318,7 @@ def test_dino_s_and_slip_s_layouts_are_read_to_the_same_weights(layout, tmp_path
     wanted = {f"visual.{name}": tensor for name, tensor in vit.state_dict().items() if not name.startswith("head.")}
     found = tower.state_dict()
     assert found.keys() == wanted.keys() and all(found[name].equal(tensor) for name, tensor in wanted.items())
-    assert json.loads((tmp_path / "teacher/teacher.json").read_text()) == {"kind": "timm", "model": "vit_golden_tiny"}
+    assert read_checked(tmp_path / "teacher/teacher.json") == {"kind": "timm", "model": "vit_golden_tiny"}
 
 
 def test_a_vit_of_another_patch_size_is_not_bent_to_fit(tmp_path):
@@ -366,6 +367,21 @@ def test_what_the_hub_s_cache_has_needs_no_network(name, releases, state):
     assert not socket.getaddrinfo.called
     ours = load_tower(releases / "teacher", CPU, torch.device("cpu")).state_dict()
     assert all(tensor.equal(state[name]) for name, tensor in ours.items())
+
+
+def test_a_flipped_byte_in_the_hub_s_cache_is_found(releases, state):
+    """The cache has a large file under its SHA-256, and a link to it under its name."""
+    path, given = in_hub_cache(releases, "open_clip_model.safetensors", state), Pretrained("open_clip", NAME, "golden", None, None)
+    blob = path.parents[2] / "blobs" / sha256(path)
+    blob.parent.mkdir()
+    path.rename(blob)
+    path.symlink_to(blob)
+    pretrained.fetch_teacher(given, releases / "teacher")
+    whole = blob.read_bytes()
+    blob.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(UserError, match=rf"{path} is damaged: .* Delete {path.parents[2]} and run again"):
+        pretrained.fetch_teacher(given, releases / "never")
+    assert not (releases / "never").exists()
 
 
 def test_a_digest_asks_for_the_publisher_s_own_file(releases, state):

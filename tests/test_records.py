@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pandas
 import pytest
+from torch.utils.data import DataLoader
 
 from milan import records
 from milan.errors import UserError
@@ -107,7 +108,7 @@ def test_a_damaged_shard_is_named_when_it_is_touched(tmp_path, damage):
     found = Records(written(tmp_path), "train")
     damage(tmp_path / "train-00001.arrow")
     assert found[0] == ROWS[0]
-    with pytest.raises(UserError, match="train-00001.arrow cannot be read"):
+    with pytest.raises(UserError, match="train-00001.arrow is damaged: it cannot be read"):
         found[4]
 
 
@@ -152,8 +153,7 @@ def test_what_the_manifest_does_not_list_is_dropped(tmp_path):
 
 def test_classes_are_asked_for_only_where_there_are_labels(tmp_path):
     assert Records(written(tmp_path), "train").classes == ["a", "b", "c"]
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
-    records.write_manifest(tmp_path, **{**manifest, "classes": []})
+    records.write_manifest(tmp_path, **{**records.read_manifest(tmp_path), "classes": []})
     with pytest.raises(UserError, match="has no labels.*`dvc repro pretrain segment`"):
         Records(tmp_path, "train").classes  # noqa: B018
 
@@ -165,7 +165,51 @@ def test_a_damaged_manifest_is_named(content, tmp_path):
         records.Records(tmp_path, "train")
 
 
-def test_a_manifest_without_shards_is_named(tmp_path):
-    (tmp_path / "manifest.json").write_text('{"splits": {"train": {"images": 3}}}')
-    with pytest.raises(UserError, match="a split lists no shards"):
+def test_an_edited_manifest_is_named(tmp_path):
+    path = written(tmp_path) / "manifest.json"
+    path.write_text(path.read_text().replace('"images": 4', '"images": 3', 1))
+    with pytest.raises(UserError, match=r"manifest\.json is damaged: the digest"):
         records.Records(tmp_path, "train")
+
+
+def all_of(folder: Path) -> list:
+    """What training takes from a split: its records, and two columns."""
+    found = Records(folder, "train")
+    return [[found[i] for i in range(len(found))], found.column("label"), found.column("caption")]
+
+
+def test_any_flipped_byte_is_found_and_its_file_named(tmp_path):
+    """Each byte of a shard and of the manifest in turn, one of its bits: an error that names the file, or a byte that says nothing."""
+    rows = [{"image": bytes([i]) * 9, "mask": b"m" * i or None, "name": f"n{i}", "label": i, "caption": "red"} for i in range(3)]
+    sound, refused = all_of(written(tmp_path, rows)), 0
+    for path in sorted(tmp_path.iterdir()):
+        whole = path.read_bytes()
+        for place in range(len(whole)):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+            try:
+                assert all_of(tmp_path) == sound
+            except UserError as error:
+                assert str(path) in str(error)
+                refused += 1
+        path.write_bytes(whole)
+    assert refused > 400
+
+
+def test_a_flipped_byte_of_an_image_is_found_where_it_is_read(tmp_path):
+    written(tmp_path)
+    path = tmp_path / "train-00002.arrow"
+    path.write_bytes(path.read_bytes().replace(bytes([10]) * 11, bytes([10]) * 10 + b"!"))
+    found = Records(tmp_path, "train")
+    assert found[9] == ROWS[9]
+    with pytest.raises(UserError, match=r"train-00002\.arrow is damaged: of record 2 the digest .*Delete .* and run `dvc repro` again"):
+        found[10]
+
+
+def test_a_loader_s_worker_says_it_as_it_is(tmp_path):
+    """And not in torch's text of a traceback."""
+    written(tmp_path)
+    path = tmp_path / "train-00000.arrow"
+    path.write_bytes(path.read_bytes().replace(bytes([3]) * 4, bytes([3]) * 3 + b"!"))
+    with pytest.raises(UserError) as caught:
+        list(DataLoader(Records(tmp_path, "train"), batch_size=None, num_workers=1))
+    assert str(caught.value).startswith(f"{path} is damaged: of record 3 the digest")

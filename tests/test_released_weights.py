@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from milan.clip import load_teacher
 from milan.errors import UserError
+from milan.files import read_checked
 from milan.model import MaskedPretraining
 from milan.params import Model, Params, Recipe, build
 from milan.stage import Stage
@@ -94,9 +95,9 @@ def test_a_released_checkpoint_is_evaluated_without_any_teacher(recipe, workplac
 
     assert capsys.readouterr().out.count("pretrain.weights is set: no teacher is needed") == 2
     assert {path.name for path in (workplace / "teacher").iterdir()} == {"teacher.json"}
-    assert json.loads((workplace / "teacher/teacher.json").read_text()) == {"kind": "none"}
+    assert read_checked(workplace / "teacher/teacher.json") == {"kind": "none"}
     assert {path.name for path in (workplace / "extract_targets").iterdir()} == {"bank.json"}
-    bank = json.loads((workplace / "extract_targets/bank.json").read_text())
+    bank = read_checked(workplace / "extract_targets/bank.json")
     assert (bank["views"], bank["feature_dim"]) == (0, 0)
     with pytest.raises(UserError, match=r"holds no teacher: pretrain\.weights was set"):
         load_teacher(workplace / "teacher")

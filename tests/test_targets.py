@@ -62,16 +62,16 @@ def test_every_view_of_every_image_comes_back(bank):
 
 
 def test_the_size_is_what_lies_on_the_disk(bank):
-    """5 images x 3 views x (5 tokens x 2 numbers x 2 bytes + 4 patches x 4 bytes + 5 numbers x 4 bytes) = 840 bytes."""
-    assert targets.bank_bytes(IMAGES, VIEWS, N, D) == 840
-    written = sum(array.nbytes for number in range(3) for array in (bank.array(name, number) for name in targets.ARRAYS))
-    assert written == 840
-    assert targets.bank_bytes(1_281_167, 1, 196, 512) == 1_281_167 * (197 * 1024 + 784 + 20)
+    """5 images x 3 views x (5 tokens x 2 numbers x 2 bytes + 4 patches x 4 bytes + 5 numbers x 4 bytes + 3 CRC-32) = 1020 bytes."""
+    assert targets.bank_bytes(IMAGES, VIEWS, N, D) == 1020
+    written = sum(array.nbytes for number in range(3) for array in (bank.array(name, number) for name in targets.FILES))
+    assert written == 1020
+    assert targets.bank_bytes(1_281_167, 1, 196, 512) == 1_281_167 * (197 * 1024 + 784 + 20 + 12)
 
 
 def test_only_whole_files_lie_under_final_names(bank):
     kept = {path.name for path in bank.folder.iterdir()}
-    assert kept == {"bank.json", *(f"{name}-{number:05d}.npy" for name in targets.ARRAYS for number in range(3))}
+    assert kept == {"bank.json", *(f"{name}-{number:05d}.npy" for name in targets.FILES for number in range(3))}
 
 
 def test_a_view_follows_from_seed_view_and_image_alone():
@@ -142,6 +142,39 @@ def test_a_bank_too_big_for_the_disk_is_refused_before_it_starts(tmp_path, monke
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", targets.FILES)
+def test_any_flipped_byte_of_a_view_is_found_and_its_file_named(bank, name):
+    path = bank.folder / f"{name}-00001.npy"
+    whole = path.read_bytes()
+    row = (len(whole) - 128) // SHARD  # numpy's header has 128 bytes; shard 1 holds images 2 and 3
+    for place in range(128, len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        changed, same = (2, 3) if place < 128 + row else (3, 2)
+        fresh = Bank(bank.folder)
+        assert [fresh[view, same][0] for view in range(VIEWS)] == [bank[view, same][0] for view in range(VIEWS)]
+        file = r"\w+" if name == "crc" else name  # a CRC-32 tells not which of the two has changed
+        with pytest.raises(UserError, match=rf"{file}-00001\.npy is damaged: of row {changed - 2}, view \d the digest"):
+            [fresh[view, changed] for view in range(VIEWS)]
+
+
+def test_a_flipped_byte_of_a_bank_s_header_is_found(bank):
+    path = bank.folder / "features-00000.npy"
+    whole, sound = path.read_bytes(), bank[0, 1][1]
+    for place in range(128):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        try:
+            assert torch.equal(Bank(bank.folder)[0, 1][1], sound)
+        except UserError as error:
+            assert str(path) in str(error)
+
+
+def test_an_edited_index_is_named(bank):
+    path = bank.folder / "bank.json"
+    path.write_text(path.read_text().replace('"shard_images": 2', '"shard_images": 1'))
+    with pytest.raises(UserError, match=r"bank\.json is damaged: the digest"):
+        Bank(bank.folder)
+
+
 def test_an_unfinished_bank_is_said(tmp_path):
     write_bank(tmp_path)
     (tmp_path / "bank.json").unlink()
@@ -156,7 +189,7 @@ def test_a_damaged_shard_is_named(bank, content):
     if content is not None:
         path.write_bytes(content)
     assert bank[0, 0][1][0, 0] == 0
-    with pytest.raises(UserError, match="importance-00001.npy cannot be read"):
+    with pytest.raises(UserError, match="importance-00001.npy is damaged: it cannot be read"):
         bank[0, 2]
 
 
