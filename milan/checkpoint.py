@@ -8,6 +8,7 @@ import argparse
 import hashlib
 import io
 import json
+import pickle
 import re
 import shutil
 import socket
@@ -160,6 +161,11 @@ class Scratch:
     def read(self, path: Path, map_location: str | torch.device = "cpu") -> dict:
         try:
             return torch.load(io.BytesIO(path.read_bytes()[32:]), map_location=map_location, weights_only=True)
+        except pickle.UnpicklingError:
+            raise UserError(
+                f"{path} is refused: it holds more than tensors and plain values, and as a pickle could run any code. Nothing "
+                f"in it was run. Delete {self.folder} and run again, which starts afresh."
+            ) from None
         except FileNotFoundError:
             raise UserError(
                 f"{path} is missing on {socket.gethostname()}: all nodes need this folder as one shared folder, {Path.cwd()}."

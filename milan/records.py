@@ -9,6 +9,7 @@ import bisect
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 
 from milan.errors import UserError
@@ -62,10 +63,39 @@ def read_manifest(folder: Path) -> dict:
     if not path.exists():
         raise UserError(f"{folder} holds no manifest.json, so it is no complete record set: run `dvc repro` to prepare it.")
     found = read_json(path, splits=dict)
-    for split in found["splits"].values():
-        if not isinstance(split, dict) or not isinstance(split.get("shards"), list):
-            raise UserError(f"{path} is damaged: a split lists no shards. Delete {folder} and run `dvc repro` again.")
+    named = isinstance(found.get("classes", []), list) and all(isinstance(name, str) for name in found.get("classes", []))
+    if not named or not all(well_formed(split) for split in found["splits"].values()):
+        raise UserError(
+            f"{path} is damaged: a split lists no shards with their images, or classes have no names. Delete {folder} and run "
+            "`dvc repro` again."
+        )
     return found
+
+
+def well_formed(split) -> bool:
+    """Whether an entry of a split has what write_shard gave it: shards by plain names, and as many images as these hold."""
+    shards = split.get("shards") if isinstance(split, dict) else None
+    if not isinstance(shards, list) or not all(isinstance(shard, dict) for shard in shards):
+        return False
+    names, counts = ([shard.get(key) for shard in shards] for key in ("file", "images"))
+    plain = all(isinstance(name, str) and name == Path(name).name and name not in ("", "..") for name in names)
+    return plain and all(type(n) is int and n >= 0 for n in counts) and split.get("images") == sum(counts)
+
+
+def read_shard(path: Path, images: int, classes: int) -> pa.Table:
+    """A shard, memory-mapped. Its bookkeeping is checked, since Arrow would follow a damaged one out of the file and end
+    the process; the images' bytes are not touched. Raises OSError, ValueError or pa.ArrowException."""
+    table = pa.ipc.open_file(pa.memory_map(str(path), "r")).read_all()
+    table.validate(full=True)
+    kinds = {field.name: field.type for field in table.schema}
+    if "image" not in kinds or any(SCHEMA.get(name) != kind for name, kind in kinds.items()) or len(table) != images:
+        raise ValueError("its rows or columns are not those of the manifest")
+    if table.column("image").null_count:
+        raise ValueError("a row without an image")
+    labels = table.column("label").to_numpy() if "label" in kinds and classes else np.zeros(0)
+    if not all(0 <= label < classes for label in np.unique(labels)):
+        raise ValueError(f"a label that is none of the {classes} classes")
+    return table
 
 
 class Records:
@@ -88,7 +118,7 @@ class Records:
     @property
     def classes(self) -> list[str]:
         """The names of the classes, in the order of the labels. Raises UserError when the images came without labels."""
-        if not self.manifest["classes"]:
+        if not self.manifest.get("classes"):
             raise UserError(
                 f"{self.folder} has no labels, since data.imagenet is a folder of images without classes. What needs none: "
                 "`dvc repro pretrain segment`. For linear evaluation and fine-tuning put the images into train/<class>/ and "
@@ -134,8 +164,8 @@ class Records:
         if number not in self._tables:
             path = self.folder / self.shards[number]["file"]
             try:
-                self._tables[number] = pa.ipc.open_file(pa.memory_map(str(path), "r")).read_all()
-            except (OSError, pa.ArrowInvalid) as error:
+                self._tables[number] = read_shard(path, self.shards[number]["images"], len(self.manifest.get("classes", [])))
+            except (OSError, ValueError, pa.ArrowException) as error:
                 raise UserError(f"{path} cannot be read ({error}). Delete {self.folder} and run `dvc repro` again.") from None
         return self._tables[number]
 

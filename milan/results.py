@@ -63,13 +63,16 @@ def read_results(metrics: Path, published: Path, p: Params) -> Results:
 
 def read_metrics(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(
             f"{path} is missing: an earlier stage writes it. Run `dvc repro`, which runs the stages in order."
         ) from None
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # JSON's and UTF-8's errors are ValueErrors
         raise UserError(f"{path} is no valid JSON ({error}). Delete it and run `dvc repro` again.") from None
+    if not isinstance(found, dict) or not all(isinstance(value, (int, float, str)) for value in found.values()):
+        raise UserError(f"{path} is no valid JSON object of numbers and words. Delete it and run `dvc repro` again.")
+    return found
 
 
 def value_of(path: Path, name: str):

@@ -17,7 +17,7 @@ from milan import rng, transforms
 from milan.errors import UserError
 from milan.files import existing_parent, full_disk_said, read_json, write_json
 
-ARRAYS = ("features", "importance", "boxes")
+ARRAYS = {"features": (np.float16, 4), "importance": (np.float32, 3), "boxes": (np.int32, 3)}  # kind, dimensions
 
 
 def view_box(seed: int, view: int, index: int, height: int, width: int, scale: list[float]) -> tuple[int, int, int, int, bool]:
@@ -71,25 +71,41 @@ class Bank:
         path = self.folder / "bank.json"
         if not path.exists():
             raise UserError(f"{folder} holds no bank.json, so it is no complete target bank: run `dvc repro` to extract it.")
-        self.info = read_json(path, views=int, shard_images=int, feature_dim=int)
-        self.views, self.shard_images, self.feature_dim = (self.info[k] for k in ("views", "shard_images", "feature_dim"))
+        self.info = read_json(path, views=int, shard_images=int, feature_dim=int, images=int)
+        sizes = [self.info[name] for name in ("views", "shard_images", "feature_dim", "images")]
+        if min(sizes) < 1:
+            raise UserError(f"{path} tells of no views, or of no images: set extract_targets.views and run `dvc repro` again.")
+        self.views, self.shard_images, self.feature_dim, self.images = sizes
         self._arrays: dict[tuple[str, int], np.ndarray] = {}
 
     def __getitem__(self, place: tuple[int, int]) -> tuple[tuple, Tensor, Tensor]:
         view, index = place
+        if index >= self.images:
+            raise UserError(f"{self.folder} is the bank of {self.images} images, and of none beyond. Run `dvc repro` again.")
         number, row = divmod(index, self.shard_images)
         top, left, height, width, flip = self.array("boxes", number)[row, view].tolist()
-        features, importance = (torch.from_numpy(self.array(name, number)[row, view].copy()) for name in ARRAYS[:2])
+        features, importance = (
+            torch.from_numpy(self.array(name, number)[row, view].copy()) for name in ("features", "importance")
+        )
         return (top, left, height, width, bool(flip)), features, importance
 
     def array(self, name: str, number: int) -> np.ndarray:
         if (name, number) not in self._arrays:
             path = self.folder / f"{name}-{number:05d}.npy"
             try:
-                self._arrays[name, number] = np.load(path, mmap_mode="r", allow_pickle=False)
-            except (OSError, ValueError, EOFError) as error:
+                self._arrays[name, number] = self.checked(np.lib.format.open_memmap(path, mode="r"), name, number)
+            except Exception as error:  # numpy raises many kinds for damaged headers
                 raise UserError(f"{path} cannot be read ({error}). Delete {self.folder} and run `dvc repro` again.") from None
         return self._arrays[name, number]
+
+    def checked(self, array: np.ndarray, name: str, number: int) -> np.ndarray:
+        """The array, once it has proved to be what bank.json says of it."""
+        kind, dimensions = ARRAYS[name]
+        rows = min(self.shard_images, self.images - number * self.shard_images)
+        last = {"features": self.feature_dim, "boxes": 5}.get(name, array.shape[-1] if array.ndim else 0)
+        if array.dtype != kind or array.ndim != dimensions or (*array.shape[:2], array.shape[-1]) != (rows, self.views, last):
+            raise ValueError(f"{array.dtype} {list(array.shape)}, which is not what bank.json says")
+        return array
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_arrays": {}}
