@@ -5,6 +5,7 @@ normalisation runs on the device, a batch at a time. Randomness comes from the g
 which the data set points at (seed, purpose, epoch, index) before each call (see rng.seed_globals).
 """
 
+import contextlib
 import math
 import random
 
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torchvision.io import ImageReadMode, decode_image
+from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
@@ -22,25 +23,18 @@ from milan.images import open_image, rgb
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 NORMALISATIONS = {"imagenet": IMAGENET, "clip": CLIP}
+JPEG = b"\xff\xd8\xff"  # what such a file begins with
 BICUBIC = v2.InterpolationMode.BICUBIC
 
 
 def decode(data: bytes, name: str = "image") -> Tensor:
     """Encoded bytes -> uint8 (3, H, W) RGB; orientation tags are ignored, as the reference's PIL loader does.
 
-    Raises UserError naming the image when it cannot be read."""
-    buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
-    try:
-        image = decode_image(buffer, mode=ImageReadMode.RGB)
-    except RuntimeError:
-        return decode_with_pil(data, name)
-    if image.ndim != 3:  # an animation
-        return decode_with_pil(data, name)
-    return image if image.dtype == torch.uint8 else (image.int() >> 8).to(torch.uint8)  # 16 bits a channel
-
-
-def decode_with_pil(data: bytes, name: str) -> Tensor:
-    """The slow, tolerant path: colour spaces and files that the fast decoder refuses."""
+    Raises UserError naming the image when it cannot be read. torchvision's decoder is the fast one, and is given JPEG alone:
+    a damaged PNG ends its process."""
+    if data.startswith(JPEG):
+        with contextlib.suppress(RuntimeError):  # what it refuses, such as some colour spaces, PIL may take
+            return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
     try:
         with open_image(data) as image:
             return F.pil_to_tensor(rgb(image))
