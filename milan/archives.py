@@ -281,8 +281,10 @@ class Rows:
         try:
             while number >= self.start + len(self.batch):
                 self.start, self.batch = self.start + len(self.batch), next(self.batches).column(0)
-        except BaseException:
+        except BaseException as error:
             self.group = None  # what follows a damaged page has to be looked for from the start
+            if isinstance(error, StopIteration):
+                raise ValueError("the file ends before this row") from None
             raise
         value = self.batch[number - self.start].as_py()
         data = value.get("bytes") if isinstance(value, dict) else value

@@ -78,12 +78,12 @@ def require_file(path: Path) -> None:
 
 
 def is_torchscript(path: Path) -> bool:
-    if path.suffix == ".safetensors" or not zipfile.is_zipfile(path):
+    if path.suffix == ".safetensors":
         return False
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("constants.pkl") for name in archive.namelist())
-    except Exception:  # a damaged directory raises many kinds; torch, which is asked next, opens no program either
+    except Exception:  # no zip, or a damaged one, which raises many kinds: torch, asked next, opens no program either
         return False
 
 
