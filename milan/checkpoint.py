@@ -56,6 +56,7 @@ def read_foreign(path: Path):
             "(OpenAI's CLIP: open_clip_model.safetensors, Hugging Face: timm/vit_base_patch16_clip_224.openai). A teacher's is "
             "opened when the recipe names it: set teacher.pretrained.sha256 to the digest that its publisher gives."
         )
+    refuse_bomb(path)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -78,13 +79,28 @@ def require_file(path: Path) -> None:
 
 
 def is_torchscript(path: Path) -> bool:
+    return any(member.filename.endswith("constants.pkl") for member in members(path))
+
+
+def refuse_bomb(path: Path) -> None:
+    """Raises UserError for a zip that says that it unpacks to more than itself; torch would unpack it, whatever the size."""
+    size = sum(member.file_size for member in members(path))
+    if size > path.stat().st_size:
+        raise UserError(
+            f"{path} is compressed, to be unpacked to {size:,} bytes, and a checkpoint of torch.save is not. It is not opened; "
+            "write it again with torch.save(model.state_dict(), file)."
+        )
+
+
+def members(path: Path) -> list[zipfile.ZipInfo]:
+    """Of a checkpoint that is a zip; none of any other file."""
     if path.suffix == ".safetensors":
-        return False
+        return []
     try:
         with zipfile.ZipFile(path) as archive:
-            return any(name.endswith("constants.pkl") for name in archive.namelist())
+            return archive.infolist()
     except Exception:  # no zip, or a damaged one, which raises many kinds: torch, asked next, opens no program either
-        return False
+        return []
 
 
 def refusal(path: Path, error: Exception) -> UserError:
