@@ -8,6 +8,7 @@ import argparse
 import hashlib
 import io
 import json
+import pickle
 import re
 import shutil
 import socket
@@ -81,6 +82,7 @@ def read_foreign(path: Path):
             "(OpenAI's CLIP: open_clip_model.safetensors, Hugging Face: timm/vit_base_patch16_clip_224.openai). A teacher's is "
             "opened when the recipe names it: set teacher.pretrained.sha256 to the digest that its publisher gives."
         )
+    refuse_bomb(path)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -109,13 +111,28 @@ def require_file(path: Path) -> None:
 
 
 def is_torchscript(path: Path) -> bool:
-    if path.suffix == ".safetensors" or not zipfile.is_zipfile(path):
-        return False
+    return any(member.filename.endswith("constants.pkl") for member in members(path))
+
+
+def refuse_bomb(path: Path) -> None:
+    """Raises UserError for a zip that says that it unpacks to more than itself; torch would unpack it, whatever the size."""
+    size = sum(member.file_size for member in members(path))
+    if size > path.stat().st_size:
+        raise UserError(
+            f"{path} is compressed, to be unpacked to {size:,} bytes, and a checkpoint of torch.save is not. It is not opened; "
+            "write it again with torch.save(model.state_dict(), file)."
+        )
+
+
+def members(path: Path) -> list[zipfile.ZipInfo]:
+    """Of a checkpoint that is a zip; none of any other file."""
+    if path.suffix == ".safetensors":
+        return []
     try:
         with zipfile.ZipFile(path) as archive:
-            return any(name.endswith("constants.pkl") for name in archive.namelist())
-    except Exception:  # a damaged directory raises many kinds; torch, which is asked next, opens no program either
-        return False
+            return archive.infolist()
+    except Exception:  # no zip, or a damaged one, which raises many kinds: torch, asked next, opens no program either
+        return []
 
 
 def refusal(path: Path, error: Exception) -> UserError:
@@ -192,6 +209,11 @@ class Scratch:
     def read(self, path: Path, map_location: str | torch.device = "cpu") -> dict:
         try:
             return torch.load(io.BytesIO(path.read_bytes()[32:]), map_location=map_location, weights_only=True)
+        except pickle.UnpicklingError:
+            raise UserError(
+                f"{path} is refused: it holds more than tensors and plain values, and as a pickle could run any code. Nothing "
+                f"in it was run. Delete {self.folder} and run again, which starts afresh."
+            ) from None
         except FileNotFoundError:
             raise UserError(
                 f"{path} is missing on {socket.gethostname()}: all nodes need this folder as one shared folder, {Path.cwd()}."

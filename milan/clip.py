@@ -4,6 +4,8 @@ open_clip's own model does the work; the tower only reads two things out of it t
 the projected features of every token, and the last block's class-token attention (clip_demo.py).
 """
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import open_clip
@@ -189,6 +191,19 @@ def read_config(folder: Path) -> dict:
     return config
 
 
+@contextlib.contextmanager
+def misfits_said(folder: Path) -> Iterator[None]:
+    """Turn what torch and open_clip raise over a teacher.json that describes no model, or not that of the weights beside
+    it, into an error that names the folder."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError, AssertionError, RuntimeError) as error:
+        said = f"{type(error).__name__}: {str(error)[:300]}"
+        raise UserError(
+            f"{folder}: teacher.json and teacher.safetensors make no teacher ({said}). Delete it and run `dvc repro` again."
+        ) from None
+
+
 def tiny_config(tiny: TinyClip, model: Model, token_ids: list[int]) -> dict:
     """teacher.json of a teacher that is trained here, for students of this size."""
     return {
@@ -205,8 +220,9 @@ def load_teacher(folder: Path) -> tuple[CLIP, Tokenizer, dict]:
     config = read_config(folder)
     if config["kind"] != "tiny":
         raise UserError(f"{folder} holds an image tower and no text tower: a released teacher is asked for features alone.")
-    tokenizer = Tokenizer(config["tiny"]["context_length"], config["token_ids"])
-    model = build_tiny(TinyClip(**config["tiny"]), config["image_size"], config["patch_size"], len(tokenizer))
+    with misfits_said(folder):
+        tokenizer = Tokenizer(config["tiny"]["context_length"], config["token_ids"])
+        model = build_tiny(TinyClip(**config["tiny"]), config["image_size"], config["patch_size"], len(tokenizer))
     load_into(model, Path(folder) / "teacher.safetensors")
     return model.eval().requires_grad_(False), tokenizer, config
 

@@ -5,7 +5,7 @@ A cell of notebook 1; mlflow ui compares the same runs with their curves.
 
 import pandas as pd
 
-from milan.results import MEASURES, TITLES
+from milan.results import MEASURES, TITLES, ZERO_SHOT
 from milan.runs import store, why
 from milan.table import markdown_table
 
@@ -30,8 +30,9 @@ def row_of(model, run) -> dict | None:
         return None
     metrics = {metric.key: metric.value for metric in model.metrics or []}
     recipe = {f"-S {key}": value for key, value in run.data.params.items() if not key.startswith(NO_RECIPE)}
+    measured = {**MEASURES, **ZERO_SHOT}
     minutes = {"minutes": run.data.metrics[SECONDS] / 60} if SECONDS in run.data.metrics else {}
-    return {"model": model.name, **minutes, **{TITLES[c]: metrics.get(name) for c, (_, name) in MEASURES.items()}, **recipe}
+    return {"model": model.name, **minutes, **{title: metrics.get(measured[column][1]) for column, title in TITLES.items()}, **recipe}
 
 
 def in_markdown(scale: str) -> str:

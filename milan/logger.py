@@ -14,6 +14,7 @@ import warnings
 from itertools import groupby
 from pathlib import Path
 
+from milan.discreet import discreet
 from milan.store import knock, store_uri
 from milan.tracking import SPOOLS, warn_of_undelivered
 
@@ -38,7 +39,7 @@ def deliver(spool: Path) -> None:
     except Exception as error:  # whatever ails the store must not lose events
         mark.touch()
         print(
-            f"{spool.name}: MLflow cannot be reached ({type(error).__name__}: {str(error)[:500]}); kept for the next logger.",
+            f"{spool.name}: MLflow cannot be reached ({type(error).__name__}: {discreet(str(error)[:500])}); kept for the next logger.",
             flush=True,
         )
 

@@ -18,6 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from milan import records
 from milan.errors import UserError
 from milan.files import code_digest, fingerprint, read_json, write_json
+from milan.images import DAMAGE, KINDS, open_image, rgb
 from milan.progress import track
 from milan.workers import ordered
 
@@ -131,11 +132,11 @@ def read_job(job: tuple[dict, int | None, int]) -> tuple[dict | None, str | None
             place = item["mask"]
             row["mask"] = checked_mask(place.read(), row["image"], classes)
     except UnidentifiedImageError:
-        return None, f"{place} (no image)"
+        return None, f"{place} (no image: none of {', '.join(KINDS)})"
     except UnicodeEncodeError:
         return None, f"{ascii(str(place))} (the name is not in UTF-8: rename it)"
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return None, f"{place} ({error or type(error).__name__})"
+    except DAMAGE as error:
+        return None, f"{place} ({str(error) or type(error).__name__})"
     return row, None
 
 
@@ -143,20 +144,20 @@ def checked_image(data: bytes, short_side: int | None) -> bytes:
     """An image's bytes, verbatim, once they have proved to decode; re-encoded only when they are to be shrunk."""
     if not data:
         raise ValueError("empty file")
-    with Image.open(io.BytesIO(data)) as image:
+    with open_image(data) as image:
         image.load()
         if short_side is None or min(image.size) <= short_side:
             return data
         factor = short_side / min(image.size)
         size = tuple(max(short_side, round(side * factor)) for side in image.size)
         out = io.BytesIO()
-        image.convert("RGB").resize(size, Image.BICUBIC, reducing_gap=3.0).save(out, "JPEG", quality=92, subsampling=0)
+        rgb(image).resize(size, Image.BICUBIC, reducing_gap=3.0).save(out, "JPEG", quality=92, subsampling=0)
         return out.getvalue()
 
 
 def has_labels(mask: bytes) -> bool:
     """Whether any pixel of an annotation is of a class, neither 0 nor 255."""
-    with Image.open(io.BytesIO(mask)) as image:
+    with open_image(mask) as image:
         return bool((np.asarray(image) % 255).any())
 
 
@@ -164,7 +165,7 @@ def checked_mask(data: bytes, image: bytes, classes: int) -> bytes:
     """An annotation's bytes, once they have proved to fit the image and to name no class beyond the last."""
     if not data:
         raise ValueError("empty file")
-    with Image.open(io.BytesIO(data)) as mask, Image.open(io.BytesIO(image)) as picture:
+    with open_image(data) as mask, open_image(image) as picture:
         if mask.mode not in ("L", "P"):
             raise ValueError(f"annotation of mode {mask.mode}, expected one 8-bit channel")
         if mask.size != picture.size:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import yaml
 
 from milan import runs
+from milan.discreet import discreet
 from milan.errors import UserError
 from milan.files import file_digest
 from milan.params import Params
@@ -52,11 +53,11 @@ def read_lock(path: Path, p: Params) -> dict[str, dict]:
     """Stage: {"deps", "outs": {path: DVC hash}}, of the active recipe's stages, in the order of the pipeline."""
     try:
         stages = (yaml.safe_load(path.read_text()) or {}).get("stages", {})
+        return digests(of_recipe(stages, p.variants, p.seeds))
     except FileNotFoundError:
         raise UserError(f"{path} is missing: `dvc repro` writes it, and git checkout -- {path} restores it.") from None
-    except (yaml.YAMLError, UnicodeDecodeError, AttributeError):
+    except (yaml.YAMLError, ValueError, RecursionError, AttributeError, TypeError, KeyError):
         raise UserError(f"{path} is no lock file of DVC's. git checkout -- {path} restores it.") from None
-    return digests(of_recipe(stages, p.variants, p.seeds))
 
 
 def of_recipe(stages: dict, variants: list[str], seeds: list[int]) -> dict:
@@ -87,7 +88,7 @@ def newest(name: str, entry: dict, found: list[Run]) -> Run | None:
 def read_data(folder: Path) -> Data:
     manifest = read_manifest(folder)
     splits = {name: split["images"] for name, split in manifest["splits"].items()}
-    return Data(folder, splits, str(manifest.get("source", "")), file_digest(folder / "manifest.json"))
+    return Data(folder, splits, discreet(str(manifest.get("source", ""))), file_digest(folder / "manifest.json"))
 
 
 def finished_runs(experiment: str) -> list[Run]:

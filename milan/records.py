@@ -12,13 +12,14 @@ import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 
 from milan.errors import UserError
 from milan.files import OTHER_DIGEST, damaged, file_digest, fingerprint, read_checked, whole_file, write_checked
 
 SCHEMA = {"image": pa.large_binary(), "name": pa.string(), "label": pa.int32(), "caption": pa.string(), "mask": pa.large_binary()}
-
+KINDS = {**SCHEMA, "crc": pa.uint32()}
 HEAVY = ("image", "mask")
 
 
@@ -27,7 +28,7 @@ def write_shard(path: Path, rows: Iterable[dict], columns: Iterable[str]) -> dic
 
     columns: all keys of the rows. Returns the shard's entry in the manifest {"file", "images", "sha256", "index"}. Raises
     UserError on a full disk."""
-    schema = pa.schema([*((name, kind) for name, kind in SCHEMA.items() if name in set(columns)), ("crc", pa.uint32())])
+    schema = pa.schema([(name, kind) for name, kind in KINDS.items() if name in {*columns, "crc"}])
     images = 0
     with whole_file(path) as sink, pa.ipc.new_file(sink, schema) as writer:
         # One batch an image batch of 256: a reader touches only the pages that it needs.
@@ -80,7 +81,37 @@ def read_manifest(folder: Path) -> dict:
     path = Path(folder) / "manifest.json"
     if not path.exists():
         raise UserError(f"{folder} holds no manifest.json, so it is no complete record set: run `dvc repro` to prepare it.")
-    return read_checked(path, splits=dict)
+    found = read_checked(path, splits=dict)
+    named = isinstance(found.get("classes", []), list) and all(isinstance(name, str) for name in found.get("classes", []))
+    if not named or not all(well_formed(split) for split in found["splits"].values()):
+        raise damaged(path, "a split lists no shards with their images, or classes have no names")
+    return found
+
+
+def well_formed(split) -> bool:
+    """Whether an entry of a split has what write_shard gave it: shards by plain names, and as many images as these hold."""
+    shards = split.get("shards") if isinstance(split, dict) else None
+    if not isinstance(shards, list) or not all(isinstance(shard, dict) for shard in shards):
+        return False
+    names, counts = ([shard.get(key) for shard in shards] for key in ("file", "images"))
+    plain = all(isinstance(name, str) and name == Path(name).name and name not in ("", "..") for name in names)
+    return plain and all(type(n) is int and n >= 0 for n in counts) and split.get("images") == sum(counts)
+
+
+def read_shard(path: Path, images: int, classes: int) -> pa.Table:
+    """A shard, memory-mapped. Its bookkeeping is checked, since Arrow would follow a damaged one out of the file and end
+    the process; the images' bytes are not touched. Raises OSError, ValueError or pa.ArrowException."""
+    table = opened(path)
+    table.validate(full=True)
+    kinds = {field.name: field.type for field in table.schema}
+    if not {"image", "crc"} <= kinds.keys() or any(KINDS.get(name) != kind for name, kind in kinds.items()) or len(table) != images:
+        raise ValueError("its rows or columns are not those of the manifest")
+    if table.column("image").null_count:
+        raise ValueError("a row without an image")
+    labels = table.column("label").to_numpy() if "label" in kinds and classes else np.zeros(0)
+    if not all(0 <= label < classes for label in np.unique(labels)):
+        raise ValueError(f"a label that is none of the {classes} classes")
+    return table
 
 
 class Records:
@@ -103,7 +134,7 @@ class Records:
     @property
     def classes(self) -> list[str]:
         """The names of the classes, in the order of the labels. Raises UserError when the images came without labels."""
-        if not self.manifest["classes"]:
+        if not self.manifest.get("classes"):
             raise UserError(
                 f"{self.folder} has no labels, since data.imagenet is a folder of images without classes. What needs none: "
                 "`dvc repro pretrain segment`. For linear evaluation and fine-tuning put the images into train/<class>/ and "
@@ -155,8 +186,7 @@ class Records:
         if number not in self._tables:
             path = self.path(number)
             try:
-                table = opened(path)
-                table.validate(full=True)  # places and lengths: what lies outside of the file would end the process
+                table = read_shard(path, self.shards[number]["images"], len(self.manifest.get("classes", [])))
                 digest = index_digest(table)
             except Exception as error:  # pyarrow raises many kinds
                 raise damaged(path, f"it cannot be read ({error})") from None

@@ -74,13 +74,16 @@ def read_results(metrics: Path, published: Path, p: Params) -> Results:
 
 def read_metrics(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(
             f"{path} is missing: an earlier stage writes it. Run `dvc repro`, which runs the stages in order."
         ) from None
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # JSON's and UTF-8's errors are ValueErrors
         raise UserError(f"{path} is no valid JSON ({error}). Delete it and run `dvc repro` again.") from None
+    if not isinstance(found, dict) or not all(isinstance(value, (int, float, str)) for value in found.values()):
+        raise UserError(f"{path} is no valid JSON object of numbers and words. Delete it and run `dvc repro` again.")
+    return found
 
 
 def value_of(path: Path, name: str):
@@ -124,12 +127,15 @@ def read_published(path: Path) -> pd.DataFrame:
         raise UserError(f"{path} is missing: it holds the published numbers (git checkout -- {path} restores it).")
     try:
         found = pd.read_csv(path, dtype={"epochs": "Int64", "batch_size": "Int64"})
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise UserError(f"{path} is no table of published numbers ({error}).") from None
     missing = [name for name in PUBLISHED if name not in found]
     if missing:
         raise UserError(f"{path} lacks the column {missing[0]}; it must have {', '.join(PUBLISHED)}.")
-    strange = sorted(set(found["kind"]) - set(KINDS))
+    words = [name for name in ("linear", "finetune", "miou") if not pd.api.types.is_numeric_dtype(found[name])]
+    if words:
+        raise UserError(f"{path}: the column {words[0]} holds what is no number; leave a cell empty where nothing is published.")
+    strange = sorted(set(found["kind"].astype(str)) - set(KINDS))
     if strange:
         raise UserError(f"{path}: kind must be {' or '.join(KINDS)}, not {strange[0]!r}.")
     return found

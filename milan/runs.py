@@ -31,7 +31,10 @@ def locked() -> dict[str, dict[str, str]]:
 def locked_now() -> dict[str, dict[str, str]]:
     """The same, without the variants and seeds that only earlier recipes had: DVC leaves theirs in dvc.lock."""
     recipe = read_yaml(RECIPE)
-    items = {f"{variant}-{seed}" for variant in recipe.get("variants", []) for seed in recipe.get("seeds", [])}
+    try:
+        items = {f"{variant}-{seed}" for variant in recipe.get("variants", []) for seed in recipe.get("seeds", [])}
+    except TypeError:
+        raise damaged(RECIPE) from None
     return {name: found for name, found in locked().items() if "@" not in name or name.partition("@")[2] in items}
 
 

@@ -187,8 +187,9 @@ def tracked(stage: Stage, main: Callable[[Stage], None]) -> None:
 
 
 def hashes(args: argparse.Namespace) -> dict[str, str]:
-    """DVC's hashes of the files and folders that the stage was given, as they stand in dvc.lock."""
-    paths = {str(path) for name, path in vars(args).items() if isinstance(path, Path) and name != "params" and path.exists()}
+    """DVC's hashes of the files and folders that the stage was given, as they stand in dvc.lock, where no path is absolute."""
+    given = [path for name, path in vars(args).items() if isinstance(path, Path) and name != "params"]
+    paths = {str(path) for path in given if path.exists() and not path.is_absolute()}
     return {f"dvc:{path}": digest for path in sorted(paths) if (digest := dvc_hash(Path(path)))}
 
 

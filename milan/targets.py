@@ -19,8 +19,9 @@ from milan import rng, transforms
 from milan.errors import UserError
 from milan.files import OTHER_DIGEST, damaged, existing_parent, full_disk_said, read_checked, write_checked
 
-ARRAYS = ("features", "importance", "boxes")
-FILES = (*ARRAYS, "crc")
+# kind of number, dimensions; of the checksums, one for each of the others
+ARRAYS = {"features": (np.float16, 4), "importance": (np.float32, 3), "boxes": (np.int32, 3)}
+FILES = {**ARRAYS, "crc": (np.uint32, 3)}
 
 
 def view_box(seed: int, view: int, index: int, height: int, width: int, scale: list[float]) -> tuple[int, int, int, int, bool]:
@@ -82,12 +83,17 @@ class Bank:
         path = self.folder / "bank.json"
         if not path.exists():
             raise UserError(f"{folder} holds no bank.json, so it is no complete target bank: run `dvc repro` to extract it.")
-        self.info = read_checked(path, views=int, shard_images=int, feature_dim=int)
-        self.views, self.shard_images, self.feature_dim = (self.info[k] for k in ("views", "shard_images", "feature_dim"))
+        self.info = read_checked(path, views=int, shard_images=int, feature_dim=int, images=int)
+        sizes = [self.info[name] for name in ("views", "shard_images", "feature_dim", "images")]
+        if min(sizes) < 1:
+            raise UserError(f"{path} tells of no views, or of no images: set extract_targets.views and run `dvc repro` again.")
+        self.views, self.shard_images, self.feature_dim, self.images = sizes
         self._arrays: dict[tuple[str, int], np.ndarray] = {}
 
     def __getitem__(self, place: tuple[int, int]) -> tuple[tuple, Tensor, Tensor]:
         view, index = place
+        if index >= self.images:
+            raise UserError(f"{self.folder} is the bank of {self.images} images, and of none beyond. Run `dvc repro` again.")
         number, row = divmod(index, self.shard_images)
         features, importance, box = (self.sound(name, number, row, view) for name in ARRAYS)
         top, left, height, width, flip = box.tolist()
@@ -96,7 +102,7 @@ class Bank:
     def sound(self, name: str, number: int, row: int, view: int) -> np.ndarray:
         """A view's part of an array, copied, its CRC-32 compared."""
         found = self.array(name, number)[row, view].copy()
-        if zlib.crc32(found.data) != self.array("crc", number)[row, view, ARRAYS.index(name)]:
+        if zlib.crc32(found.data) != self.array("crc", number)[row, view, list(ARRAYS).index(name)]:
             raise damaged(self.file(name, number), f"of row {row}, view {view} {OTHER_DIGEST}")
         return found
 
@@ -107,10 +113,19 @@ class Bank:
         if (name, number) not in self._arrays:
             path = self.file(name, number)
             try:
-                self._arrays[name, number] = np.load(path, mmap_mode="r", allow_pickle=False)
+                self._arrays[name, number] = self.checked(np.lib.format.open_memmap(path, mode="r"), name, number)
             except Exception as error:  # numpy reads the header as Python, and raises many kinds
                 raise damaged(path, f"it cannot be read ({error})") from None
         return self._arrays[name, number]
+
+    def checked(self, array: np.ndarray, name: str, number: int) -> np.ndarray:
+        """The array, once it has proved to be what bank.json says of it."""
+        kind, dimensions = FILES[name]
+        rows = min(self.shard_images, self.images - number * self.shard_images)
+        last = {"features": self.feature_dim, "boxes": 5, "crc": len(ARRAYS)}.get(name, array.shape[-1] if array.ndim else 0)
+        if array.dtype != kind or array.ndim != dimensions or (*array.shape[:2], array.shape[-1]) != (rows, self.views, last):
+            raise ValueError(f"{array.dtype} {list(array.shape)}, which is not what bank.json says")
+        return array
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_arrays": {}}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from milan import transforms
 from milan.checkpoint import load_weights
-from milan.clip import ClipTower, Tower, build_tiny, build_visual, mean_attention, read_config
+from milan.clip import ClipTower, Tower, build_tiny, build_visual, mean_attention, misfits_said, read_config
 from milan.distributed import autocast, resolve_precision
 from milan.errors import UserError
 from milan.params import Compute, TinyClip
@@ -75,9 +75,10 @@ def build_tower(config: dict) -> Tower:
 
 def load_tower(folder: Path, compute: Compute, device: torch.device) -> Tower:
     """The frozen image tower on its device, in the recipe's precision."""
-    tower = build_tower(read_config(folder))
-    weights = load_weights(Path(folder) / "teacher.safetensors")
-    tower.load_state_dict({name: tensor for name, tensor in weights.items() if name.startswith("visual.")})
+    config, weights = read_config(folder), load_weights(Path(folder) / "teacher.safetensors")
+    with misfits_said(folder):
+        tower = build_tower(config)
+        tower.load_state_dict({name: tensor for name, tensor in weights.items() if name.startswith("visual.")})
     return tower.eval().requires_grad_(False).to(device).lowered(resolve_precision(compute, device))
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 
+from milan.discreet import discreet
 from milan.files import dvc_hash
 
 SPOOLS = Path(".scratch/tracking")
@@ -50,7 +51,7 @@ class Tracker:
     def reads(self, *splits) -> None:
         """The datasets of this run: splits of records (milan.records.Records)."""
         for split in splits:
-            self.event("dataset", **split.about())
+            self.event("dataset", **{name: discreet(value) for name, value in split.about().items()})
 
     def model(self, folder: Path, name: str) -> None:
         """Log the weights in a folder as this run's model, known by their DVC hash."""
@@ -76,7 +77,7 @@ class Logger:
         self.tracker = Tracker(SPOOLS / f"{time.time_ns()}-{os.getpid()}.jsonl")
         self.alive = hold(self.tracker.spool)
         self.tracker.event("start", name=name, experiment=experiment, pipeline=pipeline_execution(), tags=tags)
-        self.tracker.event("params", values={name: without_home(value) for name, value in params.items()})
+        self.tracker.event("params", values={name: discreet(value) for name, value in params.items()})
         # In a session of its own: a Ctrl-C in the terminal ends the stage, and the logger says so in MLflow.
         command = [sys.executable, "-m", "milan.logger", str(self.tracker.spool)]
         with open(LOG, "a") as log:
@@ -104,13 +105,6 @@ def warn_of_undelivered() -> None:
             f"`python -m milan.logger`. See {LOG}.",
             file=sys.stderr,
         )
-
-
-def without_home(value):
-    """A path in the home folder begins with ~, since the folder's name is the user's."""
-    home = os.path.expanduser("~")
-    inside = isinstance(value, str) and len(Path(home).parts) > 1 and Path(value).is_relative_to(home)
-    return str(Path("~") / Path(value).relative_to(home)) if inside else value
 
 
 def pipeline_execution() -> str:

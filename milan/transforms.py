@@ -5,7 +5,7 @@ normalisation runs on the device, a batch at a time. Randomness comes from the g
 which the data set points at (seed, purpose, epoch, index) before each call (see rng.seed_globals).
 """
 
-import io
+import contextlib
 import math
 import random
 
@@ -13,37 +13,31 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torchvision.io import ImageReadMode, decode_image
+from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from milan.errors import UserError
+from milan.images import open_image, rgb
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 NORMALISATIONS = {"imagenet": IMAGENET, "clip": CLIP}
+JPEG = b"\xff\xd8\xff"  # what such a file begins with
 BICUBIC = v2.InterpolationMode.BICUBIC
 
 
 def decode(data: bytes, name: str = "image") -> Tensor:
     """Encoded bytes -> uint8 (3, H, W) RGB; orientation tags are ignored, as the reference's PIL loader does.
 
-    Raises UserError naming the image when it cannot be read."""
-    buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+    Raises UserError naming the image when it cannot be read. torchvision's decoder is the fast one, and is given JPEG alone:
+    a damaged PNG ends its process."""
+    if data.startswith(JPEG):
+        with contextlib.suppress(RuntimeError):  # what it refuses, such as some colour spaces, PIL may take
+            return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
     try:
-        image = decode_image(buffer, mode=ImageReadMode.RGB)
-    except RuntimeError:
-        return decode_with_pil(data, name)
-    if image.ndim != 3:  # an animation
-        return decode_with_pil(data, name)
-    return image if image.dtype == torch.uint8 else (image.int() >> 8).to(torch.uint8)  # 16 bits a channel
-
-
-def decode_with_pil(data: bytes, name: str) -> Tensor:
-    """The slow, tolerant path: colour spaces and files that the fast decoder refuses."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return F.pil_to_tensor(image.convert("RGB"))
+        with open_image(data) as image:
+            return F.pil_to_tensor(rgb(image))
     except Exception as error:  # PIL raises many kinds for broken files
         raise UserError(f"{name} is no readable image ({error}). Replace or remove it and prepare again.") from None
 
@@ -99,6 +93,8 @@ def crop(image: Tensor, box: tuple[int, int, int, int, bool], size: int) -> Tens
     """Cut `box` out of uint8 (3, H, W), resize to (3, size, size) bicubic, flip when it says so."""
     top, left, height, width, flip = box
     cut = image[:, top : top + height, left : left + width].unsqueeze(0)
+    if cut.shape[2:] != (height, width) or not cut.numel():
+        raise UserError(f"The box {tuple(box)} leaves its image, {tuple(image.shape[1:])}: the target bank is of other images.")
     # The kernel behind v2's resized_crop, whose dispatch costs a fifth of it.
     cut = interpolate(cut, (size, size), mode="bicubic", antialias=True).squeeze(0)
     return cut.flip(-1) if flip else cut
@@ -204,7 +200,7 @@ def contrast(image: Tensor) -> Tensor:
 def decode_annotation(data: bytes, name: str = "annotation") -> Tensor:
     """Encoded one-channel label image -> uint8 (H, W), values as stored."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with open_image(data) as image:
             if image.mode not in ("L", "P"):
                 raise ValueError(f"mode {image.mode}, expected one 8-bit channel")
             return F.pil_to_tensor(image).squeeze(0)

@@ -123,8 +123,9 @@ def importance_on_objects(p: Params, val: Records, tower: Tower, device: torch.d
     known = [i for i, mask in enumerate(val.column("mask")) if mask is not None]
     samples = CentreSamples(val, p.linear_eval.resize, p.model.image_size)
     images = torch.stack([samples[i]["image"] for i in known])
-    masks = torch.stack([transforms.decode_annotation(val[i]["mask"]) for i in known])
-    cover = torch.nn.functional.adaptive_avg_pool2d((masks.unsqueeze(1) > 127).float(), p.model.grid).flatten(1)
+    whole = (transforms.decode_annotation(val[i]["mask"]).unsqueeze(0) for i in known)
+    masks = torch.stack([transforms.centre(mask, p.linear_eval.resize, p.model.image_size) for mask in whole])
+    cover = torch.nn.functional.adaptive_avg_pool2d((masks > 127).float(), p.model.grid).flatten(1)
     importance = look(tower, images.to(device), p.compute, p.extract_targets.normalisation, p.model.grid)[1].cpu()
     return object_shares(importance, cover)
 

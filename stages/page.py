@@ -11,6 +11,7 @@ to run: the page is in git and no out of DVC's, and dvc.lock stays as it is. Cos
 from pathlib import Path
 
 from milan import machine, page, provenance
+from milan.discreet import discreet
 from milan.files import write_whole
 from milan.results import read_results
 from milan.stage import Stage, git_revision, present, run
@@ -24,7 +25,9 @@ def main(stage: Stage) -> None:
     trail = provenance.origins(lock, runs_known(stage))
     bars = page.picture(present(a.plots / "bars.png"), "Our variants", page.BARS)
     here = {"revision": git_revision(), "hardware": machine.hardware(p.compute.device)}
-    text = page.render(results, page.read_pictures(a.figures, a.notebooks), bars, trail, data, here, a.params.read_text())
+    text = page.render(
+        results, page.read_pictures(a.figures, a.notebooks), bars, trail, data, here, discreet(a.params.read_text())
+    )
     write_whole(a.out, text.encode())
     stage.tracker.artifact(a.out, "report")
     known = sum(origin.run is not None for origin in trail)
@@ -37,7 +40,7 @@ def runs_known(stage: Stage) -> list[provenance.Run]:
         if provenance.turn_came(stage.tracker.spool):
             return provenance.finished_runs(f"milan-{stage.params.scale}")
     except Exception as error:  # whatever ails the store must not keep the page
-        print(f"page: {type(error).__name__}: {str(error)[:500]}", flush=True)
+        print(f"page: {type(error).__name__}: {discreet(str(error)[:500])}", flush=True)
     print("page: MLflow is out of reach, so hours and hardware are left out.", flush=True)
     return []
 

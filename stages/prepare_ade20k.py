@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 from milan import records, scenes, sources, world
+from milan.discreet import discreet
 from milan.errors import UserError
 from milan.files import SCRATCH, whole_folder
 from milan.packing import Packing, has_labels
@@ -48,7 +49,7 @@ def pack(root: Path, folder: Path, params: Params, given: str | None) -> dict:
     sources.refuse_too_few({"segment": (params.segment.batch_size, len(items["train"]))}, params.world)
     classes = scenes.scene_classes(places, p.classes)
     splits = Packing(folder, p.shard_images, os.cpu_count(), classes=p.classes).pack(items)
-    manifest = records.write_manifest(folder, splits=splits, classes=classes, source=given or "the built-in world")
+    manifest = records.write_manifest(folder, splits=splits, classes=classes, source=discreet(given or "the built-in world"))
     refuse_unlabelled(folder, root)
     records.drop_unlisted(folder)
     return manifest

@@ -22,6 +22,7 @@ import shutil
 from pathlib import Path
 
 from milan import records, sources, world
+from milan.discreet import discreet
 from milan.errors import UserError
 from milan.files import SCRATCH, whole_folder
 from milan.packing import Packing
@@ -69,7 +70,7 @@ def pack(root: Path, folder: Path, params: Params, given: str | None) -> dict:
     packing = Packing(folder, p.shard_images, os.cpu_count(), p.short_side)
     splits = packing.pack({"train": images.train, "val": images.val, **({"pairs": pairs} if pairs else {})})
     manifest = records.write_manifest(
-        folder, splits=splits, wnids=images.wnids, classes=images.classes, source=given or "the built-in world"
+        folder, splits=splits, wnids=images.wnids, classes=images.classes, source=discreet(given or "the built-in world")
     )
     records.drop_unlisted(folder)
     return manifest

@@ -156,8 +156,9 @@ def test_a_parent_that_executed_all_links_nothing(store):
 
 def test_pretrained_models_side_by_side(store):
     """With what evaluated them; of the recipe only what differs, and no column for the number of processes."""
+    no_text = {"Zero-shot": None, "Zero-shot, masked": None}
     (row,) = compare.pretrained_models(store, "test").to_dict("records")
-    assert row == {"model": "milan-0", "Linear eval": 30.0, "k-NN": None, "Fine-tuning": 34.5, "ADE20K mIoU": None}
+    assert row == {"model": "milan-0", "Linear eval": 30.0, "k-NN": None, **no_text, "Fine-tuning": 34.5, "ADE20K mIoU": None}
     assert compare.pretrained_models(store, "of nobody").empty
     run = store.get_run(store.search_logged_models([experiment(store)])[0].source_run_id)
     models = [SimpleNamespace(name=name, metrics=[], source_run_id=name) for name in "ab"]
@@ -175,7 +176,7 @@ def test_pretrained_models_side_by_side(store):
 
 
 def test_a_store_that_is_away_is_said_in_the_notebook(tmp_path, monkeypatch, store):
-    assert "| milan-0 | 30.0 | – | 34.5 | – |" in compare.in_markdown("test")
+    assert "| milan-0 | 30.0 | – | – | – | 34.5 | – |" in compare.in_markdown("test")
     assert compare.in_markdown("smoke") == "MLflow has no pretrained model of the experiment milan-smoke yet."
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/nowhere.db")
     assert "nowhere.db" in compare.in_markdown("test") and "no runs are compared" in compare.in_markdown("test")

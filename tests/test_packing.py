@@ -92,7 +92,7 @@ def test_all_broken_files_are_listed_at_once_wherever_they_lie(tmp_path, kind, n
     for name in broken_files():
         assert said.count(named.format(name)) == 1, said
     assert "z.JPEG" not in said and "a.JPEG" not in said
-    assert "zero.JPEG (empty file)" in said.replace(") (", " (") and "(no image)" in said
+    assert "zero.JPEG (empty file)" in said.replace(") (", " (") and "(no image: none of JPEG, PNG, WEBP, BMP, GIF)" in said
 
 
 def test_a_damaged_member_of_a_zip_is_listed(tmp_path):

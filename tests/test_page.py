@@ -256,7 +256,7 @@ def test_claims_are_judged_from_three_seeds_on():
     assert "<code>dvc exp run -S &#39;seeds=[0,1,2]&#39;</code>" in said
     p = dataclasses.replace(results().params, seeds=[0, 1, 2])
     runs = [("mae", seed, 10.0) for seed in range(3)] + [("milan", seed, 11.0 + seed) for seed in range(3)]
-    runs = pd.DataFrame([{"variant": v, "seed": seed, **dict.fromkeys(MEASURES, value)} for v, seed, value in runs])
+    runs = pd.DataFrame([{"variant": v, "seed": seed, **dict.fromkeys(TITLES, value)} for v, seed, value in runs])
     cells = rendered(results(params=p, runs=runs, ours=summary(runs)), []).texts("td", "th")
     at = cells.index("MILAN is above MAE")
     assert cells[at + 1 : at + 7] == ["MILAN – MAE", "Linear eval", "+2.00", "-0.48 to +4.48", "3", "inconclusive"]

@@ -89,7 +89,7 @@ def image_records(folder) -> Records:
         out = io.BytesIO()
         Image.fromarray(np.stack([x * 3, y * 3, np.full_like(x, 40 * index)], axis=-1)).save(out, "PNG")
         rows.append({"image": out.getvalue(), "name": str(index), "label": index})
-    records.write_manifest(folder, splits={"train": write_split(folder, "train", rows, 3)}, classes=["a"])
+    records.write_manifest(folder, splits={"train": write_split(folder, "train", rows, 3)}, classes=list("abcdefgh")[:IMAGES])
     return Records(folder, "train")
 
 

@@ -304,12 +304,3 @@ def test_no_stage_needs_mlflow():
     code = "import sys, milan.stage, milan.tracking; print('mlflow' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
-
-
-def test_a_path_in_the_home_folder_does_not_name_its_user(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/alice")
-    assert tracking.without_home("/home/alice/data/imagenet") == "~/data/imagenet"
-    assert tracking.without_home("/home/alicent/data") == "/home/alicent/data"
-    assert [tracking.without_home(value) for value in (0.5, None, "milan")] == [0.5, None, "milan"]
-    monkeypatch.setenv("HOME", "/")
-    assert tracking.without_home("/data/imagenet") == "/data/imagenet"
