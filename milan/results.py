@@ -99,7 +99,8 @@ def read_runs(metrics: Path, p: Params) -> pd.DataFrame:
         found = {column: value_of(path[stage], name) for column, (stage, name) in MEASURES.items()}
         return found | {column: read_metrics(path[stage]).get(name, float("nan")) for column, (stage, name) in ZERO_SHOT.items()}
 
-    return pd.DataFrame([{"variant": v, "seed": s, **numbers(v, s)} for v in p.variants for s in p.seeds])
+    rows = [{"variant": v, "seed": s, **numbers(v, s)} for v in p.variants for s in p.seeds]
+    return pd.DataFrame(rows, columns=["variant", "seed", *TITLES])
 
 
 def summary(runs: pd.DataFrame) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import math
 from pathlib import Path
 
 import pandas as pd
@@ -9,7 +10,7 @@ import pytest
 
 from milan import claims, table
 from milan.params import read_params
-from milan.results import MEASURES, Data, Results, read_published, summary
+from milan.results import MEASURES, TITLES, Data, Results, read_published, summary
 
 RATIO = {"linear": 1.0, "knn": -1.0, "finetune": 10.0, "miou": 0.0}  # of each measure to the number given
 
@@ -20,7 +21,7 @@ def results(**values: list[float]) -> Results:
     p = dataclasses.replace(read_params("params.yaml"), variants=list(values), seeds=seeds)
     runs = pd.DataFrame(
         [
-            {"variant": variant, "seed": seed, **{column: RATIO[column] * numbers[seed] for column in MEASURES}}
+            {"variant": variant, "seed": seed, **{column: RATIO.get(column, math.nan) * numbers[seed] for column in TITLES}}
             for variant, numbers in values.items()
             for seed in seeds
         ]
