@@ -66,12 +66,14 @@ def text_tower(source: Pretrained, state: State, path: Path, wording: Wording) -
     config = open_clip.get_model_config(source.model) if source.library == "open_clip" else {"text_cfg": {}}
     sizes, words = config["text_cfg"], state.get("token_embedding.weight")
     try:
-        if words is None or len(words) != len(Tokenizer(1)) or not set(sizes) <= TEXT_SIZES:
+        if words is None or words.shape[:1] != (len(Tokenizer(1)),) or not set(sizes) <= TEXT_SIZES:
             raise UserError(f"{path} has no text tower of OpenAI's kind.")
         length = longest(wording, sizes["context_length"])
         model = build_text(config["embed_dim"], {**sizes, "context_length": length}, config.get("quick_gelu", False))
-        short = {name: tensor[:length] if name == "positional_embedding" else tensor for name, tensor in state.items()}
-        load_state(model, {name: short[name] for name in model.state_dict() if name in short}, path)
+        given = {name: state[name] for name in model.state_dict() if name in state}
+        check_weights(given, path)
+        short = {name: t[:length] if name == "positional_embedding" and t.ndim else t for name, t in given.items()}
+        load_state(model, short, path)
     except UserError as error:  # an image tower is all that a teacher needs
         print(f"No zero-shot accuracies and no text heat maps with this teacher: {error}", flush=True)
         return None

@@ -110,6 +110,10 @@ def broken(state: dict, lacking: str) -> dict:
         return {name: tensor for name, tensor in state.items() if name != "ln_final.bias"}
     if lacking == "other words":
         return {**state, "token_embedding.weight": torch.zeros(20, 16)}
+    if lacking == "a place":
+        return {**state, "positional_embedding": torch.zeros(())}
+    if lacking == "a table":
+        return {**state, "token_embedding.weight": torch.zeros(())}
     return {**state, "ln_final.bias": torch.full((16,), float("nan"))}
 
 
@@ -117,6 +121,8 @@ SAID = {
     "all": "has no text tower of OpenAI's kind",
     "one": "missing: ln_final.bias",
     "other words": "has no text tower of OpenAI's kind",
+    "a place": "misshapen: positional_embedding is []",
+    "a table": "has no text tower of OpenAI's kind",
     "sense": "ln_final.bias holds values that are no finite numbers",
 }
 
