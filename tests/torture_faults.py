@@ -132,8 +132,9 @@ def fill(clone: Clone, stage: str, place: Path) -> None:
     """The stage's own command with its results on a disk of half their size, and again when there is room."""
     results = {word: str(Path(word).name) for word in places(clone, stage)}
     words = [f"full/{results[word]}" if word in results else word for word in shlex.split(clone.truth[stage]["cmd"])[1:]]
-    half = sum(size_of(clone.folder / word) for word in results) // 2 // 4096 * 4096
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={max(4096, half)}", "none", place], check=True)
+    size = sum(out["size"] for out in clone.truth[stage].get("outs", [])) or (clone.folder / next(iter(results))).stat().st_size
+    half = max(4096, size // 2 // 4096 * 4096)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={half}", "none", place], check=True)
     try:
         running = clone.start(*words)
         said = running.wait()
@@ -156,10 +157,6 @@ def places(clone: Clone, stage: str) -> list[str]:
     if "--published" in words:  # the last stages read the metrics
         given.pop("--metrics")
     return list(given.values())
-
-
-def size_of(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) if path.is_dir() else path.stat().st_size
 
 
 def whole(clone: Clone, place: Path, results: dict[str, str], all_there: bool = False) -> None:
