@@ -354,6 +354,14 @@ def test_the_search_finds(call):
     assert dangers(f"def f():\n    return {call}")
 
 
+def test_every_package_is_pinned():
+    """To one version by Python's version; `make audit` asks what is known of them."""
+    lines = [line.split(";")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    packages = [line for line in lines if line and not line.startswith("#")]
+    assert len(packages) > 100
+    assert [line for line in packages if not re.fullmatch(r"[\w.\[\],-]+==[\w.+!]+", line)] == []
+
+
 # Servers.
 
 
