@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: repro test torture plan evidence setup lock
+.PHONY: repro test torture plan evidence setup lock audit
 repro: setup ## the whole pipeline, then the table
 	@dvc repro
 	@cat reports/table.md
@@ -37,3 +37,8 @@ setup: .venv/.installed ## .venv with the pinned requirements.txt
 
 lock: ## requirements.txt anew from requirements.in (needs uv)
 	uv pip compile --universal --python-version 3.10 --no-header --quiet requirements.in -o requirements.txt
+
+audit: ## known vulnerabilities of the pinned packages (asks PyPI)
+	@$(PYTHON) -m venv .venv-audit
+	@.venv-audit/bin/python -m pip install --quiet pip-audit
+	@.venv-audit/bin/pip-audit --strict --no-deps --disable-pip -r requirements.txt

@@ -8,7 +8,6 @@ import argparse
 import hashlib
 import io
 import json
-import pickle
 import re
 import shutil
 import socket
@@ -209,14 +208,16 @@ class Scratch:
     def read(self, path: Path, map_location: str | torch.device = "cpu") -> dict:
         try:
             return torch.load(io.BytesIO(path.read_bytes()[32:]), map_location=map_location, weights_only=True)
-        except pickle.UnpicklingError:
-            raise UserError(
-                f"{path} is refused: it holds more than tensors and plain values, and as a pickle could run any code. Nothing "
-                f"in it was run. Delete {self.folder} and run again, which starts afresh."
-            ) from None
         except FileNotFoundError:
             raise UserError(
                 f"{path} is missing on {socket.gethostname()}: all nodes need this folder as one shared folder, {Path.cwd()}."
+            ) from None
+        except (OSError, torch.OutOfMemoryError):
+            raise
+        except Exception:  # torch raises many kinds for what it did not write itself
+            raise UserError(
+                f"{path} is refused: it holds other things than tensors and plain values. Nothing in it was run. Delete "
+                f"{self.folder} and run again, which starts afresh."
             ) from None
 
     def load(self) -> dict | None:

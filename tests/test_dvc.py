@@ -93,6 +93,11 @@ def test_what_may_not_change_a_result_reruns_nothing(stage):
     assert not {key.split(".")[0] for _, key in keys_of(stage)} & {"runtime", *([] if stage in written else ["scale"])}
 
 
+@pytest.mark.parametrize("stage", ["teacher", "extract_targets", "pretrain", "linear_eval", "finetune", "segment"])
+def test_what_changes_the_last_bits_reruns_what_computes(stage):
+    assert ("params.yaml", "compute") in keys_of(stage)
+
+
 def test_the_figures_depend_on_every_notebook():
     assert {path.relative_to(ROOT).as_posix() for path in ROOT.glob("notebooks/*.ipynb")} <= set(entry("figures")["deps"])
 
