@@ -14,7 +14,8 @@ from milan.checkpoint import load_weights, save_weights
 from milan.encoder import build_vit
 from milan.errors import UserError
 from milan.files import read_json, write_json
-from milan.params import Finetune, Model, build, choice
+from milan.params import Finetune, Model
+from milan.typed import build, choice
 
 POOLS = {"mean": "avg", "cls": "token"}
 

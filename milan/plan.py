@@ -28,11 +28,12 @@ from milan.encoder import Encoder
 from milan.errors import UserError
 from milan.files import refusals_said
 from milan.model import MaskedPretraining
-from milan.params import Params, Recipe, Training, build, read_params
+from milan.params import Params, Recipe, Training, read_params
 from milan.pretrained import describe
 from milan.stage import fail
 from milan.targets import bank_bytes
 from milan.teachers import build_tower
+from milan.typed import build
 
 IMAGE_BYTES = 110_000  # of an ImageNet JPEG, in the mean
 SCENE_BYTES = 45_000  # of an ADE20K scene with its annotation, in the mean

@@ -26,8 +26,9 @@ from milan.class_text import Wording, save_class_text
 from milan.clip import Tokenizer, build_text, embed_classes, save_teacher
 from milan.errors import UserError
 from milan.files import file_digest
-from milan.params import Pretrained, nearest
+from milan.params import Pretrained
 from milan.teachers import Tower, build_tower
+from milan.typed import nearest
 
 State = dict[str, Tensor]
 TEXT_SIZES = {"context_length", "vocab_size", "width", "heads", "layers"}  # all that OpenAI's text towers differ in

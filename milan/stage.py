@@ -18,7 +18,8 @@ from pathlib import Path
 from milan import machine, tracking
 from milan.errors import PREEMPTED, Preempted, UserError
 from milan.files import SCRATCH, dvc_hash, existing_parent, file_digest, fingerprint, refusals_said, write_json, write_whole
-from milan.params import Params, nearest, read_params
+from milan.params import Params, read_params
+from milan.typed import nearest
 
 LAST_STAGE = "page"
 STOPPED = "Stopped. What was saved is kept; run `dvc repro` again to continue."

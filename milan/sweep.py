@@ -23,12 +23,12 @@ from milan import costs, plots
 from milan.costs import COSTS
 from milan.errors import UserError
 from milan.files import write_whole
-from milan.params import nearest
 from milan.plots import Figure, plt
 from milan.provenance import Run, of_recipe
 from milan.results import MEASURES, TITLES, method
 from milan.stage import fail
 from milan.table import markdown_table
+from milan.typed import nearest
 
 LOADER, DUMPER = (getattr(yaml, f"CSafe{kind}", getattr(yaml, f"Safe{kind}")) for kind in ("Loader", "Dumper"))
 FREE = ("variants", "seeds", "runtime")  # what may differ within a sweep besides its key

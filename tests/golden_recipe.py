@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from milan import model as pretraining
-from milan import optim, params, transforms
+from milan import optim, params, transforms, typed
 from milan.classifier import FinetuneLoss, build_classifier
 from milan.decoder import DECODERS
 from milan.encoder import Encoder, build_vit
@@ -33,7 +33,7 @@ TINY = params.Model("golden", 8, 4, params.Tower(16, 3, 2), params.Tower(12, 2, 
 def composed(scale: str) -> params.Params:
     with initialize_config_dir(str(CONF), version_base=None):
         tree = OmegaConf.to_container(compose("config", overrides=[f"scale={scale}"]))
-    return params.build(params.Params, tree, f"conf/scale/{scale}.yaml")
+    return typed.build(params.Params, tree, f"conf/scale/{scale}.yaml")
 
 
 def recipe(content: dict) -> Iterator[tuple]:

@@ -9,7 +9,8 @@ from milan import optim, rng
 from milan.classifier import FinetuneLoss, build_classifier
 from milan.encoder import Encoder
 from milan.errors import UserError
-from milan.params import Finetune, Model, Params, Tower, build
+from milan.params import Finetune, Model, Params, Tower
+from milan.typed import build
 
 MODEL = Model("small", 16, 8, Tower(16, 2, 2), Tower(16, 1, 2))
 CLASSES = 5

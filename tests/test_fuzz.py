@@ -45,7 +45,8 @@ from milan.archives import File
 from milan.classifier import About, load_classifier, save_classifier
 from milan.encoder import build_vit
 from milan.errors import UserError
-from milan.params import Model, Params, TinyClip, Tower, arithmetic, build, read_params
+from milan.params import Model, Params, TinyClip, Tower, read_params
+from milan.typed import arithmetic, build
 from tests.layouts import tar, zipped
 
 EXAMPLES = int(os.environ.get("MILAN_FUZZ", "25"))

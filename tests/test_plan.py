@@ -14,7 +14,8 @@ from milan import plan
 from milan.clip import ClipTower, build_tiny
 from milan.errors import UserError
 from milan.model import MaskedPretraining
-from milan.params import Params, Pretrained, build, read_params
+from milan.params import Params, Pretrained, read_params
+from milan.typed import build
 from tests.conftest import change
 
 

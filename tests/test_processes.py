@@ -14,8 +14,9 @@ from milan.clip import build_tiny
 from milan.encoder import Encoder
 from milan.errors import Preempted
 from milan.fit import fit
-from milan.params import Params, build
+from milan.params import Params
 from milan.probe import LinearHead, ProbeLoss
+from milan.typed import build
 from stages import finetune, linear_eval, segment
 from tests.test_fit import BATCH, COMPUTE, SAMPLES, Points, assert_same, at, kill, launched, patient, rank_of, settings, train
 

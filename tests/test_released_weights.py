@@ -12,8 +12,9 @@ from milan.clip import load_teacher
 from milan.errors import UserError
 from milan.files import read_checked
 from milan.model import MaskedPretraining
-from milan.params import Model, Params, Recipe, build
+from milan.params import Model, Params, Recipe
 from milan.stage import Stage
+from milan.typed import build
 from stages import extract_targets, linear_eval, prepare_imagenet, pretrain, teacher
 from tests.conftest import change
 from tests.test_dvc import entry

@@ -33,9 +33,10 @@ from milan.classifier import load_classifier
 from milan.clip import load_teacher
 from milan.discreet import discreet
 from milan.errors import UserError
-from milan.params import Params, Pretrained, build, read_params
+from milan.params import Params, Pretrained, read_params
 from milan.pretrained import fetch_teacher
 from milan.records import Records
+from milan.typed import build
 from stages import prepare_imagenet
 from tests.conftest import ROOT
 from tests.layouts import class_tree

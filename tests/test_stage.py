@@ -19,9 +19,10 @@ from milan import records
 from milan.checkpoint import save_weights
 from milan.encoder import Encoder
 from milan.errors import UserError
-from milan.params import Params, build
+from milan.params import Params
 from milan.stage import Stage, flat
 from milan.tracking import Tracker
+from milan.typed import build
 from tests.conftest import ROOT, change, forked, script, write_split
 
 
