@@ -130,7 +130,7 @@ def full_disk(clone: Clone, options) -> Trials | str:
 
 def fill(clone: Clone, stage: str, place: Path) -> None:
     """The stage's own command with its results on a disk of half their size, and again when there is room."""
-    results = {word: str(Path(word).name) for word in places(clone, stage)}
+    results = {word: word.replace("/", "-") for word in places(clone, stage)}
     words = [f"full/{results[word]}" if word in results else word for word in shlex.split(clone.truth[stage]["cmd"])[1:]]
     size = sum(out["size"] for out in clone.truth[stage].get("outs", [])) or (clone.folder / next(iter(results))).stat().st_size
     half = max(4096, size // 2 // 4096 * 4096)
