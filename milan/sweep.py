@@ -30,7 +30,7 @@ from milan.stage import fail
 from milan.table import markdown_table
 from milan.typed import nearest
 
-LOADER, DUMPER = (getattr(yaml, f"CSafe{kind}", getattr(yaml, f"Safe{kind}")) for kind in ("Loader", "Dumper"))
+DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 FREE = ("variants", "seeds", "runtime")  # what may differ within a sweep besides its key
 HERE = "this commit"
 AFTER = ("report", "figures", "page")  # the evaluations: an experiment may have left these as its commit had them
@@ -118,7 +118,8 @@ def read_experiment(name: str, revision: str) -> Experiment:
 
 def read_lock(text: str, recipe: dict) -> dict:
     """Its stages that made the recipe's numbers."""
-    stages = (yaml.load(text, Loader=LOADER) or {}).get("stages", {})
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the Python one takes seconds
+    stages = (yaml.load(text, loader) or {}).get("stages", {})
     return {name: entry for name, entry in of_recipe(stages, recipe["variants"], recipe["seeds"]).items() if name not in AFTER}
 
 
