@@ -147,7 +147,8 @@ class Loop:
         if self.world == 1:
             return model
         ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+        # Buffers are constant, or a batch norm's, which RunningStatistics keeps alike.
+        return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False)
 
     def loader(self) -> DataLoader:
         sampler = KeyedBatches(self.order, self.step, self.rank, self.world)
