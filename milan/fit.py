@@ -148,7 +148,7 @@ class Loop:
             return model
         ids = [self.device.index] if self.device.type == "cuda" else None
         # Buffers are constant, or a batch norm's, which RunningStatistics keeps alike.
-        return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False)
+        return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, forward_sync_buffers=False)
 
     def loader(self) -> DataLoader:
         sampler = KeyedBatches(self.order, self.step, self.rank, self.world)
