@@ -2,7 +2,7 @@
 
 ViT-B/16 at 224 px, CLIP ViT-B/16 (random weights) from a local file in OpenAI's own format with its digest verified, two
 processes, data loader workers, LARS, mixup, RandAugment, slide-window inference: so that every line of the paper's path
-has run before anyone waits days for it. Only numbers of images, steps and heads' channels are smaller.
+has run before anyone waits days for it. Only numbers of images, steps, the student's blocks and heads' channels are smaller.
 """
 
 import hashlib
@@ -37,6 +37,8 @@ def recipe(data, teacher) -> dict:
         "teacher.pretrained.file": teacher,
         "teacher.pretrained.sha256": hashlib.sha256(teacher.read_bytes()).hexdigest(),
         "extract_targets.probe_images": 4,
+        "model.encoder.depth": 4,
+        "segment.out_blocks": "[0,1,2,3]",
         "compute.threads": 1,
         "compute.precision": "fp32",  # this machine may have no bf16
         "compute.compile": "false",  # minutes on a CPU
@@ -107,7 +109,7 @@ def test_from_the_tars_to_the_table(data, teacher, tmp_path):
     assert curve["lr"].tolist() == pytest.approx([0, 1.5e-4 * 4096 / 256])  # one step of warm-up, then the peak
     assert curve["loss"].min() > 0 and curve["loss"].max() < 4
     weights = clone / "outs/paper/pretrain/milan-0/encoder.safetensors"
-    timm.create_model("vit_base_patch16_224", num_classes=0).load_state_dict(load_file(weights))
+    timm.create_model("vit_base_patch16_224", num_classes=0, depth=4).load_state_dict(load_file(weights))
     kept = Records(clone / "outs/paper/imagenet", "train")
     assert kept.manifest["wnids"] == layouts.WNIDS and kept.column("label") == [0] * 4 + [1] * 4 + [2] * 4
     classes = Records(clone / "outs/paper/ade20k", "val").manifest["classes"]
