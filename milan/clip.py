@@ -14,7 +14,7 @@ from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, convert_weights_to
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
-from milan.checkpoint import load_into, save_weights
+from milan.checkpoint import load_weights, save_weights
 from milan.class_text import Wording
 from milan.distributed import DTYPES
 from milan.errors import UserError
@@ -220,10 +220,11 @@ def load_teacher(folder: Path) -> tuple[CLIP, Tokenizer, dict]:
     config = read_config(folder)
     if config["kind"] != "tiny":
         raise UserError(f"{folder} holds an image tower and no text tower: a released teacher is asked for features alone.")
+    weights = load_weights(Path(folder) / "teacher.safetensors")
     with misfits_said(folder):
         tokenizer = Tokenizer(config["tiny"]["context_length"], config["token_ids"])
         model = build_tiny(TinyClip(**config["tiny"]), config["image_size"], config["patch_size"], len(tokenizer))
-    load_into(model, Path(folder) / "teacher.safetensors")
+        model.load_state_dict(weights)
     return model.eval().requires_grad_(False), tokenizer, config
 
 

@@ -7,7 +7,7 @@ import pandas as pd
 
 from milan.results import MEASURES, TITLES, ZERO_SHOT
 from milan.runs import store, why
-from milan.table import markdown_table
+from milan.table import DASH, markdown_table
 
 MOST = 30  # rows, the newest
 SECONDS = "wall_seconds"
@@ -18,21 +18,27 @@ def pretrained_models(client, scale: str) -> pd.DataFrame:
     """A row a model that pretraining made, newest first: name, minutes of pretraining, the columns of MEASURES as far as it
     was evaluated, and of the recipe what is not the same in all rows. Empty when MLflow has no such model."""
     experiment = client.get_experiment_by_name(f"milan-{scale}")
-    models = client.search_logged_models([experiment.experiment_id]) if experiment else []
-    rows = [row for model in models if (row := row_of(model, client.get_run(model.source_run_id)))]
-    frame = pd.DataFrame(rows[:MOST])
+    if experiment is None:
+        return pd.DataFrame()
+    here = [experiment.experiment_id]
+    runs = {run.info.run_id: run for run in client.search_runs(here, "tags.stage = 'pretrain'")}
+    models = [model for model in client.search_logged_models(here) if model.source_run_id in runs]
+    frame = pd.DataFrame([row_of(model, runs[model.source_run_id]) for model in models[:MOST]])
     same = [name for name in frame if name.startswith("-S ") and frame[name].nunique(dropna=False) == 1]
     return frame.drop(columns=same)
 
 
-def row_of(model, run) -> dict | None:
-    if run.data.tags.get("stage") != "pretrain":
-        return None
+def row_of(model, run) -> dict:
     metrics = {metric.key: metric.value for metric in model.metrics or []}
     recipe = {f"-S {key}": value for key, value in run.data.params.items() if not key.startswith(NO_RECIPE)}
     measured = {**MEASURES, **ZERO_SHOT}
     minutes = {"minutes": run.data.metrics[SECONDS] / 60} if SECONDS in run.data.metrics else {}
-    return {"model": model.name, **minutes, **{title: metrics.get(measured[column][1]) for column, title in TITLES.items()}, **recipe}
+    return {
+        "model": model.name,
+        **minutes,
+        **{title: metrics.get(measured[column][1]) for column, title in TITLES.items()},
+        **recipe,
+    }
 
 
 def in_markdown(scale: str) -> str:
@@ -48,5 +54,5 @@ def in_markdown(scale: str) -> str:
 
 def shown(value) -> str:
     if isinstance(value, float):
-        return "–" if pd.isna(value) else f"{value:.1f}"
-    return "–" if value is None else str(value)
+        return DASH if pd.isna(value) else f"{value:.1f}"
+    return DASH if value is None else str(value)

@@ -4,13 +4,13 @@ import pandas as pd
 
 from milan import provenance
 from milan.provenance import Run
+from milan.table import DASH
 
 COSTS = {"bank_mb": "Bank, MB", "targets_seconds": "Targets, s", "pretrain_seconds": "Pretraining, s"}
 CAVEAT = (
     "Seconds are wall times of the runs that made these results, on the machine named below: compare them within this table "
     "only. A run that was stopped and went on counts from its last start; a dash is a run that MLflow does not know."
 )
-DASH = "–"
 
 
 class Prices:
@@ -23,10 +23,9 @@ class Prices:
     def of(self, variant: str, seed: int) -> dict[str, float | None]:
         """Column: number, or None where it is not known."""
         outs = self.lock.get("extract_targets", {}).get("outs", [])
-        sizes = [item["size"] / 1e6 for item in outs if item["path"].endswith("/targets") and "size" in item]
-        stages = ("extract_targets", f"pretrain@{variant}-{seed}")
-        found = [*sizes[:1], *([None] if not sizes else []), *map(self.seconds, stages)]
-        return dict(zip(COSTS, found, strict=True))
+        bank = next((item["size"] / 1e6 for item in outs if item["path"].endswith("/targets") and "size" in item), None)
+        seconds = map(self.seconds, ("extract_targets", f"pretrain@{variant}-{seed}"))
+        return dict(zip(COSTS, (bank, *seconds), strict=True))
 
     def seconds(self, stage: str) -> float | None:
         run = self.runs.get(stage)

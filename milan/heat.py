@@ -16,11 +16,6 @@ def class_text(project: figures.Project) -> ClassText | None:
     return read_class_text(project.path("teacher"))
 
 
-def whole(n: int, n_patches: int) -> Tensor:
-    """(n, N): every patch of n images is visible."""
-    return torch.arange(n_patches).expand(n, -1)
-
-
 def text_maps(features: Tensor, embeddings: Tensor, labels: Tensor) -> Tensor:
     """features (n, 1+N, D), class token first, unit embeddings (K, D) of the classes, labels (n,) -> (n, N): each patch's
     cosine with the text of the image's class, less the mean of its cosines with the texts of all classes: what all have in

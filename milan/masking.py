@@ -37,6 +37,11 @@ def sample_visible(noise: Tensor, k: int, importance: Tensor | None = None) -> T
     return noise.argsort(dim=1, descending=True)[:, :k]
 
 
+def whole(n: int, n_patches: int) -> Tensor:
+    """(n, N) int64: every patch of n images is visible."""
+    return torch.arange(n_patches).expand(n, -1)
+
+
 def complement(visible: Tensor, n_patches: int) -> Tensor:
     """(B, N - K) int64 indices of the masked patches, ascending."""
     mask = mask_of(visible, n_patches)

@@ -52,18 +52,11 @@ class Data(NamedTuple):
 def read_lock(path: Path, p: Params) -> dict[str, dict]:
     """Stage: {"deps", "outs": {path: DVC hash}}, of the active recipe's stages, in the order of the pipeline."""
     try:
-        stages = (yaml.safe_load(path.read_text()) or {}).get("stages", {})
-        return digests(of_recipe(stages, p.variants, p.seeds))
+        return digests(runs.of_recipe(runs.parsed(path.read_text()).get("stages", {}), p.variants, p.seeds))
     except FileNotFoundError:
         raise UserError(f"{path} is missing: `dvc repro` writes it, and git checkout -- {path} restores it.") from None
     except (yaml.YAMLError, ValueError, RecursionError, AttributeError, TypeError, KeyError):
         raise UserError(f"{path} is no lock file of DVC's. git checkout -- {path} restores it.") from None
-
-
-def of_recipe(stages: dict, variants: list[str], seeds: list[int]) -> dict:
-    """The entries of a lock that belong to a recipe: DVC leaves in it what only earlier variants and seeds had."""
-    variations = {"", *(f"{variant}-{seed}" for variant in variants for seed in seeds)}
-    return {name: entry for name, entry in stages.items() if name.partition("@")[2] in variations}
 
 
 def digests(stages: dict) -> dict[str, dict]:

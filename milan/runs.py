@@ -30,24 +30,34 @@ def locked() -> dict[str, dict[str, str]]:
 
 def locked_now() -> dict[str, dict[str, str]]:
     """The same, without the variants and seeds that only earlier recipes had: DVC leaves theirs in dvc.lock."""
-    recipe = read_yaml(RECIPE)
+    recipe, found = read_yaml(RECIPE), locked()
     try:
-        items = {f"{variant}-{seed}" for variant in recipe.get("variants", []) for seed in recipe.get("seeds", [])}
+        return of_recipe(found, recipe.get("variants", []), recipe.get("seeds", []))
     except TypeError:
         raise damaged(RECIPE) from None
-    return {name: found for name, found in locked().items() if "@" not in name or name.partition("@")[2] in items}
+
+
+def of_recipe(stages: dict, variants: list[str], seeds: list[int]) -> dict:
+    """The entries of a lock that belong to a recipe: DVC leaves in it what only earlier variants and seeds had."""
+    variations = {"", *(f"{variant}-{seed}" for variant in variants for seed in seeds)}
+    return {name: entry for name, entry in stages.items() if name.partition("@")[2] in variations}
 
 
 def read_yaml(path: Path) -> dict:
     """Empty without the file. Raises UserError for anything but keys and values."""
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the Python one takes seconds
     try:
-        found = (yaml.load(path.read_text(), loader) or {}) if path.exists() else {}
+        found = parsed(path.read_text()) if path.exists() else {}
     except (yaml.YAMLError, ValueError, RecursionError):
         raise damaged(path) from None
     if not isinstance(found, dict):
         raise damaged(path)
     return found
+
+
+def parsed(text: str):
+    """What YAML says; empty for none."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the Python one takes seconds over a dvc.lock
+    return yaml.load(text, loader) or {}
 
 
 def damaged(path: Path) -> UserError:

@@ -145,8 +145,9 @@ def refuse_what_cannot_be_written(stage: Stage) -> None:
 
 
 @contextlib.contextmanager
-def alone(title: str) -> Iterator[None]:
-    """One process a stage and variation: another one (a second `dvc repro`, a run whose terminal died) is waited for."""
+def alone(title: str) -> Iterator[int]:
+    """One process a stage and variation: another one (a second `dvc repro`, a run whose terminal died) is waited for. Yields
+    the lock's file number, for a child to hold it too."""
     SCRATCH.mkdir(exist_ok=True)
     with open(SCRATCH / f"{title.replace(' ', '-')}.lock", "w") as lock:
         try:
@@ -154,7 +155,7 @@ def alone(title: str) -> Iterator[None]:
         except BlockingIOError:
             print(f"{title} is already being run by another process; waiting for it to end.", file=sys.stderr, flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        yield lock.fileno()
 
 
 def present(path: Path) -> Path:

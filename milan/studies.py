@@ -9,13 +9,10 @@ it continues. Costs are said in docs/evidence.md.
 """
 
 import argparse
-import contextlib
-import fcntl
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +25,7 @@ from milan.page import LINKS
 from milan.params import Params, read_params
 from milan.provenance import Run
 from milan.results import read_results
-from milan.stage import fail
+from milan.stage import alone, fail
 
 CLONE = SCRATCH / "studies"
 STAGES = ("linear_eval", "finetune", "segment")  # and what they need
@@ -65,7 +62,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("reports/evidence"), help="default: %(default)s")
     args = parser.parse_args()
     try:
-        with refusals_said(), alone() as lock:
+        with refusals_said(), alone("studies") as lock:
             run(chosen(args.studies, args.values), args.settings, args.out.absolute(), lock)
     except UserError as error:
         fail(str(error))
@@ -83,19 +80,6 @@ def chosen(names: list[str], values: str | None) -> dict[str, Study]:
     if len(names) != 1 or names == ["seeds"]:
         raise UserError("--values goes with one study that varies a number. Other seeds are -S 'seeds=[3,4,5]'.")
     return {names[0]: STUDIES[names[0]]._replace(values=tuple(values.split(",")))}
-
-
-@contextlib.contextmanager
-def alone() -> Iterator[int]:
-    """The lock's file number, for the processes started here to hold too: if this one is killed, the next waits for them."""
-    SCRATCH.mkdir(exist_ok=True)
-    with open(SCRATCH / "studies.lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print("Studies are being run by another process; waiting for it to end.", file=sys.stderr, flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield lock.fileno()
 
 
 def run(studies: dict[str, Study], settings: list[str], out: Path, lock: int) -> None:

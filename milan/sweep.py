@@ -24,8 +24,9 @@ from milan.costs import COSTS
 from milan.errors import UserError
 from milan.files import write_whole
 from milan.plots import Figure, plt
-from milan.provenance import Run, of_recipe
+from milan.provenance import Run
 from milan.results import MEASURES, TITLES, method
+from milan.runs import of_recipe, parsed
 from milan.stage import fail
 from milan.table import markdown_table
 from milan.typed import nearest
@@ -118,9 +119,8 @@ def read_experiment(name: str, revision: str) -> Experiment:
 
 def read_lock(text: str, recipe: dict) -> dict:
     """Its stages that made the recipe's numbers."""
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the Python one takes seconds
-    stages = (yaml.load(text, loader) or {}).get("stages", {})
-    return {name: entry for name, entry in of_recipe(stages, recipe["variants"], recipe["seeds"]).items() if name not in AFTER}
+    stages = of_recipe(parsed(text).get("stages", {}), recipe["variants"], recipe["seeds"])
+    return {name: entry for name, entry in stages.items() if name not in AFTER}
 
 
 def git(*words: str) -> str:

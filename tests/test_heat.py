@@ -31,10 +31,6 @@ def test_how_often_the_object_is_hotter():
     assert math.isnan(heat.found(maps, torch.zeros_like(cover)))
 
 
-def test_whole_images_show_every_patch():
-    assert heat.whole(2, 3).tolist() == [[0, 1, 2], [0, 1, 2]]
-
-
 def test_every_map_has_its_own_scale():
     figure, axes = figures.grid_of(["heat"], 2)
     heat.show(list(axes[0]), torch.tensor([[0.0, 0.1, 0.2, 0.3], [0.9, 0.6, 0.7, 0.8]]))

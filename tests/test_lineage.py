@@ -162,14 +162,13 @@ def test_pretrained_models_side_by_side(store):
     assert compare.pretrained_models(store, "of nobody").empty
     run = store.get_run(store.search_logged_models([experiment(store)])[0].source_run_id)
     models = [SimpleNamespace(name=name, metrics=[], source_run_id=name) for name in "ab"]
-    runs_of = {}
+    made = []
     for name, ratio in (("a", "0.5"), ("b", "0.75")):
         params = {"pretrain.mask_ratio": ratio, "pretrain.epochs": "16", "runtime.processes": ratio}
         data = SimpleNamespace(tags=run.data.tags, params=params, metrics={"wall_seconds": 90.0})
-        runs_of[name] = SimpleNamespace(data=data)
-    fake = SimpleNamespace(
-        get_experiment_by_name=store.get_experiment_by_name, search_logged_models=lambda _: models, get_run=runs_of.get
-    )
+        made.append(SimpleNamespace(info=SimpleNamespace(run_id=name), data=data))
+    asked = {"search_logged_models": lambda _: models, "search_runs": lambda *_: made}
+    fake = SimpleNamespace(get_experiment_by_name=store.get_experiment_by_name, **asked)
     rows = compare.pretrained_models(fake, "test").to_dict("records")
     assert [(row["model"], row["minutes"], row["-S pretrain.mask_ratio"]) for row in rows] == [("a", 1.5, "0.5"), ("b", 1.5, "0.75")]
     assert not any("epochs" in name or "processes" in name for name in rows[0])

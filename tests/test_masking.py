@@ -101,6 +101,10 @@ def test_complement_and_polarity():
     assert masking.mask_of(VISIBLE, 5).tolist() == [[1, 0, 1, 1, 0], [0, 1, 0, 1, 1]]  # 0 is keep, 1 is remove
 
 
+def test_whole_images_show_every_patch():
+    assert masking.whole(2, 3).tolist() == [[0, 1, 2], [0, 1, 2]]
+
+
 def test_gather_and_restore():
     tokens = torch.tensor(
         [[[10.0, -10], [11, -11], [12, -12], [13, -13], [14, -14]], [[20, -20], [21, -21], [22, -22], [23, -23], [24, -24]]]

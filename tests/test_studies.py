@@ -100,7 +100,7 @@ def test_the_next_driver_waits_for_what_a_killed_one_started(workplace):
     end, start = os.pipe()
 
     def driver() -> None:
-        with studies.alone() as lock:
+        with studies.alone("studies") as lock:
             subprocess.Popen(["cat"], stdin=end, pass_fds=[lock])
             os._exit(9)
 
@@ -109,7 +109,7 @@ def test_the_next_driver_waits_for_what_a_killed_one_started(workplace):
     with open(".scratch/studies.lock") as file, pytest.raises(BlockingIOError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     os.close(start)  # cat ends
-    with studies.alone():
+    with studies.alone("studies"):
         pass
 
 
