@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import pandas as pd
-from scipy import stats
+from scipy.special import stdtrit  # and not scipy.stats, which takes a second to load
 
 from milan.results import MEASURES, Results, in_words
 
@@ -44,7 +44,7 @@ def judge(differences: Iterable[float]) -> Judgement:
     n, mean = len(values), values.mean()
     if n < LEAST:
         return Judgement(mean, None, None, n, f"inconclusive: {n} seed{'s' if n != 1 else ''}")
-    half = stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * values.std(ddof=1) / n**0.5
+    half = stdtrit(n - 1, (1 + CONFIDENCE) / 2) * values.std(ddof=1) / n**0.5
     verdict = "supported" if mean - half > 0 else "not supported" if mean + half < 0 else "inconclusive"
     return Judgement(mean, mean - half, mean + half, n, verdict)
 

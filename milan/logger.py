@@ -2,10 +2,12 @@
 
     python -m milan.logger [SPOOL]
 
-With a spool it serves a stage until that ends, after what earlier loggers could not deliver; without one it delivers
-all that is kept. Loggers take turns, in the order of their stages. No stage imports this, nor what it needs of mlflow.
+With a spool it serves a stage until that ends, after what earlier loggers could not deliver, and then the later stages of
+the same `dvc repro`, since mlflow takes seconds to load; without one it delivers all that is kept. Loggers take turns, in
+the order of their stages. No stage imports this, nor what it needs of mlflow.
 """
 
+import contextlib
 import fcntl
 import json
 import sys
@@ -14,34 +16,60 @@ import warnings
 from itertools import groupby
 from pathlib import Path
 
+import psutil
+
 from milan.discreet import discreet
 from milan.store import knock, store_uri
 from milan.tracking import SPOOLS, warn_of_undelivered
 
 
 def serve(spool: Path | None) -> None:
-    """Deliver what earlier loggers left behind, then this spool until its stage ends; all there is, for None."""
+    """Deliver what earlier loggers left behind, this spool until its stage ends, and the stages' after it; all there is, for
+    None."""
     SPOOLS.mkdir(parents=True, exist_ok=True)
     with open(SPOOLS / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        for kept in sorted(SPOOLS.glob("*.jsonl")):
-            if spool is None or kept.name <= spool.name:
-                deliver(kept)
+        pipeline = pipeline_of(spool) if spool else None
+        go_on = [deliver(kept) for kept in spools() if spool is None or kept.name <= spool.name]
+        while all(go_on) and running(pipeline):
+            time.sleep(0.5)
+            go_on = [deliver(kept) for kept in spools() if pipeline_of(kept) == pipeline]
 
 
-def deliver(spool: Path) -> None:
-    """Forward a spool; on any trouble with the store, mark it as still to be sent."""
+def spools() -> list[Path]:
+    return sorted(SPOOLS.glob("*.jsonl"))
+
+
+def pipeline_of(spool: Path) -> str | None:
+    """The pipeline execution that a spool's stage belongs to; None for one that is gone, or has no first line yet."""
+    with contextlib.suppress(OSError, ValueError), open(spool) as file:
+        return json.loads(file.readline()).get("pipeline")
+
+
+def running(pipeline: str | None) -> bool:
+    """Whether the DVC process of tracking.pipeline_execution is still there."""
+    process, _, began = (pipeline or "").partition("-")
+    with contextlib.suppress(psutil.Error, ValueError):
+        found = psutil.Process(int(process))
+        return str(int(found.create_time())) == began and found.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def deliver(spool: Path) -> bool:
+    """Forward a spool; on any trouble with the store, mark it as still to be sent. False: after this one, stop."""
     mark = spool.with_suffix(".failed")
     try:
         knock(store_uri())
-        forward(spool)
+        last = forward(spool)
         mark.unlink(missing_ok=True)
+        return not last
     except Exception as error:  # whatever ails the store must not lose events
         mark.touch()
         print(
             f"{spool.name}: MLflow cannot be reached ({type(error).__name__}: {discreet(str(error)[:500])}); kept for the next logger.",
             flush=True,
         )
+        return False
 
 
 def owner_alive(spool: Path) -> bool:
@@ -53,8 +81,9 @@ def owner_alive(spool: Path) -> bool:
         return False
 
 
-def forward(spool: Path) -> None:
-    """Send a spool's events until its stage ends; its place and run are kept beside it, so that nothing is sent twice."""
+def forward(spool: Path) -> bool:
+    """Send a spool's events until its stage ends; its place and run are kept beside it, so that nothing is sent twice.
+    Whether the stage says that it was the last of its pipeline, and waits."""
     from milan.sender import Sender  # here, because an installation without mlflow is trouble with the store as well
 
     place = spool.with_suffix(".place")
@@ -72,12 +101,14 @@ def forward(spool: Path) -> None:
                 continue
             for kind, group in groupby(lines or [last_words()], lambda line: json.loads(line)["kind"]):
                 said, ended = list(group), kind == "end"
-                sender.send([json.loads(line) for line in said])
+                events = [json.loads(line) for line in said]
+                sender.send(events)
                 offset = state["offset"] + sum(map(len, said))
                 state = {"offset": offset, "run_id": sender.run_id, "model_id": sender.model_id}
                 place.write_text(json.dumps(state))
     spool.unlink()
     place.unlink()
+    return bool(events[-1].get("last"))
 
 
 def last_words() -> bytes:

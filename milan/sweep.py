@@ -25,10 +25,10 @@ from milan.errors import UserError
 from milan.files import write_whole
 from milan.plots import Figure, plt
 from milan.provenance import Run
-from milan.results import MEASURES, TITLES, method
+from milan.results import MEASURES, TITLES, ZERO_SHOT, method
 from milan.runs import of_recipe, parsed
 from milan.stage import fail
-from milan.table import markdown_table
+from milan.table import DASH, markdown_table
 from milan.typed import nearest
 
 DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
@@ -155,7 +155,8 @@ def flattened(tree: dict, prefix: str = "") -> dict:
 
 
 def rows(key: str, sweep: list[Experiment], known: list[Run]) -> pd.DataFrame:
-    """A row a value, variant and seed that has all measures, of repeated ones the newest; no variant with one value only."""
+    """A row a value, variant and seed that has all measures, of repeated ones the newest; no variant with one value only, and
+    no zero-shot column where nobody has a number."""
     found = {}
     for experiment in sweep:
         value = flattened(experiment.recipe)[key]
@@ -164,13 +165,14 @@ def rows(key: str, sweep: list[Experiment], known: list[Run]) -> pd.DataFrame:
             for seed in experiment.recipe["seeds"]:
                 numbers = {
                     column: experiment.metrics.get((stage, variant, seed), {}).get(name)
-                    for column, (stage, name) in MEASURES.items()
+                    for column, (stage, name) in {**MEASURES, **ZERO_SHOT}.items()
                 }
-                if None not in numbers.values():
+                if None not in [numbers[column] for column in MEASURES]:
                     place = (str(value), variant, seed)
                     point = {"value": value, "variant": variant, "seed": seed, "experiment": experiment.name}
                     found[place] = {**point, **numbers, **price.of(variant, seed)}
-    table = pd.DataFrame(found.values(), columns=["value", "variant", "seed", *MEASURES, *COSTS, "experiment"])
+    table = pd.DataFrame(found.values(), columns=["value", "variant", "seed", *TITLES, *COSTS, "experiment"])
+    table = table.drop(columns=[column for column in ZERO_SHOT if table[column].isna().all()])
     numeric = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in table["value"])
     table = table.assign(value=table["value"] if numeric else table["value"].map(str))
     table = table[table.groupby("variant")["value"].transform("nunique") > 1]
@@ -181,7 +183,7 @@ def markdown(key: str, scale: str, runs: pd.DataFrame, about: str, origin: str) 
     """A table a variant, in %: means over seeds, and the range of several. Costs are means."""
 
     def cells(value, group: pd.DataFrame) -> dict[str, str]:
-        shown = {TITLES[column]: spread(group[column]) for column in MEASURES}
+        shown = {title: spread(group[column]) for column, title in TITLES.items() if column in group}
         return {
             key: f"{value:g}" if isinstance(value, float) else str(value),
             **shown,
@@ -196,6 +198,8 @@ def markdown(key: str, scale: str, runs: pd.DataFrame, about: str, origin: str) 
 
 
 def spread(values: pd.Series) -> str:
+    if values.isna().all():
+        return DASH
     mean = f"{values.mean():.1f}"
     return mean if len(values) < 2 else f"{mean} ({values.min():.1f}–{values.max():.1f})"
 

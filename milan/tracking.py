@@ -85,7 +85,7 @@ class Logger:
 
     def finish(self, status: str, wait: bool = False) -> None:
         """wait: for the last stage, so that a finished pipeline is a finished record."""
-        self.tracker.event("end", status=status)
+        self.tracker.event("end", status=status, last=wait)
         os.close(self.alive)
         if not wait:
             return

@@ -7,13 +7,13 @@ Costs: demo about a minute a variant; paper 400 epochs, 39 h on 8 A100 as publis
 """
 
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from milan import distributed, interop, optim, rng, transforms
 from milan.checkpoint import Scratch, save_weights
-from milan.clip import Tower
 from milan.encoder import Encoder
 from milan.fit import Run, fit
 from milan.model import MaskedPretraining
@@ -22,7 +22,6 @@ from milan.records import Records
 from milan.samples import PretrainSamples
 from milan.stage import Stage, run
 from milan.targets import Bank
-from milan.teachers import load_tower, look
 
 
 def main(stage: Stage) -> None:
@@ -59,9 +58,8 @@ def given_encoder(p: Params, seed: int) -> dict[str, torch.Tensor]:
 
 def train(p: Params, a: Namespace, scratch: Scratch, stage: Stage, about: dict) -> dict:
     device, row = distributed.set_up(p.compute), p.pretrain.recipes[a.variant]
-    bank, tower = targets_for(p, a, device)
+    bank, teacher, width = targets_for(p, a, device)
     rng.seed_globals(a.seed, "pretrain init")
-    width = tower.feature_dim if tower else bank.feature_dim if bank else None
     model = MaskedPretraining(p.model, row, p.pretrain.mask_ratio, width).to(device)
     samples = PretrainSamples(
         Records(a.records, "train"), a.seed, p.model.image_size, p.model.n_patches, p.pretrain.crop_scale, bank
@@ -71,9 +69,9 @@ def train(p: Params, a: Namespace, scratch: Scratch, stage: Stage, about: dict) 
 
     def to_inputs(batch: dict) -> tuple:
         images = transforms.normalise(batch["image"])
-        if tower is None:
+        if teacher is None:
             return images, batch["noise"], batch.get("features"), batch.get("importance")
-        return images, batch["noise"], *look(tower, batch["image"], p.compute, p.extract_targets.normalisation, p.model.grid)
+        return images, batch["noise"], *teacher(batch["image"])
 
     curve = fit(model, samples, optimizer, settings, to_inputs)
     if distributed.rank() == 0:
@@ -82,13 +80,17 @@ def train(p: Params, a: Namespace, scratch: Scratch, stage: Stage, about: dict) 
     return {"curve": curve}
 
 
-def targets_for(p: Params, a: Namespace, device: torch.device) -> tuple[Bank | None, Tower | None]:
-    """Where CLIP features come from: the bank, the teacher itself, or nowhere (pixel targets)."""
+def targets_for(p: Params, a: Namespace, device: torch.device) -> tuple[Bank | None, Callable | None, int | None]:
+    """Where CLIP features come from, and their width: the bank, the teacher asked at every step, or nowhere (pixel targets)."""
     if p.pretrain.recipes[a.variant].target != "clip":
-        return None, None
+        return None, None, None
     if p.extract_targets.views:
-        return Bank(a.bank), None
-    return None, load_tower(a.teacher, p.compute, device)
+        bank = Bank(a.bank)
+        return bank, None, bank.feature_dim
+    from milan.teachers import load_tower, look  # here, because open_clip takes seconds to load
+
+    tower = load_tower(a.teacher, p.compute, device)
+    return None, lambda images: look(tower, images, p.compute, p.extract_targets.normalisation, p.model.grid), tower.feature_dim
 
 
 if __name__ == "__main__":

@@ -114,6 +114,15 @@ def test_files_by_hand(experiment, tmp_path):
     assert picture == (tmp_path / "figure.png").read_bytes()
 
 
+def test_zero_shot_stands_in_the_table_where_somebody_has_it(experiment, tmp_path):
+    asked = metrics("milan", 40.0)
+    asked["linear_eval", "milan", 0] |= {"linear_eval/zero_shot_top1": 7.5, "linear_eval/zero_shot_masked_top1": 6.25}
+    sweep.write(KEY, [experiment("one", 0.5, metrics("milan", 30.0)), experiment("two", 0.75, asked)], [], tmp_path)
+    text = (tmp_path / "table.md").read_text()
+    assert f"| {KEY} | Linear eval | k-NN | Zero-shot | Zero-shot, masked | Fine-tuning | mIoU |" in text
+    assert "| 0.5 | 30.0 | 31.0 | – | – | 32.0 |" in text and "| 0.75 | 40.0 | 41.0 | 7.5 | 6.2 | 42.0 |" in text
+
+
 def test_what_mlflow_does_not_know_is_a_dash(experiment, tmp_path):
     """The one known run of pretraining wrote other weights; the commit's own recipe and lock are not copied."""
     other = known("pretrain", 90.0, variant="milan", seed="0")

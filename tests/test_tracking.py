@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import mlflow
+import psutil
 import pytest
 
 from milan import logger, sender, tracking
@@ -246,6 +247,33 @@ def test_spools_are_served_in_order_and_a_later_one_s_is_left_to_its_own_logger(
     logger.serve(spools[1])
     assert FakeSender.sent == [11, "end", 12, "end"]
     assert [spool.exists() for spool in spools] == [False, False, True]
+
+
+def said_by(place: int, pipeline: str, **end) -> Path:
+    """The spool of a stage that has ended."""
+    start, end = {"kind": "start", "pipeline": pipeline, "value": f"start {place}"}, {"kind": "end", "value": f"end {place}", **end}
+    return write_spool([start, end], place)
+
+
+def test_a_logger_goes_on_with_the_later_stages_of_its_pipeline(fake, monkeypatch):
+    """And with no other's: a stage by hand may have another store. The second stage begins while the logger waits."""
+    first, other = said_by(11, "7-70"), said_by(12, "8-by-hand")
+    later = [lambda: None, lambda: said_by(13, "7-70"), lambda: said_by(14, "7-70", last=True)]
+    monkeypatch.setattr(logger, "running", lambda pipeline: pipeline == "7-70")
+    monkeypatch.setattr(logger.time, "sleep", lambda _: later.pop(0)())
+    logger.serve(first)  # an IndexError if it waited once more after the last
+    assert FakeSender.sent == [f"{word} {place}" for place in (11, 13, 14) for word in ("start", "end")]
+    assert other.exists()
+
+
+def test_a_pipeline_runs_as_long_as_its_process(fake):
+    name = f"{os.getpid()}-{int(psutil.Process().create_time())}"
+    assert logger.running(name)
+    assert not any(map(logger.running, [f"{os.getpid()}-1", f"{os.getpid()}-by-hand", "x", "", None]))
+    assert logger.pipeline_of(said_by(1, name)) == name
+    assert logger.pipeline_of(write_spool([point(1)], 2)) is None
+    empty = write_spool([], 3)
+    assert logger.pipeline_of(empty) is logger.pipeline_of(empty.with_name("none.jsonl")) is None
 
 
 def test_one_bad_spool_does_not_keep_the_others(fake):
