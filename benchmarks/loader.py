@@ -5,7 +5,7 @@
 Compares, on JPEG files of 500 x 400 pixels drawn for the purpose: torchvision's ImageFolder with PIL transforms as the
 release has them (random resized crop to 224, bicubic, flip, to float, normalise), and our records with uint8 tensors,
 which the device normalises a batch at a time: once with that, and once without, which is what a loader's worker does.
-One process on one core; workers multiply it.
+One process on one core; workers multiply it. On a GPU also nvJPEG, decoding alone, and how far its pixels are from ours.
 """
 
 import tempfile
@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torchvision import datasets
 from torchvision import transforms as pil
+from torchvision.io import decode_jpeg
 
 from benchmarks import measure
 from milan import records, sources, transforms
@@ -83,6 +84,17 @@ def main() -> None:
 
         cases = {"ImageFolder, PIL": theirs_once, "records, tensors": mine_once}
         cases |= {"of which a worker's part": worker_once, "of which decoding": decode_once}
+        about = measure.machine(device)
+        if device.type == "cuda":
+
+            def on_the_gpu(indices: torch.Tensor) -> list[torch.Tensor]:
+                files = [torch.frombuffer(bytearray(mine.records[i]["image"]), dtype=torch.uint8) for i in indices.tolist()]
+                return decode_jpeg(files, device=device)
+
+            cases["nvJPEG, decoding alone"] = lambda: [on_the_gpu(batch) for batch in batches]
+            pairs = [(on_the_gpu(batches[0])[i].cpu(), transforms.decode(mine.records[i]["image"])) for i in range(BATCH)]
+            differences = [(gpu.float() - cpu.float()).abs().mean().item() for gpu, cpu in pairs]
+            about["nvJPEG's mean difference in grey levels"] = round(sum(differences) / BATCH, 3)
         seconds = measure.in_turn(cases, args.repeats, device)
         size = sum(path.stat().st_size for path in root.rglob("*.JPEG")) / args.images
     base = measure.median(seconds["ImageFolder, PIL"])
@@ -91,8 +103,7 @@ def main() -> None:
         took = measure.median(values)
         row = {"case": name, "images/s": args.images / took, "ms an image": 1000 * took / args.images}
         rows.append(row | {"against ImageFolder": base / took, "± %": measure.spread(values)})
-    about = {
-        **measure.machine(device),
+    about |= {
         "pixels": f"{args.width} x {args.height}",
         "kB an image": round(size / 1000),
         "images": args.images,

@@ -38,6 +38,7 @@ def recipe(data, teacher) -> dict:
         "teacher.pretrained.sha256": hashlib.sha256(teacher.read_bytes()).hexdigest(),
         "extract_targets.probe_images": 4,
         "model.encoder.depth": 4,
+        "model.decoder.depth": 2,
         "segment.out_blocks": "[0,1,2,3]",
         "compute.threads": 1,
         "compute.precision": "fp32",  # this machine may have no bf16
