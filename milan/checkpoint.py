@@ -67,7 +67,9 @@ def load_into(module: nn.Module, path: Path) -> None:
         module.load_state_dict(weights)
     except RuntimeError as error:
         why = " ".join(str(error).split())[:300]
-        raise UserError(f"{path} was made by another recipe than params.yaml ({why}). Run `dvc repro`, which makes it anew.") from None
+        raise UserError(
+            f"{path} was made by another recipe than params.yaml ({why}). Run `dvc repro`, which makes it anew."
+        ) from None
 
 
 def read_foreign(path: Path):

@@ -104,7 +104,11 @@ def read_shard(path: Path, images: int, classes: int) -> pa.Table:
     table = opened(path)
     table.validate(full=True)
     kinds = {field.name: field.type for field in table.schema}
-    if not {"image", "crc"} <= kinds.keys() or any(KINDS.get(name) != kind for name, kind in kinds.items()) or len(table) != images:
+    if (
+        not {"image", "crc"} <= kinds.keys()
+        or any(KINDS.get(name) != kind for name, kind in kinds.items())
+        or len(table) != images
+    ):
         raise ValueError("its rows or columns are not those of the manifest")
     if table.column("image").null_count:
         raise ValueError("a row without an image")

@@ -25,10 +25,13 @@ def generator(seed: int, purpose: str, *counters: int) -> torch.Generator:
 def seed_globals(seed: int, purpose: str, *counters: int) -> None:
     """Point the global generators (torch, numpy, random), which libraries draw from, at one place.
 
-    timm's RandAugment, Mixup and DropPath and torchvision's transforms know only those.
+    timm's RandAugment, Mixup and DropPath and torchvision's transforms know only those. Not torch.manual_seed: where no
+    GPU is in use, as in a loader's workers, it formats the call stack for each kind of device, milliseconds a sample.
     """
     number = key(seed, purpose, *counters)
-    torch.manual_seed(number)
+    torch.default_generator.manual_seed(number)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(number)
     np.random.seed(number % 2**32)
     random.seed(number)
 

@@ -14,8 +14,9 @@ import psutil
 import pytest
 
 from milan import logger, sender, tracking
+from stages.code import closure
 from tests.conftest import ROOT
-from tests.test_dvc import STAGES, closure
+from tests.test_dvc import STAGES
 
 OUT_OF_REACH = "http://127.0.0.1:9"
 
@@ -323,12 +324,13 @@ def test_earlier_failures_are_said(fake, capsys):
     assert "out of reach for 1 run(s)" in capsys.readouterr().err
 
 
-def test_no_stage_needs_mlflow():
+def test_no_stage_needs_mlflow(monkeypatch):
     """It is imported by the logger's process and by the served model; and the page, which does without when it must, reads it."""
     importing = {path.name for path in ROOT.glob("milan/*.py") if re.search(r"^\s*(import|from) mlflow", path.read_text(), re.M)}
     assert importing == {"runs.py", "sender.py", "serving.py"}
+    monkeypatch.chdir(ROOT)
     for stage in set(STAGES) - {"page"}:
-        assert not {f"milan/{name}" for name in importing} & closure(f"stages/{stage}.py")
+        assert not {Path("milan", name) for name in importing} & closure(Path("stages", f"{stage}.py"))
     code = "import sys, milan.stage, milan.tracking; print('mlflow' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
