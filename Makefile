@@ -13,8 +13,8 @@ repro: setup ## the whole pipeline, then the table
 	@echo "Compare runs:  .venv/bin/mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1"
 	@echo "Vary a thing:  .venv/bin/dvc exp run -S pretrain.mask_ratio=0.5"
 
-test: setup ## the test suite, in two processes
-	@python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+test: setup ## the test suite, in three processes
+	@python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 
 torture: setup ## a smoke-scale pipeline killed, cut off and damaged in every way: about 40 minutes
 	@python -m tests.torture $(if $(ONLY),--only $(ONLY)) $(if $(KILLS),--kills $(KILLS)) $(if $(SEED),--seed $(SEED))

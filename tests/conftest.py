@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # `make test` runs two processes, and torch would take both cores in each
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # `make test` runs three processes, and torch would take all cores in each
 
 import torch  # noqa: E402
 import yaml  # noqa: E402
@@ -24,8 +24,11 @@ SLOWEST = ("test_pipeline.py", "test_rehearsal.py")
 
 
 def pytest_collection_modifyitems(items: list) -> None:
-    """The longest files first, so that no process is left alone with one at the end."""
-    items.sort(key=lambda item: item.path.name not in SLOWEST)
+    """The longest files first, and the processes that have not the very longest give way: nobody is left alone with it at the
+    end."""
+    items.sort(key=lambda item: (*SLOWEST, item.path.name).index(item.path.name))
+    if os.environ.get("PYTEST_XDIST_WORKER", "gw0") != "gw0":
+        os.nice(5)
 
 
 @pytest.fixture(scope="session")
