@@ -24,10 +24,13 @@ SLOWEST = ("test_pipeline.py", "test_rehearsal.py")
 
 
 def pytest_collection_modifyitems(items: list) -> None:
-    """The longest files first, and the processes that have not the very longest give way: nobody is left alone with it at the
-    end."""
+    """The longest files first, so that no process is left alone with one at the end."""
     items.sort(key=lambda item: (*SLOWEST, item.path.name).index(item.path.name))
-    if os.environ.get("PYTEST_XDIST_WORKER", "gw0") != "gw0":
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """For the same reason, of several processes those that have not the longest file give way."""
+    if "PYTEST_XDIST_WORKER" in os.environ and item.path.name != SLOWEST[0] and os.nice(0) == 0:
         os.nice(5)
 
 
