@@ -15,6 +15,7 @@ import time
 import warnings
 from itertools import groupby
 from pathlib import Path
+from typing import TextIO
 
 import psutil
 
@@ -28,12 +29,23 @@ def serve(spool: Path | None) -> None:
     None."""
     SPOOLS.mkdir(parents=True, exist_ok=True)
     with open(SPOOLS / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        while not taken(lock):
+            if spool and not spool.exists():
+                return  # another logger has delivered it
+            time.sleep(0.5)
         pipeline = pipeline_of(spool) if spool else None
         go_on = [deliver(kept) for kept in spools() if spool is None or kept.name <= spool.name]
         while all(go_on) and running(pipeline):
             time.sleep(0.5)
             go_on = [deliver(kept) for kept in spools() if pipeline_of(kept) == pipeline]
+
+
+def taken(lock: TextIO) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def spools() -> list[Path]:
@@ -42,7 +54,7 @@ def spools() -> list[Path]:
 
 def pipeline_of(spool: Path) -> str | None:
     """The pipeline execution that a spool's stage belongs to; None for one that is gone, or has no first line yet."""
-    with contextlib.suppress(OSError, ValueError), open(spool) as file:
+    with contextlib.suppress(OSError, ValueError, AttributeError), open(spool) as file:
         return json.loads(file.readline()).get("pipeline")
 
 

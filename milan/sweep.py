@@ -198,7 +198,8 @@ def markdown(key: str, scale: str, runs: pd.DataFrame, about: str, origin: str) 
 
 
 def spread(values: pd.Series) -> str:
-    if values.isna().all():
+    values = values.dropna()
+    if values.empty:
         return DASH
     mean = f"{values.mean():.1f}"
     return mean if len(values) < 2 else f"{mean} ({values.min():.1f}–{values.max():.1f})"

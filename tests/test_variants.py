@@ -1,7 +1,9 @@
 """Every variant of the paper's ablation through its own stages, from drawn images to the row in the table, in one process."""
 
 import argparse
+import dataclasses
 import json
+import sys
 from pathlib import Path
 from unittest import mock
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import milan.teachers
 from milan.params import Params
 from milan.stage import Stage
 from milan.typed import build
@@ -89,3 +92,17 @@ def test_every_variant_gets_its_row(p, workplace):
     run(report, p, "report", metrics=METRICS, curves=CURVES, published=ROOT / "reports/published.csv", out=Path("reports"))
     rows = [line.split(" | ")[0] for line in Path("reports/table.md").read_text().splitlines() if line.startswith("| ")]
     assert rows[2:7] == ["| No pretraining", "| MAE", "| CLIP target", "| CLIP target, prompting decoder", "| MILAN"]
+
+
+def test_a_teacher_inside_pretraining_counts_as_its_code(p, monkeypatch):
+    """With a bank open_clip is not loaded; without one, before the saved state is asked which code it is of."""
+    monkeypatch.setattr(pretrain, "Scratch", mock.Mock(side_effect=InterruptedError))
+    monkeypatch.setattr(Stage, "fingerprint", lambda *_, **__: "recipe")
+    monkeypatch.setattr(milan, "teachers", milan.teachers)  # as it is now, back at the end
+    for views in (1, 0):
+        monkeypatch.delitem(sys.modules, "milan.teachers", raising=False)
+        with pytest.raises(InterruptedError):
+            given = dataclasses.replace(p, extract_targets=dataclasses.replace(p.extract_targets, views=views))
+            folders = dict.fromkeys(("records", "teacher", "bank"), Path("none"))
+            run(pretrain, given, "pretrain/milan-0", variant="milan", seed=0, **folders)
+        assert ("milan.teachers" in sys.modules) == (views == 0)
