@@ -22,8 +22,9 @@ from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
+from milan.code import code_digest
 from milan.errors import UserError
-from milan.files import OTHER_DIGEST, SCRATCH, code_digest, damaged, fingerprint, write_whole
+from milan.files import OTHER_DIGEST, SCRATCH, damaged, fingerprint, write_whole
 
 
 def save_weights(path: Path, weights: dict[str, torch.Tensor], **about: str | int) -> None:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -32,15 +31,6 @@ def fingerprint(*parts) -> str:
     """16 hex digits of anything JSON can say (dataclasses are spelled by repr)."""
     text = json.dumps(parts, sort_keys=True, default=repr)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def code_digest() -> str:
-    """16 hex digits of this project's modules in use: edited code does not continue an older run's state."""
-    root = Path(__file__).resolve().parents[1]
-    files = {Path(m.__file__) for m in list(sys.modules.values()) if getattr(m, "__file__", None)}
-    near = {path.resolve() for path in files if path.parent.name in ("milan", "stages")}  # of thousands, with torch
-    ours = sorted(path for path in near if path.parents[1] == root)
-    return fingerprint([path.read_text() for path in ours])
 
 
 def file_digest(path: Path) -> str:

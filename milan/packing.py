@@ -16,8 +16,9 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from milan import records
+from milan.code import code_digest
 from milan.errors import UserError
-from milan.files import code_digest, fingerprint, read_json, write_json
+from milan.files import fingerprint, read_json, write_json
 from milan.images import DAMAGE, KINDS, open_image, rgb
 from milan.progress import track
 from milan.workers import ordered

@@ -26,8 +26,6 @@ from milan.targets import Bank
 
 def main(stage: Stage) -> None:
     p, a = stage.params, stage.args
-    if not p.extract_targets.views:
-        import milan.teachers  # noqa: F401 -- before Scratch, which does not continue what other code has saved
     recipe = stage.fingerprint(p.pretrain, p.model, p.compute, p.extract_targets, inputs=inputs(p, a))
     scratch = Scratch(f"pretrain-{a.variant}-{a.seed}", recipe)
     about = {"fingerprint": recipe, "variant": a.variant, "seed": a.seed, "model": p.model.name}

@@ -1,14 +1,17 @@
 """Shared helpers: the committed recipe as a tree to change, one thread for what forks, and children that fork from
 here, so that a process to kill costs milliseconds and not the ten seconds of importing torch."""
 
+import argparse
 import copy
 import io
+import json
 import multiprocessing
 import os
 import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -18,6 +21,8 @@ import torch  # noqa: E402
 import yaml  # noqa: E402
 
 from milan import records  # noqa: E402
+from milan.params import Params  # noqa: E402
+from milan.stage import Stage  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 SLOWEST = ("test_pipeline.py", "test_rehearsal.py")
@@ -86,6 +91,15 @@ def forked(function: Callable, *arguments) -> int:
     child.join(90)
     assert child.exitcode is not None, child.kill() or "the child did not end"
     return child.exitcode
+
+
+def run_main(module, p: Params, out: Path, metrics: Path, curve: Path, **arguments) -> dict:
+    """A stage's main with a tracker that remembers nothing; its metrics."""
+    given = argparse.Namespace(out=out, metrics=metrics, curve=curve, **arguments)
+    stage = Stage(module.__name__.split(".")[-1], given, p)
+    stage.tracker = mock.Mock()
+    module.main(stage)
+    return json.loads(metrics.read_text()) if metrics.is_file() else {}
 
 
 def script(name: str, arguments: list[str], out: Path) -> None:

@@ -4,12 +4,14 @@ import configparser
 import hashlib
 import json
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import yaml
 
+from milan.code import closure, code_digest, imported
 from milan.errors import UserError
 from stages import code
 from tests.conftest import ROOT
@@ -27,11 +29,11 @@ def in_the_root(monkeypatch):
 
 
 def files_of(*files: str) -> set[str]:
-    return {path.as_posix() for path in code.closure(*map(Path, files))}
+    return {path.as_posix() for path in closure(*map(Path, files))}
 
 
 def test_the_closure_sees_what_is_imported():
-    near = {path.as_posix() for path in code.imported(Path("stages/pretrain.py"))}
+    near = {path.as_posix() for path in imported(Path("stages/pretrain.py"))}
     assert near >= {"milan/fit.py", "milan/optim.py", "milan/model.py"} and "milan/decoder.py" not in near
     assert "milan/teachers.py" in near  # inside a function
     assert "milan/decoder.py" in files_of("stages/pretrain.py") and "milan/world.py" not in files_of("stages/pretrain.py")
@@ -87,7 +89,21 @@ def test_lists_by_hand_and_what_an_edit_changes(workplace):
 def test_what_cannot_be_followed_is_named(workplace, name, text, said):
     Path(name).write_text(text)
     with pytest.raises(UserError, match=said):
-        code.closure(Path(name))
+        closure(Path(name))
+
+
+def test_a_saved_state_is_of_all_code_that_may_still_be_imported(workplace, monkeypatch):
+    """Also of what a module in use imports inside a function, as pretraining does its teacher; and of nothing else."""
+    Path("milan").mkdir()
+    for name, text in {"a": "def f():\n    from milan import b\n", "b": "", "c": "", "code": ""}.items():
+        Path(f"milan/{name}.py").write_text(text)
+    monkeypatch.setattr("milan.code.__file__", str(workplace / "milan/code.py"))
+    monkeypatch.setitem(sys.modules, "a of this test", SimpleNamespace(__file__=str(workplace / "milan/a.py")))
+    digests = [code_digest()]
+    for name in ("c", "b", "a"):
+        Path(f"milan/{name}.py").write_text(Path(f"milan/{name}.py").read_text() + "# touched\n")
+        digests.append(code_digest())
+    assert [new != old for old, new in zip(digests, digests[1:])] == [False, True, True]
 
 
 @pytest.mark.parametrize("stage", STAGES)

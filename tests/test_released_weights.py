@@ -1,9 +1,5 @@
 """pretrain.weights: with a released MILAN checkpoint and no CLIP at all, the evaluations run, and on exactly its weights."""
 
-import argparse
-import json
-from unittest import mock
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -13,10 +9,9 @@ from milan.errors import UserError
 from milan.files import read_checked
 from milan.model import MaskedPretraining
 from milan.params import Model, Params, Recipe
-from milan.stage import Stage
 from milan.typed import build
 from stages import extract_targets, linear_eval, prepare_imagenet, pretrain, teacher
-from tests.conftest import change
+from tests.conftest import change, run_main
 from tests.test_dvc import entry
 
 SETTINGS = {
@@ -69,13 +64,8 @@ def released(model: Model, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def run(module, p: Params, folder, **arguments) -> dict:
-    """The stage's main with a tracker that remembers nothing; its metrics."""
     name = module.__name__.split(".")[-1]
-    paths = {"out": folder / name, "metrics": folder / f"{name}.json", "curve": folder / f"{name}.csv"}
-    stage = Stage(name, argparse.Namespace(**paths, **arguments), p)
-    stage.tracker = mock.Mock()
-    module.main(stage)
-    return json.loads(paths["metrics"].read_text())
+    return run_main(module, p, folder / name, folder / f"{name}.json", folder / f"{name}.csv", **arguments)
 
 
 def up_to_pretrain(p: Params, folder) -> dict:

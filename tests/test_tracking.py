@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from milan import logger, sender, tracking
-from stages.code import closure
+from milan.code import closure
 from tests.conftest import ROOT
 from tests.test_dvc import STAGES
 

@@ -1,22 +1,15 @@
 """Every variant of the paper's ablation through its own stages, from drawn images to the row in the table, in one process."""
 
-import argparse
-import dataclasses
-import json
-import sys
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-import milan.teachers
 from milan.params import Params
-from milan.stage import Stage
 from milan.typed import build
 from stages import extract_targets, finetune, linear_eval, prepare_ade20k, prepare_imagenet, pretrain, report, segment, teacher
-from tests.conftest import ROOT, change
+from tests.conftest import ROOT, change, run_main
 
 SETTINGS = {
     "runtime.processes": 1,
@@ -43,13 +36,7 @@ METRICS, CURVES = Path("metrics"), Path("curves")
 
 
 def run(module, p: Params, name: str, **arguments) -> dict:
-    """A stage's main with a tracker that remembers nothing; its metrics."""
-    kind = module.__name__.split(".")[-1]
-    paths = {"out": Path("outs", name), "metrics": METRICS / f"{name}.json", "curve": CURVES / f"{name}.csv"}
-    stage = Stage(kind, argparse.Namespace(**{**paths, "confusion": Path("confusion.csv"), **arguments}), p)
-    stage.tracker = mock.Mock()
-    module.main(stage)
-    return json.loads(paths["metrics"].read_text()) if paths["metrics"].exists() else {}
+    return run_main(module, p, Path("outs", name), METRICS / f"{name}.json", CURVES / f"{name}.csv", **arguments)
 
 
 @pytest.fixture
@@ -72,7 +59,7 @@ def test_every_variant_gets_its_row(p, workplace):
         own = {"variant": variant, "seed": 0, "weights": Path("outs/pretrain", f"{variant}-0")}
         found[variant] = run(pretrain, p, f"pretrain/{variant}-0", records=records, teacher=teached, bank=bank, **own)
         found[variant] |= run(linear_eval, p, f"linear_eval/{variant}-0", records=records, teacher=teached, **own)
-        found[variant] |= run(finetune, p, f"finetune/{variant}-0", records=records, **own)
+        found[variant] |= run(finetune, p, f"finetune/{variant}-0", records=records, confusion=Path("confusion.csv"), **own)
         found[variant] |= run(segment, p, f"segment/{variant}-0", scenes=scenes, **own)
         encoders[variant] = load_file(own["weights"] / "encoder.safetensors")
 
@@ -89,20 +76,7 @@ def test_every_variant_gets_its_row(p, workplace):
     assert all(not torch.equal(a, b) for i, a in enumerate(first) for b in first[:i])
     assert all((first[0] - other).abs().max() < 0.05 for other in first[1:])  # two steps of AdamW away
 
-    run(report, p, "report", metrics=METRICS, curves=CURVES, published=ROOT / "reports/published.csv", out=Path("reports"))
+    given = {"curves": CURVES, "published": ROOT / "reports/published.csv"}
+    run_main(report, p, out=Path("reports"), metrics=METRICS, curve=None, **given)
     rows = [line.split(" | ")[0] for line in Path("reports/table.md").read_text().splitlines() if line.startswith("| ")]
     assert rows[2:7] == ["| No pretraining", "| MAE", "| CLIP target", "| CLIP target, prompting decoder", "| MILAN"]
-
-
-def test_a_teacher_inside_pretraining_counts_as_its_code(p, monkeypatch):
-    """With a bank open_clip is not loaded; without one, before the saved state is asked which code it is of."""
-    monkeypatch.setattr(pretrain, "Scratch", mock.Mock(side_effect=InterruptedError))
-    monkeypatch.setattr(Stage, "fingerprint", lambda *_, **__: "recipe")
-    monkeypatch.setattr(milan, "teachers", milan.teachers)  # as it is now, back at the end
-    for views in (1, 0):
-        monkeypatch.delitem(sys.modules, "milan.teachers", raising=False)
-        with pytest.raises(InterruptedError):
-            given = dataclasses.replace(p, extract_targets=dataclasses.replace(p.extract_targets, views=views))
-            folders = dict.fromkeys(("records", "teacher", "bank"), Path("none"))
-            run(pretrain, given, "pretrain/milan-0", variant="milan", seed=0, **folders)
-        assert ("milan.teachers" in sys.modules) == (views == 0)
