@@ -40,9 +40,10 @@ def serve(spool: Path | None) -> None:
             go_on = [deliver(kept) for kept in spools() if pipeline_of(kept) == pipeline]
 
 
-def taken(lock: TextIO) -> bool:
+def taken(lock: TextIO, kind: int = fcntl.LOCK_EX) -> bool:
+    """Whether the lock was free, and so is ours until the file is closed."""
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
@@ -86,11 +87,7 @@ def deliver(spool: Path) -> bool:
 
 def owner_alive(spool: Path) -> bool:
     with open(spool) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        return False
+        return not taken(file, fcntl.LOCK_SH)
 
 
 def forward(spool: Path) -> bool:

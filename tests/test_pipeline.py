@@ -15,6 +15,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 DVC = [sys.executable, "-m", "dvc"]
 STAGE_WORDS = "Running stage"
+ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +41,7 @@ def clone_of(folder: Path) -> Path:
 
 
 def run(command: list[str], folder: Path, check: bool = True) -> str:
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_WAIT_POLICY": "PASSIVE"}
-    done = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(command, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == 0 or not check, done.stdout[-4000:]
     return done.stdout
 
@@ -96,9 +96,8 @@ def test_killed_pretraining_continues_to_the_same_weights(clone):
     before = lock(clone)
     params = yaml.safe_load((clone / "params.yaml").read_text())
     assert params["runtime"]["save_seconds"] <= 1
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_WAIT_POLICY": "PASSIVE"}
     victim = subprocess.Popen(
-        [*DVC, "repro", "-f", "-s", "pretrain@milan-0"], cwd=clone, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        [*DVC, "repro", "-f", "-s", "pretrain@milan-0"], cwd=clone, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         start_new_session=True,
     )
     wait_for(lambda: list(clone.glob(".scratch/pretrain-milan-0-*/state-*.pt")), victim)
