@@ -80,6 +80,7 @@ class SceneCounts:
 @dataclass(frozen=True)
 class PrepareImagenet:
     seed: int = field(metadata=SEED)
+    world: str = choice("small", "large")
     train: int = field(metadata=MANY)
     val: int = field(metadata=MANY)
     pairs: int = field(metadata={"least": 0, "most": 10**8})
@@ -92,6 +93,7 @@ class PrepareImagenet:
 @dataclass(frozen=True)
 class PrepareAde20k:
     seed: int = field(metadata=SEED)
+    world: str = choice("small", "large")
     train: int = field(metadata=MANY)
     val: int = field(metadata=MANY)
     size: int | None = field(metadata=SIDE)

@@ -26,12 +26,7 @@ from PIL import Image
 from milan.errors import UserError
 from milan.workers import ordered
 
-SHAPES = ("disc", "ring", "triangle", "cross", "square")
-FILLS = ("striped", "dotted", "checked", "plain")
-CLASSES = tuple(f"{fill} {shape}" for shape in SHAPES for fill in FILLS)
-WNIDS = tuple(f"n{90000000 + k:08d}" for k in range(len(CLASSES)))  # sorted order is class order, as in ILSVRC
 TEXTURES = ("mossy", "cloudy", "wooden", "quilted", "tiled", "sandy")
-SCENE_CLASSES = TEXTURES + SHAPES  # annotation value = position + 1; 0 is unlabelled, as in ADE20K
 COLOURS = {
     "red": (0.90, 0.10, 0.10),
     "gold": (0.95, 0.75, 0.10),
@@ -63,20 +58,46 @@ JPEG = {"format": "JPEG", "quality": 95, "subsampling": 0}  # subsampled, thin s
 CHUNK = 200  # scenes a task: a tenth of a second or two, so that progress moves and processes stay busy
 
 
+class World(NamedTuple):
+    """What objects there are."""
+
+    shapes: tuple[str, ...]
+    fills: tuple[str, ...]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(f"{fill} {shape}" for shape in self.shapes for fill in self.fills)
+
+    @property
+    def wnids(self) -> tuple[str, ...]:
+        """A name a class; their sorted order is that of the classes, as in ILSVRC."""
+        return tuple(f"n{90000000 + k:08d}" for k in range(len(self.classes)))
+
+    @property
+    def scene_classes(self) -> tuple[str, ...]:
+        """Annotation value = position + 1; 0 is unlabelled, as in ADE20K."""
+        return TEXTURES + self.shapes
+
+
+SMALL = World(("disc", "ring", "triangle", "cross", "square"), ("striped", "dotted", "checked", "plain"))
+LARGE = World((*SMALL.shapes, "star", "crescent", "arrow"), (*SMALL.fills, "pinstriped", "gridded"))
+WORLDS = {"small": SMALL, "large": LARGE}  # 20 classes and 48; of scenes 11 and 14
+
+
 class Scene(NamedTuple):
     """One object scene. The mask is True on every pixel that the object touches, however little."""
 
     image: np.ndarray  # (size, size, 3) uint8
-    label: int  # 0..19, a position in CLASSES
+    label: int  # a position in the world's classes
     caption: str
     mask: np.ndarray  # (size, size) bool
 
 
-def object_scene(seed: int, purpose: str, index: int, size: int) -> Scene:
-    """Scene `index` of the split `purpose`, size x size pixels; its label is index modulo 20: exactly balanced."""
+def object_scene(world: World, seed: int, purpose: str, index: int, size: int) -> Scene:
+    """Scene `index` of the split `purpose`, size x size pixels; its label is index modulo classes: exactly balanced."""
     rng = _generator(seed, purpose, index)
-    label = index % len(CLASSES)
-    fill, shape = CLASSES[label].split()
+    label = index % len(world.classes)
+    fill, shape = world.classes[label].split()
     words = {
         name: str(rng.choice(list(names)))
         for name, names in {"size": RADII, "colour": COLOURS, "texture": TEXTURES, "template": TEMPLATES}.items()
@@ -89,10 +110,10 @@ def object_scene(seed: int, purpose: str, index: int, size: int) -> Scene:
     return Scene(_photograph(rng, canvas), label, caption, coverage > 0)
 
 
-def stuff_scene(seed: int, purpose: str, index: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+def stuff_scene(world: World, seed: int, purpose: str, index: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Two textures parted by a wavy line, with 2 to 4 objects: image (size, size, 3), annotation (size, size), uint8.
 
-    Annotation: 0 = unlabelled (bars, and pixels that two regions share), 1..6 = TEXTURES, 7..11 = SHAPES.
+    Annotation: 0 = unlabelled (bars, and pixels that two regions share), 1..6 = TEXTURES, from 7 the world's shapes.
     """
     rng = _generator(seed, purpose, index)
     first, second = rng.permutation(len(TEXTURES))[:2].tolist()
@@ -102,15 +123,16 @@ def stuff_scene(seed: int, purpose: str, index: int, size: int) -> tuple[np.ndar
     annotation = _label(np.full((size, size), first + 1, np.uint8), second + 1, side)
     annotation[_scatter_bars(rng, canvas)] = 0
     for _ in range(rng.integers(2, 5)):
-        shape, fill, colour = (str(rng.choice(list(names))) for names in (SHAPES, FILLS, COLOURS))
+        shape, fill, colour = (str(rng.choice(list(names))) for names in (world.shapes, world.fills, COLOURS))
         coverage = _coverage(rng, shape, rng.uniform(0.34, 0.5), size)
         canvas = _blend(canvas, _skin(rng, fill, colour, size), coverage)
-        annotation = _label(annotation, SCENE_CLASSES.index(shape) + 1, coverage)
+        annotation = _label(annotation, world.scene_classes.index(shape) + 1, coverage)
     return _photograph(rng, canvas), annotation
 
 
 def write_imagenet(
     folder: str | Path,
+    world: World,
     seed: int,
     size: int,
     train: int,
@@ -126,17 +148,18 @@ def write_imagenet(
     (255 = object) for the first `objects` of val, pairs/<number>.JPEG, pairs/captions.csv (file, caption) and
     classes.json ({wnid: name}). The folder appears whole or not at all; one that holds files is refused.
     """
-    names = [f"{split}/{wnid}" for split in ("train", "val") for wnid in WNIDS]
+    names = [f"{split}/{wnid}" for split in ("train", "val") for wnid in world.wnids]
     with _whole_folder(folder, [*names, "val_objects", "pairs"]) as root:
-        (root / "classes.json").write_text(json.dumps(dict(zip(WNIDS, CLASSES, strict=True)), indent=1) + "\n")
+        (root / "classes.json").write_text(json.dumps(dict(zip(world.wnids, world.classes, strict=True)), indent=1) + "\n")
         counts = {"train": train, "val": val, "pairs": pairs}
-        rows = _run(partial(_write_object_scenes, root, seed, size, objects), counts, progress, processes)
+        rows = _run(partial(_write_object_scenes, root, world, seed, size, objects), counts, progress, processes)
         with open(root / "pairs/captions.csv", "w", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows([("file", "caption"), *rows])
 
 
 def write_ade20k(
     folder: str | Path,
+    world: World,
     seed: int,
     size: int,
     train: int,
@@ -147,9 +170,9 @@ def write_ade20k(
     """Write stuff scenes in the ADEChallengeData2016 layout, with objectInfo.txt (Idx, Name); whole or not at all."""
     names = [f"{kind}/{split}" for kind in ("images", "annotations") for split in ("training", "validation")]
     with _whole_folder(folder, names) as root:
-        lines = [f"{k}\t{name}\n" for k, name in enumerate(SCENE_CLASSES, 1)]
+        lines = [f"{k}\t{name}\n" for k, name in enumerate(world.scene_classes, 1)]
         (root / "objectInfo.txt").write_text("".join(["Idx\tName\n", *lines]))
-        write = partial(_write_stuff_scenes, root, seed, size)
+        write = partial(_write_stuff_scenes, root, world, seed, size)
         _run(write, {"training": train, "validation": val}, progress, processes)
 
 
@@ -225,18 +248,32 @@ def _scatter_bars(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
     return taken
 
 
+def _in_star(u: np.ndarray, v: np.ndarray, tip: float, notch: float) -> np.ndarray:
+    """Inside a star of five points, one up: tips and notches at these distances from its centre."""
+    fifth = math.pi / 5
+    angle = np.abs((np.arctan2(u, -v) + fifth) % (2 * fifth) - fifth)  # from the nearest tip's direction: 0 to a tenth of a turn
+    edge = tip * notch * math.sin(fifth)  # twice the area of the triangle centre, tip, notch
+    along, across = tip - notch * math.cos(fifth), notch * math.sin(fifth)
+    return np.hypot(u, v) * (np.sin(angle) * along + np.cos(angle) * across) < edge
+
+
 _INSIDE = {  # in units of the radius; sizes chosen so that the areas, and with them the difficulty, are alike
     "disc": lambda u, v: u * u + v * v < 0.84**2,
     "ring": lambda u, v: np.abs(np.sqrt(u * u + v * v) - 0.70) < 0.24,
     "triangle": lambda u, v: np.maximum(v - 0.5, (math.sqrt(3) * np.abs(u) - v) / 2 - 0.5) < 0.05,
     "cross": lambda u, v: (np.minimum(np.abs(u), np.abs(v)) < 0.30) & (np.maximum(np.abs(u), np.abs(v)) < 0.95),
     "square": lambda u, v: np.maximum(np.abs(u), np.abs(v)) < 0.70,
+    "star": lambda u, v: _in_star(u, v, 1.10, 0.55),
+    "crescent": lambda u, v: (u * u + v * v < 0.98**2) & ((u - 0.45) ** 2 + v * v > 0.68**2),
+    "arrow": lambda u, v: (np.abs(u) < np.where(v < 0, 0.95 * (v + 0.95), 0.38)) & (v < 0.95),
 }
 _DARK = {  # of two waves a, b: dark where positive
     "striped": lambda a, b: a,
     "dotted": lambda a, b: a + b - 0.6,
     "checked": lambda a, b: 2 * a * b,
     "plain": lambda a, b: np.full_like(a, -1),
+    "pinstriped": lambda a, b: a - 0.7,
+    "gridded": lambda a, b: np.maximum(a, b) - 0.7,
 }
 
 
@@ -261,12 +298,12 @@ def _photograph(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
     return ((canvas * rng.uniform(0.75, 1.15) + noise).clip(0, 1) * 255 + 0.5).astype(np.uint8)
 
 
-def _write_object_scenes(root: Path, seed: int, size: int, objects: int, job: tuple[str, range]) -> list[tuple]:
+def _write_object_scenes(root: Path, world: World, seed: int, size: int, objects: int, job: tuple[str, range]) -> list[tuple]:
     """Write scenes of one split; returns the rows (file, caption) of those that are pairs."""
     (purpose, indices), rows = job, []
     for i in indices:
-        scene = object_scene(seed, purpose, i, size)
-        wnid = WNIDS[scene.label]
+        scene = object_scene(world, seed, purpose, i, size)
+        wnid = world.wnids[scene.label]
         name = {"train": f"{wnid}/{wnid}_{i}", "val": f"{wnid}/ILSVRC2012_val_{i + 1:08d}"}.get(purpose, f"{i + 1:08d}")
         Image.fromarray(scene.image).save(root / purpose / f"{name}.JPEG", **JPEG)
         if purpose == "val" and i < objects:
@@ -276,12 +313,12 @@ def _write_object_scenes(root: Path, seed: int, size: int, objects: int, job: tu
     return rows
 
 
-def _write_stuff_scenes(root: Path, seed: int, size: int, job: tuple[str, range]) -> list[tuple]:
+def _write_stuff_scenes(root: Path, world: World, seed: int, size: int, job: tuple[str, range]) -> list[tuple]:
     """Write scenes of one split with their annotations; returns no rows."""
     purpose, indices = job
     short = {"training": "train", "validation": "val"}[purpose]
     for i in indices:
-        image, annotation = stuff_scene(seed, purpose, i, size)
+        image, annotation = stuff_scene(world, seed, purpose, i, size)
         name = f"{purpose}/ADE_{short}_{i + 1:08d}"
         Image.fromarray(image).save(root / "images" / f"{name}.jpg", **JPEG)
         Image.fromarray(annotation).save(root / "annotations" / f"{name}.png")

@@ -37,7 +37,7 @@ def draw(root: Path, p: PrepareAde20k) -> None:
     if root.exists():
         return
     progress = Progress("drawing scenes", p.train + p.val)
-    world.write_ade20k(root, p.seed, p.size, p.train, p.val, progress.to, os.cpu_count())
+    world.write_ade20k(root, world.WORLDS[p.world], p.seed, p.size, p.train, p.val, progress.to, os.cpu_count())
     progress.close()
 
 

@@ -45,17 +45,19 @@ def main(stage: Stage) -> None:
 
 
 def draw(root: Path, p: PrepareImagenet) -> None:
+    of = world.WORLDS[p.world]
     for split, images in {"train": p.train, "val": p.val}.items():
-        if images < len(world.CLASSES):
+        if images < len(of.classes):
             raise UserError(
-                f"prepare_imagenet.{split} is {images}, and the built-in world has {len(world.CLASSES)} classes: give each an image."
+                f"prepare_imagenet.{split} is {images}, and the {p.world} built-in world has {len(of.classes)} classes: give each "
+                "an image."
             )
     for other in set(root.parent.glob("world-*")) - {root}:  # of a recipe that was given up
         shutil.rmtree(other, ignore_errors=True)
     if root.exists():
         return
     progress = Progress("drawing the world", p.train + p.val + p.pairs)
-    world.write_imagenet(root, p.seed, p.size, p.train, p.val, p.pairs, progress.to, os.cpu_count())
+    world.write_imagenet(root, of, p.seed, p.size, p.train, p.val, p.pairs, progress.to, os.cpu_count())
     progress.close()
 
 

@@ -144,7 +144,7 @@ def test_a_broken_recipe_of_conf(workplace):
 
 
 @pytest.mark.parametrize("words, said", [
-    (["--scale", "papre"], "no scale 'papre'; conf/scale has demo, paper"),
+    (["--scale", "papre"], "no scale 'papre'; conf/scale has demo, demo_gpu, paper"),
     *[(["--scale", name], f"no scale {name!r}; conf/scale has demo") for name in ("paper,demo", "a=b", "[", "${x}", "", "../config")],
     *[(["--tflops", number], "must be a number above 0") for number in ("0", "inf", "nan", "-1")],
     (["--params", "conf"], "conf cannot be read (Is a directory)"),
