@@ -11,6 +11,7 @@ import pytest
 from milan import claims, table
 from milan.params import read_params
 from milan.results import MEASURES, TITLES, Data, Results, read_published, summary
+from tests.conftest import ROOT
 
 RATIO = {"linear": 1.0, "knn": -1.0, "finetune": 10.0, "miou": 0.0}  # of each measure to the number given
 
@@ -110,3 +111,19 @@ def test_the_csv_has_the_numbers():
         3,
         "supported",
     ]
+
+
+COMMITTED = sorted((ROOT / "reports/evidence").glob("**/claims.csv"))
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.parent.relative_to(ROOT / "reports/evidence").as_posix())
+def test_the_committed_verdicts_follow_from_the_committed_numbers(path):
+    """By another road: each interval from the table of the runs, with Student's t for two degrees of freedom written down."""
+    runs = pd.read_csv(path.parent / "table.csv").set_index(["variant", "seed"])
+    for row in pd.read_csv(path).itertuples():
+        differences = runs.loc[row.above, row.measure] - runs.loc[row.below, row.measure]
+        assert len(differences) == row.seeds == 3 and differences.notna().all()
+        half = 4.302653 * differences.std(ddof=1) / math.sqrt(3)
+        low, high = differences.mean() - half, differences.mean() + half
+        assert (row.difference, row.low, row.high) == pytest.approx((differences.mean(), low, high), abs=1e-3)
+        assert row.verdict == ("supported" if low > 0 else "not supported" if high < 0 else "inconclusive")
