@@ -16,7 +16,7 @@ repro: setup ## the whole pipeline, then the table
 test: setup ## the test suite, in three processes
 	@python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 
-torture: setup ## a smoke-scale pipeline killed, cut off and damaged in every way: about 40 minutes
+torture: setup ## a smoke-scale pipeline killed, cut off and damaged in every way: about half an hour
 	@python -m tests.torture $(if $(ONLY),--only $(ONLY)) $(if $(KILLS),--kills $(KILLS)) $(if $(SEED),--seed $(SEED))
 
 plan: setup ## what a recipe costs before it runs: make plan SCALE=paper

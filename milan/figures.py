@@ -225,7 +225,7 @@ def class_iou(predicted: list[Tensor], scenes: list[tuple[Tensor, Tensor]], clas
 def class_colours(classes: int) -> np.ndarray:
     """(classes + 1, 3): stuff pale, things strong, as far as the built-in world goes; the last is `unlabelled`."""
     known = ["#DDDDDD", "#BBD9EE", "#F3E2B8", "#C9E3C2", "#E4C9DC", "#B3B3B3"]
-    known += [plots.BLUE, plots.ORANGE, plots.VERMILION, plots.GREEN, plots.BLACK]
+    known += [plots.BLUE, plots.ORANGE, plots.VERMILION, plots.GREEN, plots.BLACK, "#7B3FA0", "#8C1C13", "#F0E442"]
     shades = [plt.matplotlib.colors.to_rgb(c) for c in known[:classes]]
     for k in range(len(shades), classes):  # more classes than eyes can tell apart: hues a golden ratio apart
         shades.append(tuple(plt.matplotlib.colors.hsv_to_rgb(((k * 0.618034) % 1, 0.35 + 0.25 * (k % 3), 0.95 - 0.15 * (k % 4)))))

@@ -37,7 +37,7 @@ from milan.typed import build
 
 IMAGE_BYTES = 110_000  # of an ImageNet JPEG, in the mean
 SCENE_BYTES = 45_000  # of an ADE20K scene with its annotation, in the mean
-TINY_IMAGE_BYTES = 2_500  # of the built-in world's JPEGs at 48 pixels
+DRAWN_PIXEL_BYTES = 2_500 / 48**2  # of the built-in world's JPEGs
 CLASSES = 1000  # of ImageNet
 TOKENS = 20 * 49  # of a vocabulary for the built-in captions; a small share of any figure
 
@@ -209,7 +209,9 @@ def lines(p: Params) -> list[Line]:
 def disk(p: Params) -> dict[str, float]:
     """Bytes of what the pipeline keeps."""
     i, s = p.prepare_imagenet, p.prepare_ade20k
-    each, scene = (TINY_IMAGE_BYTES, TINY_IMAGE_BYTES) if not p.data.imagenet and i.size else (IMAGE_BYTES, SCENE_BYTES)
+    each, scene = IMAGE_BYTES, SCENE_BYTES
+    if not p.data.imagenet and i.size:
+        each = scene = DRAWN_PIXEL_BYTES * i.size**2
     width = teacher(p).feature_dim
     model = unmade(lambda: MaskedPretraining(p.model, milan_row(p), p.pretrain.mask_ratio, width))
     weights = 4 * sum(parameter.numel() for parameter in model.parameters())

@@ -1,4 +1,4 @@
-"""The evidence: every study of docs/evidence.md, run at demo scale and written to reports/evidence/<study>/.
+"""The evidence: every study of docs/evidence.md, run at demo scale (or another, -S scale=) and written to reports/evidence/<study>/.
 
     python -m milan.studies                 # all of them; or: python -m milan.studies seeds views
     python -m milan.studies mask_ratio --values 0.6,0.8 -S scale=smoke
@@ -19,6 +19,7 @@ from typing import NamedTuple
 import yaml
 
 from milan import claims, costs, plots, sweep, table
+from milan.discreet import discreet
 from milan.errors import UserError
 from milan.files import SCRATCH, refusals_said, write_whole
 from milan.page import LINKS
@@ -29,6 +30,7 @@ from milan.stage import alone, fail
 
 CLONE = SCRATCH / "studies"
 STAGES = ("linear_eval", "finetune", "segment")  # and what they need
+OUT = Path("reports/evidence")
 PARTS = ("milan", "stages", "conf", "dvc.yaml", "reports/published.csv")  # what the studies take from the commit
 
 
@@ -59,11 +61,11 @@ def main() -> None:
     parser.add_argument("studies", nargs="*", metavar="STUDY", help=f"of {', '.join(STUDIES)} (default: all)")
     parser.add_argument("--values", help="other values for the one study named, with commas between")
     parser.add_argument("-S", dest="settings", action="append", default=[], metavar="KEY=VALUE", help="for every run, as DVC's")
-    parser.add_argument("--out", type=Path, default=Path("reports/evidence"), help="default: %(default)s")
+    parser.add_argument("--out", type=Path, default=OUT, help="default: %(default)s")
     args = parser.parse_args()
     try:
         with refusals_said(), alone("studies") as lock:
-            run(chosen(args.studies, args.values), args.settings, args.out.absolute(), lock)
+            run(chosen(args.studies, args.values), args.settings, args.out, lock)
     except UserError as error:
         fail(str(error))
     except KeyboardInterrupt:
@@ -83,7 +85,7 @@ def chosen(names: list[str], values: str | None) -> dict[str, Study]:
 
 
 def run(studies: dict[str, Study], settings: list[str], out: Path, lock: int) -> None:
-    home = Path.cwd()
+    home, folder = Path.cwd(), out.absolute()
     make_clone()
     os.chdir(CLONE)
     for name, study in studies.items():
@@ -91,18 +93,19 @@ def run(studies: dict[str, Study], settings: list[str], out: Path, lock: int) ->
             print(f"\nstudy {name}, run {number} of {len(study.values)}: {study.key}={value}", flush=True)
             experiment(re.sub(r"[^\w.]+", "-", f"{name}-{value}").strip("-"), study, value, settings, lock)
         subprocess.run([sys.executable, "-m", "milan.logger"], check=True)  # what MLflow has not heard yet
-        about = f"{study.question}\n\nThe command: `{command(name, study, settings)}`."
+        about = f"{study.question}\n\nThe command: `{command(name, study, settings, out)}`."
         known = runs_known(home)
         if name == "seeds":
-            write_seeds(read_params(Path("params.yaml")), known, out / name, about)
+            write_seeds(read_params(Path("params.yaml")), known, folder / name, about)
         else:
             points = [e for e in sweep.read_experiments() if e.name.startswith(f"{name}-")]
-            sweep.write(study.key, points, known, out / name, about)
+            sweep.write(study.key, points, known, folder / name, about)
 
 
-def command(name: str, study: Study, settings: list[str]) -> str:
+def command(name: str, study: Study, settings: list[str], out: Path = OUT) -> str:
     values = "" if study == STUDIES[name] else f" --values {','.join(study.values)}"
-    return f"python -m milan.studies {name}{values}" + "".join(f" -S '{setting}'" for setting in settings)
+    words = [f" -S '{setting}'" for setting in settings] + ([] if out == OUT else [f" --out {discreet(out)}"])
+    return f"python -m milan.studies {name}{values}{''.join(words)}"
 
 
 # -------------------------------------------------------------------------------------------------------------- the clone

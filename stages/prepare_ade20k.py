@@ -34,10 +34,16 @@ def main(stage: Stage) -> None:
 
 
 def draw(root: Path, p: PrepareAde20k) -> None:
+    of = world.WORLDS[p.world]
+    if p.classes != len(of.scene_classes):
+        raise UserError(
+            f"prepare_ade20k.classes is {p.classes}, and scenes of the {p.world} built-in world have {len(of.scene_classes)} "
+            "classes: change classes or prepare_ade20k.world."
+        )
     if root.exists():
         return
     progress = Progress("drawing scenes", p.train + p.val)
-    world.write_ade20k(root, world.WORLDS[p.world], p.seed, p.size, p.train, p.val, progress.to, os.cpu_count())
+    world.write_ade20k(root, of, p.seed, p.size, p.train, p.val, progress.to, os.cpu_count())
     progress.close()
 
 

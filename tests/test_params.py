@@ -121,6 +121,7 @@ WRONG = {
     "recipe that is a path": ("pretrain.recipes", {"a/b": {"target": "none", "decoder": "none", "masking": "none"}}, ["'a/b' names folders"]),
     "recipe whose name is a number": ("pretrain.recipes", {2022: {"target": "none", "decoder": "none", "masking": "none"}}, ["name 2022", "quotation"]),
     "recipe whose name is nothing": ("pretrain.recipes", {None: {}}, ["name None", "quotation"]),
+    "a world that there is not": ("prepare_imagenet.world", "medium", ["prepare_imagenet:world", "small", "large"]),
     "more classes than a mask's byte holds": ("prepare_ade20k.classes", 300, ["prepare_ade20k:classes", "at most 254"]),
     "a world's negative seed": ("prepare_imagenet.seed", -1, ["prepare_imagenet:seed", "at least 0"]),
     "a teacher's seed beyond all generators": ("teacher.seed", 2**31, ["teacher:seed", "at most 2147483647"]),

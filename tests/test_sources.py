@@ -438,8 +438,18 @@ def test_a_world_with_classes_without_an_image_is_refused_before_it_is_drawn(tmp
     from stages import prepare_imagenet
 
     for counts, key in (({"train": 19, "val": 20}, "train is 19"), ({"train": 20, "val": 0}, "val is 0")):
-        with pytest.raises(UserError, match=rf"prepare_imagenet\.{key}, and the built-in world has 20 classes"):
-            prepare_imagenet.draw(tmp_path / "world", SimpleNamespace(seed=0, size=16, pairs=0, **counts))
+        with pytest.raises(UserError, match=rf"prepare_imagenet\.{key}, and the small built-in world has 20 classes"):
+            prepare_imagenet.draw(tmp_path / "world", SimpleNamespace(seed=0, world="small", size=16, pairs=0, **counts))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("of, classes, right", [("small", 14, 11), ("large", 11, 14)])
+def test_scenes_of_another_world_than_the_classes_are_refused_before_they_are_drawn(tmp_path, of, classes, right):
+    from stages import prepare_ade20k
+
+    said = rf"prepare_ade20k\.classes is {classes}, and scenes of the {of} built-in world have {right} classes"
+    with pytest.raises(UserError, match=said):
+        prepare_ade20k.draw(tmp_path / "scenes", SimpleNamespace(world=of, classes=classes, seed=0, size=16, train=1, val=1))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -448,7 +458,7 @@ def test_a_world_of_a_recipe_that_was_given_up_is_dropped(tmp_path):
 
     for name in ("world-old", "world-new", "pretrain-milan-0"):
         (tmp_path / name).mkdir()
-    p = SimpleNamespace(seed=0, size=16, train=20, val=20, pairs=0)
+    p = SimpleNamespace(seed=0, world="small", size=16, train=20, val=20, pairs=0)
     prepare_imagenet.draw(tmp_path / "world-new", p)  # which is there: drawn before an interruption
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pretrain-milan-0", "world-new"]
     assert list((tmp_path / "world-new").iterdir()) == []

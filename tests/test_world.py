@@ -73,6 +73,8 @@ def test_every_caption_names_its_class_in_few_words(scenes):
     assert 35 <= len(vocabulary) <= 55
     prompted = {word for prompt in world.PROMPTS for name in world.SMALL.classes for word in prompt.format(name).split()}
     assert prompted <= vocabulary, "a prompt uses a word that the text tower never learns"
+    large = {word for i in range(480) for word in world.object_scene(world.LARGE, 3, "test", i, 16).caption.split()}
+    assert large == vocabulary | {"star", "crescent", "arrow", "pinstriped", "gridded"}
 
 
 def test_captions_tell_colour_size_and_texture_truly(scenes, monkeypatch):
@@ -96,11 +98,13 @@ def test_captions_tell_colour_size_and_texture_truly(scenes, monkeypatch):
         assert said & set(world.TEXTURES) <= {drawn[-1]}
 
 
-def test_the_mask_is_exactly_what_the_object_changes(scenes, monkeypatch):
+@pytest.mark.parametrize("of", world.WORLDS)
+def test_the_mask_is_exactly_what_the_object_changes(of, monkeypatch):
+    scenes = [world.object_scene(world.WORLDS[of], 3, "test", i, SIZE) for i in range(200)]
     monkeypatch.setattr(world, "_blend", lambda below, above, coverage: below)
     changed = []
-    for i, scene in enumerate(scenes[:200]):
-        without = world.object_scene(world.SMALL, 3, "test", i, SIZE).image
+    for i, scene in enumerate(scenes):
+        without = world.object_scene(world.WORLDS[of], 3, "test", i, SIZE).image
         difference = (without != scene.image).any(-1)
         assert not difference[~scene.mask].any()
         changed.append(difference[scene.mask].mean())

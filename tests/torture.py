@@ -5,7 +5,7 @@
 Clones HEAD into a temporary folder, runs it once at smoke scale, and keeps dvc.lock as the truth. Then come the faults of
 tests/torture_faults.py, a line each: what was done, how often, and how often the pipeline lived through it. Everything
 random follows from the seed. What needs a right that is missing (mounting a small disk) is skipped and said.
-Exit status: 0 all survived, 1 a fault that did not. About 40 minutes on two cores; nothing outside of the clone is touched.
+Exit status: 0 all survived, 1 a fault that did not. About half an hour on two cores; nothing outside of the clone is touched.
 """
 
 import argparse
