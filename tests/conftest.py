@@ -27,6 +27,10 @@ from milan.stage import Stage  # noqa: E402
 ROOT = Path(__file__).resolve().parents[1]
 SLOWEST = ("test_pipeline.py", "test_rehearsal.py")
 
+# The first backward pass counts the devices. Later than a FakeTensorMode, which pretends a GPU, it would start a thread for
+# that one, and no process forked from here could train.
+torch.ones(1, requires_grad=True).backward()
+
 
 def pytest_collection_modifyitems(items: list) -> None:
     """The longest files first, so that no process is left alone with one at the end."""
