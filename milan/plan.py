@@ -206,17 +206,20 @@ def lines(p: Params) -> list[Line]:
     return [*found, line("segment", scenes, p.segment, segment_cost(p), runs)]
 
 
+def record_bytes(given: str | None, size: int | None, real: int) -> float:
+    """Of a record in the mean: a drawn picture of this size, or one of the real set."""
+    return real if given or not size else DRAWN_PIXEL_BYTES * size**2
+
+
 def disk(p: Params) -> dict[str, float]:
     """Bytes of what the pipeline keeps."""
     i, s = p.prepare_imagenet, p.prepare_ade20k
-    each, scene = IMAGE_BYTES, SCENE_BYTES
-    if not p.data.imagenet and i.size:
-        each = scene = DRAWN_PIXEL_BYTES * i.size**2
+    image, scene = record_bytes(p.data.imagenet, i.size, IMAGE_BYTES), record_bytes(p.data.ade20k, s.size, SCENE_BYTES)
     width = teacher(p).feature_dim
     model = unmade(lambda: MaskedPretraining(p.model, milan_row(p), p.pretrain.mask_ratio, width))
     weights = 4 * sum(parameter.numel() for parameter in model.parameters())
     return {
-        "records": (i.train + i.val + i.pairs) * each + (s.train + s.val) * scene,
+        "records": (i.train + i.val + i.pairs) * image + (s.train + s.val) * scene,
         "target bank": bank_bytes(i.train, p.extract_targets.views, p.model.n_patches, width),
         "weights, a variant and seed": weights,
         "a save to resume from (two are kept)": 3 * weights,

@@ -1,4 +1,4 @@
-"""The evidence: every study of docs/evidence.md, run at demo scale (or another, -S scale=) and written to reports/evidence/<study>/.
+"""The evidence: every study of docs/evidence.md, at demo scale or another (-S scale=), written to reports/evidence/<study>/.
 
     python -m milan.studies                 # all of them; or: python -m milan.studies seeds views
     python -m milan.studies mask_ratio --values 0.6,0.8 -S scale=smoke

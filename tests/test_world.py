@@ -1,6 +1,7 @@
 """The built-in world: reproducible to the byte, truthful in labels, captions and masks, written whole or not at all."""
 
 import csv
+import dataclasses
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ from PIL import Image
 
 from milan import world
 from milan.errors import UserError
+from milan.params import PrepareAde20k, PrepareImagenet
 
 SIZE = 48
 
@@ -42,6 +44,12 @@ def test_classes_are_exactly_balanced_and_in_the_order_of_their_wnids(scenes):
     for of, classes in ((world.SMALL, 20), (world.LARGE, 48)):
         assert len(set(of.classes)) == classes and list(of.wnids) == sorted(set(of.wnids))
     assert set(Counter(scene.label for scene in scenes).values()) == {1200 // 20}
+
+
+def test_a_recipe_can_name_every_world():
+    for section in (PrepareImagenet, PrepareAde20k):
+        options = {field.name: field.metadata for field in dataclasses.fields(section)}["world"]["options"]
+        assert options == tuple(world.WORLDS)
 
 
 def test_the_large_world_adds_kinds_and_keeps_the_small_one_s():
