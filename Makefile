@@ -23,7 +23,7 @@ plan: setup ## what a recipe costs before it runs: make plan SCALE=paper
 	@python -m milan.plan $(if $(SCALE),--scale $(SCALE)) $(if $(TFLOPS),--tflops $(TFLOPS))
 
 evidence: setup ## every study of docs/evidence.md, hours at demo scale; continues when repeated
-	@python -m milan.studies
+	@python -m milan.report.studies
 
 setup: .venv/.installed ## .venv with the pinned requirements.txt
 

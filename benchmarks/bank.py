@@ -17,27 +17,28 @@ from torch import Tensor
 
 from benchmarks import loader, measure
 from benchmarks.step import FEATURES, Batch, our_step
-from milan import rng, targets, transforms
+from milan.data import seeding, transforms
+from milan.data.records import Records
+from milan.method import target_bank
+from milan.method.samples import BankViews, PretrainSamples
 from milan.params import Model
-from milan.records import Records
-from milan.samples import BankViews, PretrainSamples
 
 SCALE, IMAGENET = [0.2, 1.0], 1_281_167
 
 
-def random_bank(folder: Path, packed: Records, model: Model, views: int) -> targets.Bank:
+def random_bank(folder: Path, packed: Records, model: Model, views: int) -> target_bank.Bank:
     """A bank whose features say nothing, of the right size and with true boxes."""
     n, tokens = len(packed), 1 + model.n_patches
     heights = [transforms.decode(packed[i]["image"]).shape[1:] for i in range(n)]
-    boxes = [[targets.view_box(0, v, i, *heights[i], SCALE) for v in range(views)] for i in range(n)]
+    boxes = [[target_bank.view_box(0, v, i, *heights[i], SCALE) for v in range(views)] for i in range(n)]
     arrays = {
         "features": torch.randn(n, views, tokens, FEATURES).half(),
         "importance": torch.rand(n, views, model.n_patches),
         "boxes": torch.tensor(boxes, dtype=torch.int32),
     }
-    targets.write_shard(folder, 0, {name: array.numpy() for name, array in arrays.items()})
-    targets.finish(folder, views=views, shard_images=n, feature_dim=FEATURES, images=n)
-    return targets.Bank(folder)
+    target_bank.write_shard(folder, 0, {name: array.numpy() for name, array in arrays.items()})
+    target_bank.finish(folder, views=views, shard_images=n, feature_dim=FEATURES, images=n)
+    return target_bank.Bank(folder)
 
 
 class Cases:
@@ -57,7 +58,7 @@ class Cases:
 
     def load(self, samples) -> dict[str, Tensor]:
         self.epoch += 1
-        order = rng.permutation(len(self.packed), self.epoch, "shuffle")[: self.batch].tolist()
+        order = seeding.permutation(len(self.packed), self.epoch, "shuffle")[: self.batch].tolist()
         keys = order if samples is self.views else [(self.epoch, i) for i in order]
         batch = torch.utils.data.default_collate([samples[key] for key in keys])
         return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
@@ -100,7 +101,7 @@ def main() -> None:
         }
         for name, each in took.items()
     ]
-    saved, size = took["online"] - took["banked"], targets.bank_bytes(1, 1, model.n_patches, FEATURES)
+    saved, size = took["online"] - took["banked"], target_bank.bank_bytes(1, 1, model.n_patches, FEATURES)
     about = {**measure.machine(device), "model": args.model, "precision": measure.precision(args), "batch": args.batch}
     about |= {"kB a view": round(size / 1000), "GB a view of ImageNet": round(size * IMAGENET / 1e9)}
     about["epochs a view before it pays"] = f"{took['extraction of a view'] / saved:.2g}" if saved > 0 else "never"

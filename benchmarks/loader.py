@@ -19,10 +19,11 @@ from torchvision import transforms as pil
 from torchvision.io import decode_jpeg
 
 from benchmarks import measure
-from milan import records, sources, transforms
-from milan.packing import Packing
-from milan.records import Records
-from milan.samples import PretrainSamples
+from milan.data import records, transforms
+from milan.data.records import Records
+from milan.ingest import imagenet
+from milan.ingest.packing import Packing
+from milan.method.samples import PretrainSamples
 
 SIZE, SCALE, BATCH = 224, [0.2, 1.0], 20
 
@@ -47,7 +48,7 @@ def published(root: Path) -> datasets.ImageFolder:
 def pack(root: Path, packed: Path) -> Records:
     """What was drawn, as records."""
     packed.mkdir()
-    splits = Packing(packed, shard_images=10_000, processes=1).pack({"train": sources.image_folder(root, "train")})
+    splits = Packing(packed, shard_images=10_000, processes=1).pack({"train": imagenet.image_folder(root, "train")})
     records.write_manifest(packed, splits=splits, wnids=[], classes=[], source="benchmark")
     return Records(packed, "train")
 

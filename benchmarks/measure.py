@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-from milan import distributed
-from milan.machine import cpu_name
+from milan.core.progress import Progress
 from milan.params import Compute, Model, Tower
-from milan.progress import Progress
+from milan.tracking.machine import cpu_name
+from milan.training import distributed
 
 VIT_B = Model("ViT-B/16", 224, 16, Tower(768, 12, 12), Tower(512, 8, 16))
 TINY = Model("ViT-tiny/8", 48, 8, Tower(128, 4, 4), Tower(96, 2, 4))

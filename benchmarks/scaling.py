@@ -3,7 +3,7 @@
     python -m benchmarks.scaling                        # 1 and 2 processes on a CPU, 1, 2, 4 .. GPUs
     python -m benchmarks.scaling --processes 1 8 --batch 256
 
-Runs the pretraining loop itself (milan/fit.py: DistributedDataParallel over gloo or nccl, the teacher inside unless
+Runs the pretraining loop itself (milan/training/loop.py: DistributedDataParallel over gloo or nccl, the teacher inside unless
 --banked) on random images, a micro-batch of --batch for every process, and times the steps after the first few.
 Efficiency is the rate a process over that of the first row. A process has --threads threads. The loop looks at its loss
 at every step here (so few make a curve), and not every ten: on a GPU a little slower than a long run.
@@ -19,10 +19,11 @@ from torch.utils.data import Dataset
 
 from benchmarks import measure
 from benchmarks.step import FEATURES, MILAN, our_teacher
-from milan import distributed, fit, optim, transforms
-from milan.checkpoint import Scratch
-from milan.model import MaskedPretraining
+from milan.data import transforms
+from milan.method.model import MaskedPretraining
 from milan.params import Compute, Model, Runtime, Training
+from milan.training import distributed, loop, optim
+from milan.training.resume import Scratch
 
 WARM = 3  # steps before the clock starts
 
@@ -95,8 +96,8 @@ def train(p: Place, model: Model, batch: int, steps: int, banked: bool, scratch:
         weight_decay=0,
         clip_grad=None,
     )
-    run = fit.Run("scaling", training, p.compute, p.runtime, 0, scratch)
-    fit.fit(student, Images(model, whole, banked), optimizer, run, clock)
+    run = loop.Run("scaling", training, p.compute, p.runtime, 0, scratch)
+    loop.fit(student, Images(model, whole, banked), optimizer, run, clock)
     return {"rate": steps * whole / clock.seconds()}
 
 

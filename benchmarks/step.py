@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import measure, plain
-from milan import distributed, optim
-from milan.model import MaskedPretraining
+from milan.method.model import MaskedPretraining
 from milan.params import Model, Recipe
+from milan.training import distributed, optim
 
 FEATURES = 512
 MILAN = Recipe(target="clip", decoder="prompt", masking="semantic")
@@ -88,7 +88,7 @@ def our_teacher(model: Model, precision: str, device: torch.device) -> nn.Module
     try:
         from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 
-        from milan.clip import ClipTower
+        from milan.teacher.clip import ClipTower
     except ImportError:
         print("open_clip is not installed: `ours online` runs with the plain teacher")
         return plain.Teacher(model, FEATURES).to(device).eval()

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from benchmarks import measure
 from benchmarks.step import our_teacher
-from milan import distributed, masking
+from milan.method import masking
+from milan.training import distributed
 
 MASK_RATIO = 0.75
 
@@ -34,7 +35,7 @@ def tower(name: str, weights: Path | None, device: torch.device) -> tuple[nn.Mod
     if weights is None:
         torch.manual_seed(0)
         return our_teacher(measure.MODELS[name], "fp32", device), measure.MODELS[name].image_size
-    from milan.clip import ClipTower, load_teacher
+    from milan.teacher.clip import ClipTower, load_teacher
 
     visual = load_teacher(weights)[0].visual
     return ClipTower(visual).to(device), visual.image_size[0]

@@ -23,7 +23,7 @@ pipeline+=(-S "runtime.nodes=$SLURM_JOB_NUM_NODES" -S "runtime.processes=$SLURM_
 rm -f .scratch/preempted
 others=$((SLURM_JOB_NUM_NODES - 1))
 if ((others > 0)); then # every node but the first, on which this script runs, follows
-    srun --nodes="$others" --ntasks="$others" --relative=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" python -m milan.follow &
+    srun --nodes="$others" --ntasks="$others" --relative=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" python -m milan.training.follow &
 fi
 
 "${pipeline[@]}" &
@@ -37,7 +37,7 @@ while kill -0 "$dvc" 2>/dev/null; do # the signal ended the waiting, not the pip
     status=$?
 done
 
-python -m milan.follow --end
+python -m milan.training.follow --end
 wait
 # DVC does not pass on its stage's exit status 75; the stage leaves this file when a signal came to it or to another node.
 if [ "$stopped" = yes ] || [ -e .scratch/preempted ]; then

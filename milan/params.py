@@ -1,5 +1,5 @@
 """params.yaml -> frozen dataclasses: every key of a recipe, and what it may be. An unknown key, a missing key or an
-impossible value stops the run before any work, naming the key and the nearest valid one (milan/typed.py).
+impossible value stops the run before any work, naming the key and the nearest valid one (milan/core/typed.py).
 
 Numbers may be written unreduced, with their reason: `lr: 1.5e-4 * 4096 / 256`.
 """
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import yaml
 
-from milan.errors import UserError
-from milan.typed import build, choice, nearest
+from milan.core.errors import UserError
+from milan.core.typed import build, choice, nearest
 
 POSITIVE = {"above": 0}
 COUNT = {"least": 0}
@@ -365,7 +365,7 @@ class Params:
         return bool(self.pretrain.weights and self.teacher.pretrained)
 
     def check_masking(self) -> None:
-        kept = int(self.model.n_patches * (1 - self.pretrain.mask_ratio))  # as in milan/masking.py
+        kept = int(self.model.n_patches * (1 - self.pretrain.mask_ratio))  # as in milan/method/masking.py
         if not 0 < kept < self.model.n_patches:
             raise ValueError(
                 f"pretrain.mask_ratio {self.pretrain.mask_ratio} leaves {kept} of {self.model.n_patches} patches visible: "
@@ -373,7 +373,7 @@ class Params:
             )
 
     def check_stem(self) -> None:
-        """The group norms of the teacher's stem (milan/clip.py) have 8 groups in each of its halvings."""
+        """The group norms of the teacher's stem (milan/teacher/clip.py) have 8 groups in each of its halvings."""
         tiny = self.teacher.tiny
         for halving in range(self.model.patch_size.bit_length() - 1) if tiny and tiny.conv_stem else ():
             channels = max(tiny.width >> halving, 32)

@@ -21,19 +21,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from milan import distributed, segmenter
-from milan.classifier import build_classifier
-from milan.clip import Tower, tiny_config
-from milan.encoder import Encoder
-from milan.errors import UserError
-from milan.files import refusals_said
-from milan.model import MaskedPretraining
+from milan.core.errors import UserError
+from milan.core.files import refusals_said
+from milan.core.typed import build
+from milan.evaluation.classifier import build_classifier
+from milan.method.encoder import Encoder
+from milan.method.model import MaskedPretraining
+from milan.method.target_bank import bank_bytes
 from milan.params import Params, Recipe, Training, read_params
-from milan.pretrained import describe
+from milan.segmentation import segmenter
 from milan.stage import fail
-from milan.targets import bank_bytes
-from milan.teachers import build_tower
-from milan.typed import build
+from milan.teacher.clip import Tower, tiny_config
+from milan.teacher.frozen import build_tower
+from milan.teacher.released import describe
+from milan.training import distributed
 
 IMAGE_BYTES = 110_000  # of an ImageNet JPEG, in the mean
 SCENE_BYTES = 45_000  # of an ADE20K scene with its annotation, in the mean

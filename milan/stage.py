@@ -15,11 +15,11 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from milan import machine, tracking
-from milan.errors import PREEMPTED, Preempted, UserError
-from milan.files import SCRATCH, dvc_hash, existing_parent, file_digest, fingerprint, refusals_said, write_json, write_whole
+from milan.core.errors import PREEMPTED, Preempted, UserError
+from milan.core.files import SCRATCH, dvc_hash, existing_parent, file_digest, fingerprint, refusals_said, write_json, write_whole
+from milan.core.typed import nearest
 from milan.params import Params, read_params
-from milan.typed import nearest
+from milan.tracking import machine, tracker
 
 LAST_STAGE = "page"
 STOPPED = "Stopped. What was saved is kept; run `dvc repro` again to continue."
@@ -30,7 +30,7 @@ class Stage:
 
     def __init__(self, name: str, args: argparse.Namespace, params: Params):
         self.name, self.args, self.params = name, args, params
-        self.tracker: tracking.Tracker = None
+        self.tracker: tracker.Tracker = None
         self.metrics: dict[str, float] = {}
         variant, recipes = getattr(args, "variant", None), params.pretrain.recipes
         if variant is not None and variant not in recipes:
@@ -172,7 +172,7 @@ def fail(text: str, status: int = 1) -> None:
 def tracked(stage: Stage, main: Callable[[Stage], None]) -> None:
     tags = {"stage": stage.name, "scale": stage.params.scale, "git_revision": git_revision(), **variation(stage)}
     tags["hardware"] = machine.hardware(stage.params.compute.device)
-    logger = tracking.Logger(stage.title, f"milan-{stage.params.scale}", tags, flat(stage.params))
+    logger = tracker.Logger(stage.title, f"milan-{stage.params.scale}", tags, flat(stage.params))
     stage.tracker, status, began = logger.tracker, "FAILED", time.monotonic()
     try:
         if hasattr(stage.args, "weights"):

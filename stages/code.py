@@ -8,8 +8,8 @@ lists by hand. Costs a second.
 
 from pathlib import Path
 
-from milan.code import closure
-from milan.files import file_digest, fingerprint, whole_folder, write_whole
+from milan.core.code import closure
+from milan.core.files import file_digest, fingerprint, whole_folder, write_whole
 from milan.stage import Stage, run
 
 

@@ -12,16 +12,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from milan import distributed, targets, transforms
-from milan.checkpoint import save_weights
-from milan.clip import Tower
-from milan.files import whole_folder
+from milan.core.files import whole_folder
+from milan.core.progress import Progress
+from milan.data import transforms
+from milan.data.evaluation_view import CentreSamples
+from milan.data.records import Records
+from milan.method import target_bank
+from milan.method.samples import BankViews
 from milan.params import Params
-from milan.progress import Progress
-from milan.records import Records
-from milan.samples import BankViews, CentreSamples
 from milan.stage import Stage, run
-from milan.teachers import load_tower, look
+from milan.teacher.clip import Tower
+from milan.teacher.frozen import load_tower, look
+from milan.training import distributed
+from milan.training.weights import save_weights
 
 
 def main(stage: Stage) -> None:
@@ -39,7 +42,7 @@ def main(stage: Stage) -> None:
 def nothing(p: Params, folder: Path) -> dict:
     """A bank without views and no probe set: a released student is only evaluated."""
     print("pretrain.weights is set: no teacher is needed, and no targets.", flush=True)
-    targets.finish(folder, views=0, shard_images=p.extract_targets.shard_images, feature_dim=0, images=0)
+    target_bank.finish(folder, views=0, shard_images=p.extract_targets.shard_images, feature_dim=0, images=0)
     return {}
 
 
@@ -48,15 +51,15 @@ def extract(p: Params, records: Path, teacher: Path, folder: Path) -> dict:
     tower = load_tower(teacher, p.compute, device)
     train = Records(records, "train")
     if x.views:
-        size = targets.bank_bytes(len(train), x.views, p.model.n_patches, tower.feature_dim)
+        size = target_bank.bank_bytes(len(train), x.views, p.model.n_patches, tower.feature_dim)
         if distributed.rank() == 0:
-            targets.refuse_when_too_big(folder, size)
+            target_bank.refuse_when_too_big(folder, size)
         write_bank(p, train, tower, folder, device)
         distributed.barrier()
     if distributed.rank() != 0:
         return {}
     found = write_probe_set(p, Records(records, "val"), tower, folder / "probe.safetensors", device)
-    targets.finish(folder, views=x.views, shard_images=x.shard_images, feature_dim=tower.feature_dim, images=len(train))
+    target_bank.finish(folder, views=x.views, shard_images=x.shard_images, feature_dim=tower.feature_dim, images=len(train))
     return found
 
 
@@ -65,19 +68,19 @@ def write_bank(p: Params, train: Records, tower: Tower, folder: Path, device: to
     x = p.extract_targets
     starts = range(0, len(train), x.shard_images)
     # Rank 0 looks for all, before any is written: the shares must be of one list.
-    missing = distributed.from_rank_0([number for number in range(len(starts)) if not targets.has_shard(folder, number)])
+    missing = distributed.from_rank_0([number for number in range(len(starts)) if not target_bank.has_shard(folder, number)])
     mine = missing[distributed.rank() :: distributed.world_size()]
     spans = {number: range(starts[number], min(starts[number] + x.shard_images, len(train))) for number in mine}
     progress = Progress("target bank (images)", sum(map(len, spans.values())), shown=distributed.rank() == 0)
     for number, span in spans.items():
         views = BankViews(train, span, x.views, x.seed, p.model.image_size, p.pretrain.crop_scale)
-        targets.write_shard(folder, number, shard_arrays(p, views, tower, device))
+        target_bank.write_shard(folder, number, shard_arrays(p, views, tower, device))
         progress.update(len(span))
     progress.close()
 
 
 def shard_arrays(p: Params, views: BankViews, tower: Tower, device: torch.device) -> dict[str, np.ndarray]:
-    parts: dict[str, list] = {name: [] for name in targets.ARRAYS}
+    parts: dict[str, list] = {name: [] for name in target_bank.ARRAYS}
     loader = torch.utils.data.DataLoader(views, batch_size=p.extract_targets.batch_size, num_workers=p.runtime.workers)
     for batch in loader:
         features, importance = look(tower, batch["image"].to(device), p.compute, p.extract_targets.normalisation, p.model.grid)

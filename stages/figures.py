@@ -22,11 +22,11 @@ from jupyter_core.utils import run_sync
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 
-from milan.errors import UserError
-from milan.files import SCRATCH, whole_folder, write_whole
+from milan.core.errors import UserError
+from milan.core.files import SCRATCH, whole_folder, write_whole
 from milan.stage import Stage, run
 
-FOLDERS = "MILAN_FIGURES"  # where milan.figures looks for its folders
+FOLDERS = "MILAN_FIGURES"  # where milan.report.figures looks for its folders
 OF_THE_TEACHER = ("2_masking.ipynb", "3_features.ipynb")
 
 

@@ -11,14 +11,18 @@ from pathlib import Path
 
 import torch
 
-from milan import distributed, evaluate, optim, rng, transforms
-from milan.checkpoint import Scratch, load_weights
-from milan.classifier import About, FinetuneLoss, build_classifier, save_classifier
-from milan.fit import Run, fit
+from milan.data import seeding, transforms
+from milan.data.evaluation_view import CentreSamples
+from milan.data.records import Records
+from milan.evaluation import augmentation, evaluate
+from milan.evaluation.classifier import About, FinetuneLoss, build_classifier, save_classifier
+from milan.evaluation.samples import LabelledSamples, balanced_subset
 from milan.params import Params
-from milan.records import Records
-from milan.samples import CentreSamples, LabelledSamples, balanced_subset
 from milan.stage import Stage, run
+from milan.training import distributed, optim
+from milan.training.loop import Run, fit
+from milan.training.resume import Scratch
+from milan.training.weights import load_weights
 
 
 def main(stage: Stage) -> None:
@@ -40,7 +44,7 @@ def train(p: Params, a: Namespace, scratch: Scratch, stage: Stage, recipe: str) 
     device, x = distributed.set_up(p.compute), p.finetune
     records = Records(a.records, "train")
     classes = len(records.classes)
-    rng.seed_globals(a.seed, "finetune init")
+    seeding.seed_globals(a.seed, "finetune init")
     vit = build_classifier(p.model, x, classes, load_weights(a.weights / "encoder.safetensors")).to(device)
     optimizer = optim.adamw(layer_groups(vit, x), x.betas)
     settings = Run(stage.title, x, p.compute, p.runtime, a.seed, scratch, stage.tracker.point)
@@ -59,14 +63,14 @@ def layer_groups(vit: torch.nn.Module, x) -> list[dict]:
 
 def samples(p: Params, records: Records, seed: int) -> LabelledSamples:
     x = p.finetune
-    augment = transforms.FinetuneAugment(x.rand_augment, p.model.image_size) if x.rand_augment else None
+    augment = augmentation.FinetuneAugment(x.rand_augment, p.model.image_size) if x.rand_augment else None
     subset = balanced_subset(records.column("label"), x.labels, seed) if x.labels < 1 else None
     return LabelledSamples(records, seed, p.model.image_size, x.crop_scale, transforms.draw_crop, augment, subset)
 
 
 def inputs(erasing: float, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
     images = transforms.normalise(batch["image"])
-    return transforms.random_erasing(images, erasing) if erasing else images, batch["label"]
+    return augmentation.random_erasing(images, erasing) if erasing else images, batch["label"]
 
 
 def assess(p: Params, vit: torch.nn.Module, val: Records, device: torch.device) -> dict:

@@ -14,15 +14,19 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
-from milan import distributed, evaluate, optim, rng, transforms, zero_shot
-from milan.checkpoint import Scratch, save_weights
-from milan.encoder import load_encoder
-from milan.fit import Run, fit
+from milan.data import seeding, transforms
+from milan.data.evaluation_view import CentreSamples
+from milan.data.records import Records
+from milan.evaluation import augmentation, evaluate, zero_shot
+from milan.evaluation.linear import FeatureViews, LinearHead, ProbeLoss
+from milan.evaluation.samples import LabelledSamples, OneView
+from milan.method.encoder import load_encoder
 from milan.params import Params
-from milan.probe import FeatureViews, LinearHead, ProbeLoss
-from milan.records import Records
-from milan.samples import CentreSamples, LabelledSamples, OneView
 from milan.stage import Stage, run
+from milan.training import distributed, optim
+from milan.training.loop import Run, fit
+from milan.training.resume import Scratch
+from milan.training.weights import save_weights
 
 
 def main(stage: Stage) -> None:
@@ -43,7 +47,7 @@ def train(p: Params, a: Namespace, scratch: Scratch, stage: Stage, recipe: str) 
     device, x = distributed.set_up(p.compute), p.linear_eval
     encode = frozen_encoder(p, a.weights, device)
     records = Records(a.records, "train")
-    rng.seed_globals(a.seed, "linear_eval init")
+    seeding.seed_globals(a.seed, "linear_eval init")
     head = LinearHead(p.model.encoder.embed_dim, len(records.classes)).to(device)
     samples, inputs = training_data(p, a.seed, records, encode, device)
     settings = Run(stage.title, x, p.compute, p.runtime, a.seed, scratch, stage.tracker.point)
@@ -72,7 +76,7 @@ def frozen_encoder(p: Params, weights: Path, device: torch.device) -> Callable[[
 def training_data(p: Params, seed: int, records: Records, encode: Callable, device: torch.device) -> tuple[Dataset, Callable]:
     """The data set and how its batches become (features, labels)."""
     x = p.linear_eval
-    crops = LabelledSamples(records, seed, p.model.image_size, x.crop_scale, transforms.draw_simple_crop)
+    crops = LabelledSamples(records, seed, p.model.image_size, x.crop_scale, augmentation.draw_simple_crop)
     if x.views == 0:
         return crops, lambda batch: (encode(transforms.normalise(batch["image"])), batch["label"])
     views = [

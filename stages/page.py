@@ -10,11 +10,12 @@ to run: the page is in git and no out of DVC's, and dvc.lock stays as it is. Cos
 
 from pathlib import Path
 
-from milan import machine, page, provenance
-from milan.discreet import discreet
-from milan.files import write_whole
-from milan.results import read_results
+from milan.core.files import write_whole
+from milan.core.redaction import discreet
+from milan.report import page, provenance
+from milan.report.results import read_results
 from milan.stage import Stage, git_revision, present, run
+from milan.tracking import machine
 
 
 def main(stage: Stage) -> None:

@@ -9,13 +9,15 @@ import os
 import shutil
 from pathlib import Path
 
-from milan import records, scenes, sources, world
-from milan.discreet import discreet
-from milan.errors import UserError
-from milan.files import SCRATCH, whole_folder
-from milan.packing import Packing, has_labels
+from milan.core.errors import UserError
+from milan.core.files import SCRATCH, whole_folder
+from milan.core.progress import Progress
+from milan.core.redaction import discreet
+from milan.data import records
+from milan.ingest import ade20k, imagenet
+from milan.ingest.packing import Packing, has_labels
+from milan.ingest.world import drawing, writing
 from milan.params import Params, PrepareAde20k
-from milan.progress import Progress
 from milan.stage import Stage, run
 
 SPLITS = {"train": "training", "val": "validation"}
@@ -34,7 +36,7 @@ def main(stage: Stage) -> None:
 
 
 def draw(root: Path, p: PrepareAde20k) -> None:
-    of = world.WORLDS[p.world]
+    of = drawing.WORLDS[p.world]
     if p.classes != len(of.scene_classes):
         raise UserError(
             f"prepare_ade20k.classes is {p.classes}, and scenes of the {p.world} built-in world have {len(of.scene_classes)} "
@@ -43,17 +45,17 @@ def draw(root: Path, p: PrepareAde20k) -> None:
     if root.exists():
         return
     progress = Progress("drawing scenes", p.train + p.val)
-    world.write_ade20k(root, of, p.seed, p.size, p.train, p.val, progress.to, os.cpu_count())
+    writing.write_ade20k(root, of, p.seed, p.size, p.train, p.val, progress.to, os.cpu_count())
     progress.close()
 
 
 def pack(root: Path, folder: Path, params: Params, given: str | None) -> dict:
-    p, places = params.prepare_ade20k, scenes.scene_places(root)
-    items = {split: scenes.scene_items(places, name, root) for split, name in SPLITS.items()}
+    p, places = params.prepare_ade20k, ade20k.scene_places(root)
+    items = {split: ade20k.scene_items(places, name, root) for split, name in SPLITS.items()}
     if given:
-        sources.refuse_other_counts("prepare_ade20k", {split: len(some) for split, some in items.items()}, p.expect)
-    sources.refuse_too_few({"segment": (params.segment.batch_size, len(items["train"]))}, params.world)
-    classes = scenes.scene_classes(places, p.classes)
+        imagenet.refuse_other_counts("prepare_ade20k", {split: len(some) for split, some in items.items()}, p.expect)
+    imagenet.refuse_too_few({"segment": (params.segment.batch_size, len(items["train"]))}, params.world)
+    classes = ade20k.scene_classes(places, p.classes)
     splits = Packing(folder, p.shard_images, os.cpu_count(), classes=p.classes).pack(items)
     manifest = records.write_manifest(folder, splits=splits, classes=classes, source=discreet(given or "the built-in world"))
     refuse_unlabelled(folder, root)

@@ -21,13 +21,15 @@ import os
 import shutil
 from pathlib import Path
 
-from milan import records, sources, world
-from milan.discreet import discreet
-from milan.errors import UserError
-from milan.files import SCRATCH, whole_folder
-from milan.packing import Packing
+from milan.core.errors import UserError
+from milan.core.files import SCRATCH, whole_folder
+from milan.core.progress import Progress
+from milan.core.redaction import discreet
+from milan.data import records
+from milan.ingest import imagenet
+from milan.ingest.packing import Packing
+from milan.ingest.world import drawing, writing
 from milan.params import Params, PrepareImagenet
-from milan.progress import Progress
 from milan.stage import Stage, run
 
 
@@ -45,7 +47,7 @@ def main(stage: Stage) -> None:
 
 
 def draw(root: Path, p: PrepareImagenet) -> None:
-    of = world.WORLDS[p.world]
+    of = drawing.WORLDS[p.world]
     for split, images in {"train": p.train, "val": p.val}.items():
         if images < len(of.classes):
             raise UserError(
@@ -57,18 +59,18 @@ def draw(root: Path, p: PrepareImagenet) -> None:
     if root.exists():
         return
     progress = Progress("drawing the world", p.train + p.val + p.pairs)
-    world.write_imagenet(root, of, p.seed, p.size, p.train, p.val, p.pairs, progress.to, os.cpu_count())
+    writing.write_imagenet(root, of, p.seed, p.size, p.train, p.val, p.pairs, progress.to, os.cpu_count())
     progress.close()
 
 
 def pack(root: Path, folder: Path, params: Params, given: str | None) -> dict:
     p = params.prepare_imagenet
-    images = sources.read_images(root)
+    images = imagenet.read_images(root)
     if given:
         found = {"train": len(images.train), "val": len(images.val), "classes": len(images.classes)}
-        sources.refuse_other_counts("prepare_imagenet", found, p.expect)
+        imagenet.refuse_other_counts("prepare_imagenet", found, p.expect)
     pairs = captioned(root, images, params)
-    sources.refuse_too_few(needs(params, len(images.train), len(pairs), bool(images.classes)), params.world)
+    imagenet.refuse_too_few(needs(params, len(images.train), len(pairs), bool(images.classes)), params.world)
     packing = Packing(folder, p.shard_images, os.cpu_count(), p.short_side)
     splits = packing.pack({"train": images.train, "val": images.val, **({"pairs": pairs} if pairs else {})})
     manifest = records.write_manifest(
@@ -78,14 +80,14 @@ def pack(root: Path, folder: Path, params: Params, given: str | None) -> dict:
     return manifest
 
 
-def captioned(root: Path, images: sources.Images, params: Params) -> list[dict]:
+def captioned(root: Path, images: imagenet.Images, params: Params) -> list[dict]:
     """What a teacher that is trained here learns from: pairs/captions.csv, else images with the names of their classes."""
-    pairs, most = sources.caption_pairs(root), params.prepare_imagenet.pairs
+    pairs, most = imagenet.caption_pairs(root), params.prepare_imagenet.pairs
     if pairs or not most:
         return pairs
     if images.classes:
         print("No captions in pairs/captions.csv: the teacher trained here will learn from class names, as captions.", flush=True)
-        return sources.class_captions(images.train, images.classes, most)
+        return imagenet.class_captions(images.train, images.classes, most)
     if params.teacher.tiny:
         raise UserError(
             f"{root} has neither labels nor {root / 'pairs' / 'captions.csv'} (columns file, caption), and the teacher that is "

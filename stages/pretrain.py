@@ -12,16 +12,19 @@ from pathlib import Path
 
 import torch
 
-from milan import distributed, interop, optim, rng, transforms
-from milan.checkpoint import Scratch, save_weights
-from milan.encoder import Encoder
-from milan.fit import Run, fit
-from milan.model import MaskedPretraining
+from milan.convert import interop
+from milan.data import seeding, transforms
+from milan.data.records import Records
+from milan.method.encoder import Encoder
+from milan.method.model import MaskedPretraining
+from milan.method.samples import PretrainSamples
+from milan.method.target_bank import Bank
 from milan.params import Params
-from milan.records import Records
-from milan.samples import PretrainSamples
 from milan.stage import Stage, run
-from milan.targets import Bank
+from milan.training import distributed, optim
+from milan.training.loop import Run, fit
+from milan.training.resume import Scratch
+from milan.training.weights import save_weights
 
 
 def main(stage: Stage) -> None:
@@ -52,14 +55,14 @@ def given_encoder(p: Params, seed: int) -> dict[str, torch.Tensor]:
     """A released encoder, or a random one."""
     if p.pretrain.weights:
         return interop.read_encoder(Path(p.pretrain.weights), p.model)
-    rng.seed_globals(seed, "pretrain init")
+    seeding.seed_globals(seed, "pretrain init")
     return Encoder(p.model).vit.state_dict()
 
 
 def train(p: Params, a: Namespace, scratch: Scratch, stage: Stage, about: dict) -> dict:
     device, row = distributed.set_up(p.compute), p.pretrain.recipes[a.variant]
     bank, teacher, width = targets_for(p, a, device)
-    rng.seed_globals(a.seed, "pretrain init")
+    seeding.seed_globals(a.seed, "pretrain init")
     model = MaskedPretraining(p.model, row, p.pretrain.mask_ratio, width).to(device)
     samples = PretrainSamples(
         Records(a.records, "train"), a.seed, p.model.image_size, p.model.n_patches, p.pretrain.crop_scale, bank
@@ -87,7 +90,7 @@ def targets_for(p: Params, a: Namespace, device: torch.device) -> tuple[Bank | N
     if p.extract_targets.views:
         bank = Bank(a.bank)
         return bank, None, bank.feature_dim
-    from milan.teachers import load_tower, look  # here, because open_clip takes seconds to load
+    from milan.teacher.frozen import load_tower, look  # here, because open_clip takes seconds to load
 
     tower = load_tower(a.teacher, p.compute, device)
     return None, lambda images: look(tower, images, p.compute, p.extract_targets.normalisation, p.model.grid), tower.feature_dim

@@ -9,9 +9,9 @@ well above MAE and no pretraining in linear evaluation; the table states what or
 
 from pathlib import Path
 
-from milan import claims, plots, table
-from milan.files import write_whole
-from milan.results import read_results
+from milan.core.files import write_whole
+from milan.report import claims, plots, table
+from milan.report.results import read_results
 from milan.stage import Stage, run
 
 

@@ -13,14 +13,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from milan import distributed, miou, optim, rng, samples, segmenter, transforms
-from milan.checkpoint import Scratch, load_weights, save_weights
-from milan.errors import UserError
-from milan.fit import Run, fit
+from milan.core.errors import UserError
+from milan.core.progress import track
+from milan.data import seeding, transforms
+from milan.data.records import Records
 from milan.params import Params
-from milan.progress import track
-from milan.records import Records
+from milan.segmentation import miou, scenes, segmenter
 from milan.stage import Stage, run
+from milan.training import distributed, optim
+from milan.training.loop import Run, fit
+from milan.training.resume import Scratch
+from milan.training.weights import load_weights, save_weights
 
 
 class SegmentLoss(nn.Module):
@@ -49,7 +52,7 @@ def main(stage: Stage) -> None:
 def train(p: Params, a: Namespace, scratch: Scratch, stage: Stage, recipe: str) -> dict:
     device, x = distributed.set_up(p.compute), p.segment
     records = Records(a.scenes, "train")
-    rng.seed_globals(a.seed, "segment init")
+    seeding.seed_globals(a.seed, "segment init")
     model = build(p, len(records.manifest["classes"]), load_weights(a.weights / "encoder.safetensors"), device)
     crop = {
         "crop_size": x.crop_size,
@@ -58,7 +61,7 @@ def train(p: Params, a: Namespace, scratch: Scratch, stage: Stage, recipe: str) 
         "max_share": x.max_class_share,
         "photometric": x.photometric,
     }
-    data = samples.SceneSamples(records, a.seed, len(records.manifest["classes"]), **crop)
+    data = scenes.SceneSamples(records, a.seed, len(records.manifest["classes"]), **crop)
     ids = segmenter.encoder_layer_ids(model)
     groups = optim.layer_decay_groups(model, x.weight_decay, x.layer_decay, ids.__getitem__, p.model.encoder.depth)
     settings = Run(stage.title, x, p.compute, p.runtime, a.seed, scratch, stage.tracker.point, optim.poly_lr_at)
@@ -112,7 +115,7 @@ def assess(p: Params, model: segmenter.Segmenter, val: Records, device: torch.de
     counts = torch.zeros(classes, classes, dtype=torch.int64)
     mine = range(distributed.rank(), len(val), distributed.world_size())
     for index in track(mine, "segmenting", len(mine)) if distributed.rank() == 0 else mine:
-        image, labels = samples.scene(val[index], classes)
+        image, labels = scenes.scene(val[index], classes)
         with distributed.autocast(precision, device):
             logits = scene_logits(p, model, image.to(device), classes)
         logits = nn.functional.interpolate(logits, size=labels.shape, mode="bilinear", align_corners=False)
@@ -123,7 +126,7 @@ def assess(p: Params, model: segmenter.Segmenter, val: Records, device: torch.de
 
 def scene_logits(p: Params, model: segmenter.Segmenter, image: Tensor, classes: int) -> Tensor:
     """uint8 (3, H, W) -> logits (1, C, h, w) at the recipe's test scale."""
-    resized, _ = transforms.resize_scene(image, None, p.segment.resize, 1.0)
+    resized, _ = scenes.resize_scene(image, None, p.segment.resize, 1.0)
     return segmenter.slide_logits(
         model, transforms.normalise(resized.unsqueeze(0)), p.segment.crop_size, p.segment.stride, classes
     )

@@ -12,19 +12,23 @@ from pathlib import Path
 
 import torch
 
-from milan import contrast, distributed, evaluate, optim, rng, transforms, world
-from milan.checkpoint import Scratch
-from milan.class_text import Wording, save_class_text
-from milan.clip import Tokenizer, build_tiny, embed_classes, save_no_teacher, save_teacher, tiny_config
-from milan.files import whole_folder
-from milan.fit import Run, fit
+from milan.core.files import whole_folder
+from milan.data import seeding, transforms
+from milan.data.evaluation_view import CentreSamples
+from milan.data.records import Records, read_manifest
+from milan.evaluation import evaluate
+from milan.evaluation.linear import probe_top1
+from milan.ingest.world import drawing
 from milan.params import Params
-from milan.pretrained import fetch_teacher
-from milan.probe import probe_top1
-from milan.records import Records, read_manifest
-from milan.samples import CentreSamples
 from milan.stage import Stage, run
-from milan.wording import wording_of
+from milan.teacher import contrast
+from milan.teacher.class_text import Wording, save_class_text
+from milan.teacher.clip import Tokenizer, build_tiny, embed_classes, save_no_teacher, save_teacher, tiny_config
+from milan.teacher.released import fetch_teacher
+from milan.teacher.wording import wording_of
+from milan.training import distributed, optim
+from milan.training.loop import Run, fit
+from milan.training.resume import Scratch
 
 
 def main(stage: Stage) -> None:
@@ -53,7 +57,7 @@ def train(p: Params, records: Path, folder: Path, scratch: Scratch, tracker) -> 
     device, t = distributed.set_up(p.compute), p.teacher
     pairs = Records(records, "pairs")
     tokenizer = Tokenizer.of_corpus(pairs.column("caption"), t.tiny.context_length)
-    rng.seed_globals(t.seed, "teacher init")
+    seeding.seed_globals(t.seed, "teacher init")
     model = build_tiny(t.tiny, p.model.image_size, p.model.patch_size, len(tokenizer)).to(device)
     samples = contrast.Captioned(pairs, tokenizer, t.seed, p.model.image_size, t.crop_scale)
     optimizer = optim.adamw(contrast.decay_groups(model, t.weight_decay), t.betas)
@@ -68,7 +72,7 @@ def train(p: Params, records: Path, folder: Path, scratch: Scratch, tracker) -> 
     )
     if distributed.rank() == 0:
         save_teacher(folder, model, tiny_config(t.tiny, p.model, tokenizer.ids.tolist()))
-    wording = Wording(read_manifest(records)["classes"], world.PROMPTS)
+    wording = Wording(read_manifest(records)["classes"], drawing.PROMPTS)
     if not wording.names:
         print("The images have no labels: how good the teacher is cannot be said.", flush=True)
         return {"curve": curve, "metrics": {}}

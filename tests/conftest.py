@@ -20,7 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # `make test` runs three processe
 import torch  # noqa: E402
 import yaml  # noqa: E402
 
-from milan import records  # noqa: E402
+from milan.data import records  # noqa: E402
 from milan.params import Params  # noqa: E402
 from milan.stage import Stage  # noqa: E402
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from milan.errors import UserError
+from milan.core.errors import UserError
 
 SAMPLED = "keep_prob_mc"
 

@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import nn
 
-from milan import layouts, optim, params
-from milan import model as pretraining
-from milan.encoder import build_vit
-from milan.pos_embed import sincos_pos_embed
+from milan import params
+from milan.convert import layouts
+from milan.method import model as pretraining
+from milan.method.encoder import build_vit
+from milan.method.pos_embed import sincos_pos_embed
+from milan.training import optim
 from tests.golden_cases import official
 
 Rows = Iterator[tuple]

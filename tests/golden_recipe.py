@@ -13,14 +13,17 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from milan import model as pretraining
-from milan import optim, params, transforms, typed
-from milan.classifier import FinetuneLoss, build_classifier
-from milan.decoder import DECODERS
-from milan.encoder import Encoder, build_vit
-from milan.fit import Order
-from milan.pos_embed import sincos_pos_embed
-from milan.probe import LinearHead, ProbeLoss
+from milan import params
+from milan.core import typed
+from milan.data import transforms
+from milan.evaluation.classifier import FinetuneLoss, build_classifier
+from milan.evaluation.linear import LinearHead, ProbeLoss
+from milan.method import model as pretraining
+from milan.method.decoder import DECODERS
+from milan.method.encoder import Encoder, build_vit
+from milan.method.pos_embed import sincos_pos_embed
+from milan.training import optim
+from milan.training.loop import Order
 from stages import finetune, linear_eval
 from tests import golden_transforms
 from tests.golden_transforms import differ, eraser

@@ -14,7 +14,8 @@ from timm.data.random_erasing import RandomErasing
 from torchvision.transforms import functional as pil
 from torchvision.transforms import transforms as torchvision
 
-from milan import params, transforms
+from milan import params
+from milan.data import transforms
 from stages import finetune, linear_eval
 
 DRAWS = 2_000

@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from milan import archives
-from milan.archives import File, Row, parquet_rows, tar_spans, tar_texts, tree, zip_members
-from milan.errors import UserError
+from milan.core.errors import UserError
+from milan.ingest import archives
+from milan.ingest.archives import File, Row, parquet_rows, tar_spans, tar_texts, tree, zip_members
 from tests.conftest import forked
 from tests.layouts import WORDS, parquet, tar, zipped
 

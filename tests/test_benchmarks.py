@@ -9,8 +9,8 @@ import torch
 
 from benchmarks import __main__ as everything
 from benchmarks import bank, cost, kernels, loader, measure, plain, scaling, step, teacher
-from milan import masking
-from milan.model import MaskedPretraining
+from milan.method import masking
+from milan.method.model import MaskedPretraining
 from milan.params import Model, Tower
 from tests.conftest import ROOT
 

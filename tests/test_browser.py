@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from milan import logger
+from milan.tracking import logger
 from tests.conftest import ROOT
 from tests.test_tracking import write_spool
 

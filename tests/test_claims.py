@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from milan import claims, table
 from milan.params import read_params
-from milan.results import MEASURES, TITLES, Data, Results, read_published, summary
+from milan.report import claims, table
+from milan.report.results import MEASURES, TITLES, Data, Results, read_published, summary
 from tests.conftest import ROOT
 
 RATIO = {"linear": 1.0, "knn": -1.0, "finetune": 10.0, "miou": 0.0}  # of each measure to the number given

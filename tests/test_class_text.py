@@ -9,11 +9,11 @@ import torch
 from open_clip.model import CLIP
 from safetensors.torch import load_file, save_file
 
-from milan import pretrained
-from milan.class_text import FILE, Wording, read_class_text, save_class_text
-from milan.errors import UserError
+from milan.core.errors import UserError
 from milan.params import Pretrained
-from milan.wording import wording_of
+from milan.teacher import released
+from milan.teacher.class_text import FILE, Wording, read_class_text, save_class_text
+from milan.teacher.wording import wording_of
 from tests import layouts
 
 NAME = "ViT-golden-text"
@@ -68,7 +68,7 @@ def whole(tmp_path_factory) -> CLIP:
 
 def fetched(state: dict, folder, wording: Wording | None = ASKED):
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "given.safetensors")
-    pretrained.fetch_teacher(
+    released.fetch_teacher(
         Pretrained("open_clip", NAME, None, str(folder / "given.safetensors"), None), folder / "teacher", wording
     )
     return folder / "teacher"
@@ -93,7 +93,7 @@ def test_a_released_text_tower_is_asked_before_it_is_dropped(whole, tmp_path):
 
 def test_the_context_holds_the_longest_text_and_never_more_than_the_tower_s():
     """Begin, a, photo, of, a, red, kite, full stop, end."""
-    assert 9 <= pretrained.longest(ASKED, 77) <= 14 and pretrained.longest(ASKED, 6) == 6
+    assert 9 <= released.longest(ASKED, 77) <= 14 and released.longest(ASKED, 6) == 6
 
 
 def test_a_text_tower_of_another_kind_is_not_asked(whole, tmp_path, monkeypatch, capsys):

@@ -5,12 +5,13 @@ import dataclasses
 import pytest
 import torch
 
-from milan import optim, rng
-from milan.classifier import FinetuneLoss, build_classifier
-from milan.encoder import Encoder
-from milan.errors import UserError
+from milan.core.errors import UserError
+from milan.core.typed import build
+from milan.data import seeding
+from milan.evaluation.classifier import FinetuneLoss, build_classifier
+from milan.method.encoder import Encoder
 from milan.params import Finetune, Model, Params, Tower
-from milan.typed import build
+from milan.training import optim
 
 MODEL = Model("small", 16, 8, Tower(16, 2, 2), Tower(16, 1, 2))
 CLASSES = 5
@@ -53,18 +54,18 @@ def test_an_encoder_of_another_size_is_refused(recipe):
 
 
 def test_the_head_is_drawn_anew(recipe, encoder):
-    rng.seed_globals(0, "head")
+    seeding.seed_globals(0, "head")
     vit = build_classifier(MODEL, recipe, 1000, encoder)
     assert vit.head.weight.std().item() == pytest.approx(0.02, rel=0.03) and (vit.head.bias == 0).all()
 
 
 def random_encoder() -> dict[str, torch.Tensor]:
-    rng.seed_globals(1, "encoder")
+    seeding.seed_globals(1, "encoder")
     return Encoder(MODEL).vit.state_dict()
 
 
 def logits(recipe: Finetune, encoder: dict, images: torch.Tensor) -> torch.Tensor:
-    rng.seed_globals(0, "head")
+    seeding.seed_globals(0, "head")
     return build_classifier(MODEL, recipe, CLASSES, encoder).eval()(images).detach()
 
 
@@ -79,7 +80,7 @@ def test_mean_pooling_does_not_use_the_encoder_s_final_norm(recipe):
 def test_mean_pooling_by_hand(recipe):
     """Mean of the patch tokens after the last block, the class token left out, then the new norm and the head."""
     images = torch.randn(2, 3, 16, 16)
-    rng.seed_globals(0, "head")
+    seeding.seed_globals(0, "head")
     vit = build_classifier(MODEL, dataclasses.replace(recipe, pooling="mean"), CLASSES, random_encoder()).eval()
     with torch.no_grad():
         tokens = torch.cat([vit.cls_token.expand(2, -1, -1), vit.patch_embed(images)], dim=1) + vit.pos_embed
@@ -147,7 +148,7 @@ def test_mixed_targets_sum_to_one_and_tell_how_the_images_were_mixed(recipe, mix
     mixing = dataclasses.replace(recipe, mixup=mixup, cutmix=cutmix, label_smoothing=0.0)
     images = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 20, 20)
     for seed in range(10):
-        rng.seed_globals(seed, "mix")
+        seeding.seed_globals(seed, "mix")
         mixed, targets = FinetuneLoss(Constant([0.0] * 4), mixing, 4).mixup(images.clone(), torch.arange(4))
         assert targets.sum(dim=1).tolist() == pytest.approx([1] * 4)
         assert (mixed.mean(dim=(1, 2, 3)) - targets @ torch.arange(4.0)).abs().max() < 1e-5

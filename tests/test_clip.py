@@ -8,9 +8,13 @@ import pytest
 import torch
 from open_clip.model import CLIP
 
-from milan import contrast, rng
-from milan.class_text import Wording
-from milan.clip import (
+from milan.core.errors import UserError
+from milan.core.files import read_checked
+from milan.data import seeding
+from milan.params import TinyClip
+from milan.teacher import contrast
+from milan.teacher.class_text import Wording
+from milan.teacher.clip import (
     ClipTower,
     Tokenizer,
     build_tiny,
@@ -21,9 +25,6 @@ from milan.clip import (
     save_no_teacher,
     save_teacher,
 )
-from milan.errors import UserError
-from milan.files import read_checked
-from milan.params import TinyClip
 
 CAPTIONS = ["a photo of a red disc", "a photo of a striped square", "a picture of two stars", ""]
 SIZES = dict(embed_dim=12, width=32, layers=3, head_width=8, text_width=24, text_heads=3, text_layers=2, context_length=12)
@@ -31,7 +32,7 @@ SIZES = dict(embed_dim=12, width=32, layers=3, head_width=8, text_width=24, text
 
 def tiny(conv_stem: bool, vocabulary: int = 40) -> CLIP:
     """Weights far from their initialisation: attention that points somewhere, biases and norms that are not 0 and 1."""
-    rng.seed_globals(0, "clip")
+    seeding.seed_globals(0, "clip")
     model = build_tiny(TinyClip(**SIZES, conv_stem=conv_stem), 32, 8, vocabulary).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -45,7 +46,7 @@ def model(request) -> CLIP:
     return tiny(request.param)
 
 
-IMAGES = torch.randn(3, 3, 32, 32, generator=rng.generator(0, "images"))
+IMAGES = torch.randn(3, 3, 32, 32, generator=seeding.generator(0, "images"))
 
 
 def test_the_class_token_is_open_clip_s_image_feature(model):

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from milan.code import closure, code_digest, imported
-from milan.errors import UserError
+from milan.core.code import closure, code_digest, imported
+from milan.core.errors import UserError
 from stages import code
 from tests.conftest import ROOT
 
@@ -34,10 +34,10 @@ def files_of(*files: str) -> set[str]:
 
 def test_the_closure_sees_what_is_imported():
     near = {path.as_posix() for path in imported(Path("stages/pretrain.py"))}
-    assert near >= {"milan/fit.py", "milan/optim.py", "milan/model.py"} and "milan/decoder.py" not in near
-    assert "milan/teachers.py" in near  # inside a function
-    assert "milan/decoder.py" in files_of("stages/pretrain.py") and "milan/world.py" not in files_of("stages/pretrain.py")
-    assert "milan/figures.py" in files_of("notebooks/2_masking.ipynb")
+    assert near >= {"milan/training/loop.py", "milan/training/optim.py", "milan/method/model.py"} and "milan/method/decoder.py" not in near
+    assert "milan/teacher/frozen.py" in near  # inside a function
+    assert "milan/method/decoder.py" in files_of("stages/pretrain.py") and "milan/ingest/world/drawing.py" not in files_of("stages/pretrain.py")
+    assert "milan/report/figures.py" in files_of("notebooks/2_masking.ipynb")
 
 
 @pytest.mark.parametrize("stage", sorted({*STAGES} - {"code"}))
@@ -94,10 +94,10 @@ def test_what_cannot_be_followed_is_named(workplace, name, text, said):
 
 def test_a_saved_state_is_of_all_code_that_may_still_be_imported(workplace, monkeypatch):
     """Also of what a module in use imports inside a function, as pretraining does its teacher; and of nothing else."""
-    Path("milan").mkdir()
-    for name, text in {"a": "def f():\n    from milan import b\n", "b": "", "c": "", "code": ""}.items():
+    Path("milan/core").mkdir(parents=True)
+    for name, text in {"a": "def f():\n    from milan import b\n", "b": "", "c": "", "core/code": ""}.items():
         Path(f"milan/{name}.py").write_text(text)
-    monkeypatch.setattr("milan.code.__file__", str(workplace / "milan/code.py"))
+    monkeypatch.setattr("milan.core.code.__file__", str(workplace / "milan/core/code.py"))
     monkeypatch.setitem(sys.modules, "a of this test", SimpleNamespace(__file__=str(workplace / "milan/a.py")))
     digests = [code_digest()]
     for name in ("c", "b", "a"):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from milan import evaluate
+from milan.evaluation import evaluate
 from tests.test_fit import launched
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from milan import figures, plots
-from milan.errors import UserError
+from milan.core.errors import UserError
+from milan.report import figures, plots
 from stages import figures as stage
 
 NOTEBOOKS = sorted(Path("notebooks").glob("*.ipynb"))

@@ -12,10 +12,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from milan import files
-from milan.checkpoint import Scratch, load_into, load_weights, save_weights
-from milan.errors import UserError
+from milan.core import files
+from milan.core.errors import UserError
 from milan.params import Tower
+from milan.training.resume import Scratch
+from milan.training.weights import load_into, load_weights, save_weights
 
 
 def names(folder: Path) -> list[str]:
@@ -284,7 +285,7 @@ def test_states_of_other_recipes_and_other_code_are_not_seen(workplace, monkeypa
     assert Scratch("stage", "one").load() == {"step": 1}
     assert Scratch("stage", "two").load() is None
     assert Scratch("other", "one").load() is None
-    monkeypatch.setattr("milan.checkpoint.code_digest", lambda: "edited")
+    monkeypatch.setattr("milan.training.resume.code_digest", lambda: "edited")
     assert Scratch("stage", "one").load() is None
 
 

@@ -14,12 +14,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from milan import distributed, masking, optim, rng
-from milan.checkpoint import Scratch, save_weights
-from milan.errors import PREEMPTED, UserError
-from milan.fit import Order, Run, fit
-from milan.model import MaskedPretraining
+from milan.core.errors import PREEMPTED, UserError
+from milan.data import seeding
+from milan.method import masking
+from milan.method.model import MaskedPretraining
 from milan.params import Compute, Model, Recipe, Runtime, Tower, Training
+from milan.training import distributed, optim
+from milan.training.loop import Order, Run, fit
+from milan.training.resume import Scratch
+from milan.training.weights import save_weights
 from tests.conftest import forked
 
 SAMPLES, BATCH, MICRO = 24, 8, 2  # 3 steps an epoch, 4 micro-batches a step
@@ -30,7 +33,7 @@ STEPS = EPOCHS * SAMPLES // BATCH
 @pytest.fixture(autouse=True)
 def same_code(monkeypatch) -> None:
     """Whoever edits a module while the tests run starts no run afresh (test_files looks at that)."""
-    monkeypatch.setattr("milan.checkpoint.code_digest", lambda: "these tests")
+    monkeypatch.setattr("milan.training.resume.code_digest", lambda: "these tests")
 
 
 # The order of the data.
@@ -101,7 +104,7 @@ class Points:
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         self.harm(*key)
-        x = torch.randn(6, generator=rng.generator(1, "point", *key))
+        x = torch.randn(6, generator=seeding.generator(1, "point", *key))
         return {"x": x * self.value(*key) if self.value else x, "y": 2 * x[:1]}
 
 
@@ -110,7 +113,7 @@ class Regression(nn.Module):
 
     def __init__(self):
         super().__init__()
-        rng.seed_globals(0, "init")
+        seeding.seed_globals(0, "init")
         self.layers = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Dropout(0.3), nn.Linear(16, 1))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -204,12 +207,12 @@ def test_the_first_steps_are_adamw_s_by_the_book(workplace):
         betas=(0.9, 0.95),
         weight_decay=0.05,
     )
-    order, data = rng.permutation(SAMPLES, 3, "shuffle", 0).tolist(), Points()
+    order, data = seeding.permutation(SAMPLES, 3, "shuffle", 0).tolist(), Points()
     for step in range(3):
         batch = [data[0, index] for index in order[step * BATCH : (step + 1) * BATCH]]
         for group in reference.param_groups:
             group["lr"] = optim.lr_at(step / 3, lr=0.01, min_lr=0, warmup_epochs=0, epochs=1)
-        rng.seed_globals(3, "step", step, 0)
+        seeding.seed_globals(3, "step", step, 0)
         loss = model(torch.stack([item["x"] for item in batch]), torch.stack([item["y"] for item in batch]))
         reference.zero_grad()
         loss.backward()
@@ -263,7 +266,7 @@ class Masked:
         return SAMPLES
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
-        generator = rng.generator(2, "masked", *key)
+        generator = seeding.generator(2, "masked", *key)
         return {
             "image": torch.randn(3, 16, 16, generator=generator),
             "noise": masking.gumbel(0, *key, 4),
@@ -274,7 +277,7 @@ class Masked:
 
 def pretrain(recipe: Recipe, run: Run) -> dict:
     distributed.set_up(run.compute)
-    rng.seed_globals(0, "init")
+    seeding.seed_globals(0, "init")
     model = MaskedPretraining(SMALL, recipe, 0.5, 6 if recipe.target == "clip" else None)
     optimizer = optim.adamw(optim.decay_groups(model, 0.05), (0.9, 0.95))
     curve = fit(model, Masked(), optimizer, run, lambda b: (b["image"], b["noise"], b["features"], b["importance"]))
@@ -329,8 +332,8 @@ def test_a_continued_run_has_the_whole_curve(workplace):
 
 def test_a_point_s_mean_survives_an_interruption_between_its_checks(workplace, monkeypatch):
     """60 steps, 5 points, a look every 5 steps: a point is the mean over three looks, five, five and two steps long."""
-    monkeypatch.setattr("milan.fit.CURVE_POINTS", 5)
-    monkeypatch.setattr("milan.fit.CHECK_STEPS", 5)
+    monkeypatch.setattr("milan.training.loop.CURVE_POINTS", 5)
+    monkeypatch.setattr("milan.training.loop.CHECK_STEPS", 5)
     options = dict(epochs=20)
     whole = train(Points(), settings(name="undisturbed", **options))["curve"]
     assert [p["step"] for p in whole] == [12, 24, 36, 48, 60]
@@ -384,7 +387,7 @@ def test_signals_are_given_back(workplace):
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_a_non_finite_loss_stops_the_run_and_names_step_and_save(workplace, number):
     poisoned = Points(value=lambda epoch, index: number if (epoch, index) == (1, 0) else 1.0)
-    where = rng.permutation(SAMPLES, 3, "shuffle", 1).tolist().index(0) // BATCH
+    where = seeding.permutation(SAMPLES, 3, "shuffle", 1).tolist().index(0) // BATCH
     step = 3 + where + 1
     with pytest.raises(UserError) as error:
         train(poisoned, settings())

@@ -25,28 +25,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from milan import (
-    archives,
-    classify,
-    clip,
-    interop,
-    labels,
-    packing,
-    provenance,
-    records,
-    results,
-    runs,
-    table,
-    targets,
-    teachers,
-    transforms,
-)
-from milan.archives import File
-from milan.classifier import About, load_classifier, save_classifier
-from milan.encoder import build_vit
-from milan.errors import UserError
+from milan.convert import interop
+from milan.core.errors import UserError
+from milan.core.typed import arithmetic, build
+from milan.data import records, transforms
+from milan.evaluation.classifier import About, load_classifier, save_classifier
+from milan.ingest import archives, labels, packing
+from milan.ingest.archives import File
+from milan.method import target_bank
+from milan.method.encoder import build_vit
 from milan.params import Model, Params, TinyClip, Tower, read_params
-from milan.typed import arithmetic, build
+from milan.report import provenance, results, table
+from milan.serve import classify
+from milan.teacher import clip, frozen
+from milan.tracking import runs
 from tests.layouts import tar, zipped
 
 EXAMPLES = int(os.environ.get("MILAN_FUZZ", "25"))
@@ -193,12 +185,12 @@ def test_record_shards(tmp_path):
 def test_banks(tmp_path):
     arrays = {"features": np.ones((4, 2, 5, 3), np.float16), "importance": np.ones((4, 2, 4), np.float32)}
     arrays["boxes"] = np.ones((4, 2, 5), np.int32)
-    targets.write_shard(tmp_path, 0, arrays)
-    targets.finish(tmp_path, views=2, shard_images=4, feature_dim=3, images=4)
+    target_bank.write_shard(tmp_path, 0, arrays)
+    target_bank.finish(tmp_path, views=2, shard_images=4, feature_dim=3, images=4)
     picture = torch.zeros(3, 8, 8, dtype=torch.uint8)
 
     def attempt(*_) -> None:
-        bank = targets.Bank(tmp_path)
+        bank = target_bank.Bank(tmp_path)
         box, features, importance = bank[1, 3]
         assert features.shape == (5, 3) and features.dtype == torch.float16 and importance.shape == (4,)
         assert transforms.crop(picture, box, 4).shape == (3, 4, 4)
@@ -229,7 +221,7 @@ def test_teachers(tmp_path, committed_tree):
 
     def attempt(tree) -> None:
         saved(tmp_path / "teacher.json", tree)
-        assert teachers.load_tower(tmp_path, compute, torch.device("cpu")).size == 16
+        assert frozen.load_tower(tmp_path, compute, torch.device("cpu")).size == 16
         assert clip.load_teacher(tmp_path)[0].visual.image_size == (16, 16)
 
     attempt(about)

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from milan import decoder, masking, optim
+from milan.method import decoder, masking
+from milan.training import optim
 from tests import golden, plain
 
 STORED = Path(__file__).parent / "golden"

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from milan import figures, heat, plots
+from milan.report import figures, heat, plots
 
 
 def test_a_map_is_the_cosine_with_the_own_text_less_the_mean_over_all_texts():

@@ -9,9 +9,9 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from milan import interop, layouts
-from milan.errors import UserError
-from milan.model import MaskedPretraining
+from milan.convert import interop, layouts
+from milan.core.errors import UserError
+from milan.method.model import MaskedPretraining
 from milan.params import Model, Recipe, Tower
 
 SIZE = Model("tiny", 12, 4, Tower(24, 2, 3), Tower(16, 2, 2))

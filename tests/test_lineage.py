@@ -10,9 +10,11 @@ import mlflow
 import pytest
 import yaml
 
-from milan import compare, logger, records, runs, tracking
-from milan.records import Records
+from milan.data import records
+from milan.data.records import Records
+from milan.report import compare
 from milan.stage import Stage
+from milan.tracking import logger, runs, tracker
 from tests.conftest import ROOT, write_split
 from tests.test_tracking import write_spool
 
@@ -28,11 +30,11 @@ def ended(place: int, pipeline: str, name: str, tags: dict, *events: dict) -> No
     start = {"kind": "start", "time": 1000 + place, "name": name, "experiment": "milan-test", "pipeline": pipeline, "tags": known}
     spool = write_spool([start], place)
     for event in (*events, {"kind": "tags", "values": tags}, {"kind": "end", "status": "FINISHED"}):
-        tracking.Tracker(spool).event(**event)
+        tracker.Tracker(spool).event(**event)
 
 
 def top1(stage: str, value: float) -> list[dict]:
-    evaluates = {"kind": "evaluates", "digest": tracking.dvc_hash(ENCODER)}
+    evaluates = {"kind": "evaluates", "digest": tracker.dvc_hash(ENCODER)}
     curve = {"kind": "metrics", "step": 7, "values": {"train/loss": 3.0}}
     return [evaluates, curve, {"kind": "metrics", "step": 0, "values": {f"{stage}/top1": value}, "result": True}]
 
@@ -53,7 +55,7 @@ def store(tmp_path_factory):
         records.write_manifest(DATA, splits=splits, classes=["cat", "dog"], source="/home/alice/images")
         ENCODER.mkdir(parents=True)
         (ENCODER / "encoder.safetensors").write_bytes(b"weights")
-        made, data = tracking.dvc_hash(ENCODER), tracking.dvc_hash(DATA)
+        made, data = tracker.dvc_hash(ENCODER), tracker.dvc_hash(DATA)
 
         ours = {f"dvc:{DATA}": data, f"dvc:{ENCODER}": made}
         model = {"kind": "model", "name": "milan-0", "digest": made}
@@ -69,7 +71,7 @@ def store(tmp_path_factory):
                 "pretrain@milan-0": ({DATA: data}, {ENCODER: made}),
                 "pretrain@milan-7": ({DATA: data}, {"outs/test/pretrain/milan-7": "9"}),
                 "pretrain@mae-0": ({DATA: data}, {"outs/test/pretrain/mae-0": "never seen here"}),
-                "linear_eval@milan-0": ({DATA: data, ENCODER: made, "milan/probe.py": "4"}, {"metrics.json": "3"}),
+                "linear_eval@milan-0": ({DATA: data, ENCODER: made, "milan/evaluation/linear.py": "4"}, {"metrics.json": "3"}),
                 "finetune@milan-0": ({DATA: data, ENCODER: made}, {"outs/test/finetune/milan-0": "5"}),
                 "report": ({"reports/metrics": "8"}, {TABLE: "6"}),
             }
@@ -188,7 +190,7 @@ def test_from_dvc_lock_to_the_runs(store):
 
 
 def test_a_path_that_dvc_lock_does_not_know(store):
-    command = [sys.executable, "-m", "milan.runs", "outs/test/nothing"]
+    command = [sys.executable, "-m", "milan.tracking.runs", "outs/test/nothing"]
     done = subprocess.run(command, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("error: dvc.lock names no outs/test/nothing")
 
@@ -198,7 +200,7 @@ MERGE = "<<<<<<< HEAD\nstages: {}\n=======\nstages: {}\n>>>>>>> theirs\n"
 
 
 def refused(workplace: Path, monkeypatch, lock: str, uri: str) -> str:
-    """What `python -m milan.runs outs/x` ends with; nothing is written."""
+    """What `python -m milan.tracking.runs outs/x` ends with; nothing is written."""
     Path("dvc.lock").write_text(lock)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     before = sorted(workplace.rglob("*"))

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from milan import distributed, masking
-from milan.model import MaskedPretraining, in_decoder_order, in_image_order
+from milan.method import masking
+from milan.method.model import MaskedPretraining, in_decoder_order, in_image_order
 from milan.params import Model, Recipe, Tower
+from milan.training import distributed
 
 DRAWS = 20_000
 

@@ -12,9 +12,9 @@ import psutil
 import pytest
 import torch
 
-from milan import distributed, follow, nodes
-from milan.errors import PREEMPTED, UserError
-from milan.nodes import NODES
+from milan.core.errors import PREEMPTED, UserError
+from milan.training import distributed, follow, nodes
+from milan.training.nodes import NODES
 from tests.test_fit import Points, assert_same, launched, patient, rank_of, settings, train
 
 
@@ -42,8 +42,8 @@ def join(launch: str, place: int) -> None:
 def lan(workplace, monkeypatch) -> Path:
     """An empty folder whose nodes look for each other often."""
     monkeypatch.setenv("MILAN_ADDRESS", "127.0.0.1")
-    monkeypatch.setattr("milan.nodes.LOOK_SECONDS", 0.05)
-    monkeypatch.setattr("milan.follow.started", Forked)
+    monkeypatch.setattr("milan.training.nodes.LOOK_SECONDS", 0.05)
+    monkeypatch.setattr("milan.training.follow.started", Forked)
     return workplace
 
 
@@ -161,7 +161,7 @@ def test_a_mistake_on_the_other_node_is_the_head_s_to_say(follower):
 
 
 def test_a_silent_node_is_lost(lan, monkeypatch):
-    monkeypatch.setattr("milan.nodes.LOST_SECONDS", 1.0)
+    monkeypatch.setattr("milan.training.nodes.LOST_SECONDS", 1.0)
     process = multiprocessing.get_context("fork").Process(target=follow.follow)
     process.start()
     try:
@@ -175,12 +175,12 @@ def test_a_silent_node_is_lost(lan, monkeypatch):
 
 
 def test_missing_nodes_are_waited_for_and_then_said(follower, monkeypatch, capfd):
-    monkeypatch.setattr("milan.nodes.WAIT_SECONDS", 1.0)
-    monkeypatch.setattr("milan.nodes.QUIET_SECONDS", 0.2)
+    monkeypatch.setattr("milan.training.nodes.WAIT_SECONDS", 1.0)
+    monkeypatch.setattr("milan.training.nodes.QUIET_SECONDS", 0.2)
     with pytest.raises(UserError) as error:
         launched(1, whereabouts, "never ", nodes=3)
     said = f"1 of 2 other nodes are here ({os.uname().nodename})"
-    assert said in str(error.value) and "python -m milan.follow" in str(error.value) and "runtime.nodes=2" in str(error.value)
+    assert said in str(error.value) and "python -m milan.training.follow" in str(error.value) and "runtime.nodes=2" in str(error.value)
     assert "tests.test_fit: waiting for nodes: " in capfd.readouterr().err
     assert not list(Path().glob("never *")) and not list(NODES.glob("*/call.json"))
 
@@ -228,7 +228,7 @@ def test_followers_go_home_when_told(follower, monkeypatch):
     (["--join", "broken", "--place", "1"], "call.json is damaged"),
 ])  # fmt: skip
 def test_a_mistake_is_said(lan, monkeypatch, capsys, words, said):
-    monkeypatch.setattr("milan.follow.end_with", lambda _: None)
+    monkeypatch.setattr("milan.training.follow.end_with", lambda _: None)
     if words:
         (NODES / "broken").mkdir(parents=True)
         (NODES / "broken" / "call.json").write_text('{"launch": "broken"}')

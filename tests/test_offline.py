@@ -40,16 +40,16 @@ socket.getaddrinfo = lookup
 
 WORK = """
 from milan.params import read_params
-from milan.clip import ClipTower, Tokenizer, build_tiny
-from milan.classifier import build_classifier
-from milan.encoder import Encoder
-from milan.model import MaskedPretraining
-from milan import segmenter, world
+from milan.teacher.clip import ClipTower, Tokenizer, build_tiny
+from milan.evaluation.classifier import build_classifier
+from milan.method.encoder import Encoder
+from milan.method.model import MaskedPretraining
+from milan.ingest.world import drawing
 import stages.teacher, stages.extract_targets, stages.pretrain, stages.linear_eval, stages.finetune, stages.segment
 import torch
 
 p = read_params()
-tokenizer = Tokenizer.of_corpus([prompt.format("red disc") for prompt in world.PROMPTS], p.teacher.tiny.context_length)
+tokenizer = Tokenizer.of_corpus([prompt.format("red disc") for prompt in drawing.PROMPTS], p.teacher.tiny.context_length)
 model = build_tiny(p.teacher.tiny, p.model.image_size, p.model.patch_size, len(tokenizer))
 model.encode_text(tokenizer(["a photo of a red disc"]))
 images = torch.zeros(2, 3, p.model.image_size, p.model.image_size)
@@ -69,9 +69,9 @@ from pathlib import Path
 import open_clip, timm, torch
 from open_clip.model import CLIP
 from safetensors.torch import save_file
-from milan.files import file_digest
+from milan.core.files import file_digest
 from milan.params import Pretrained
-from milan.pretrained import fetch_teacher
+from milan.teacher.released import fetch_teacher
 
 config = {"embed_dim": 12, "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 64, "layers": 2},
           "text_cfg": {"context_length": 6, "vocab_size": 20, "width": 16, "heads": 2, "layers": 1}}

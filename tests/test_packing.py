@@ -9,11 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from milan import packing, records, sources, transforms
-from milan.archives import File, Member, Row, tar_spans, tree
-from milan.errors import UserError
-from milan.packing import Packing, read_job
-from milan.scenes import scene_items
+from milan.core.errors import UserError
+from milan.data import records, transforms
+from milan.ingest import imagenet, packing
+from milan.ingest.ade20k import scene_items
+from milan.ingest.archives import File, Member, Row, tar_spans, tree
+from milan.ingest.packing import Packing, read_job
 from tests import layouts
 from tests.conftest import forked
 from tests.layouts import FITTING, annotation, broken_files, class_tree, encoded, odd_files, parquet, scene_files, tar, zipped
@@ -361,7 +362,7 @@ def test_shards_of_a_tar_are_kept_as_long_as_the_tar_is_the_same(tmp_path, read)
 
 def test_pairs_made_of_the_class_names_do_not_name_a_broken_file_twice(tmp_path):
     root = layouts.folders(tmp_path / "set")
-    images = sources.read_images(root)
+    images = imagenet.read_images(root)
     spoiled(images.train[0])
-    pairs = sources.class_captions(images.train, images.classes, 100)
+    pairs = imagenet.class_captions(images.train, images.classes, 100)
     assert refusal(tmp_path / "out", train=images.train, pairs=pairs).startswith("1 of 12 files")

@@ -14,12 +14,13 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from milan import machine, page, provenance
-from milan.errors import UserError
+from milan.core.errors import UserError
 from milan.params import read_params
-from milan.provenance import Data, Origin, Run
-from milan.results import TITLES, Results, read_published, summary
-from milan.results import Data as Measured
+from milan.report import page, provenance
+from milan.report.provenance import Data, Origin, Run
+from milan.report.results import TITLES, Results, read_published, summary
+from milan.report.results import Data as Measured
+from milan.tracking import machine
 from stages import page as stage
 
 EVIL = "<script>alert(1)</script>\"'&"
@@ -38,7 +39,7 @@ LOCK = """
 schema: '2.0'
 stages:
   teacher:
-    deps: [{path: outs/imagenet, md5: d1.dir}, {path: milan/fit.py, md5: c1}]
+    deps: [{path: outs/imagenet, md5: d1.dir}, {path: milan/training/loop.py, md5: c1}]
     outs: [{path: outs/teacher, md5: t1.dir}]
   pretrain@milan-0:
     deps: [{path: outs/teacher, md5: t1.dir}]

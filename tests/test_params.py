@@ -8,9 +8,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from timm.data.auto_augment import rand_augment_transform
 
-from milan.errors import UserError
+from milan.core.errors import UserError
+from milan.core.typed import arithmetic, build
 from milan.params import Model, Params, read_params
-from milan.typed import arithmetic, build
 from tests.conftest import ROOT, change
 
 SCALES = sorted(path.stem for path in (ROOT / "conf" / "scale").glob("*.yaml"))

@@ -168,7 +168,7 @@ def test_stages_that_dvc_skips_are_linked_from_the_new_parent(clone):
     import mlflow
 
     dvc(clone, "repro", "-f", "-s", "report")
-    run([sys.executable, "-m", "milan.logger"], clone)  # waits for the logger of the stage
+    run([sys.executable, "-m", "milan.tracking.logger"], clone)  # waits for the logger of the stage
     client = mlflow.MlflowClient(f"sqlite:///{clone}/mlflow.db")
     runs = client.search_runs([client.get_experiment_by_name("milan-smoke").experiment_id], max_results=500)
     parent = next(r for r in runs if "pipeline" in r.data.tags)
@@ -177,7 +177,7 @@ def test_stages_that_dvc_skips_are_linked_from_the_new_parent(clone):
     assert len(skipped) == len(yaml.safe_load(lock(clone))["stages"]) - 1
     for key, earlier in skipped.items():
         assert key == f"skipped.{earlier.info.run_name}" and earlier.info.run_id in parent.data.tags["mlflow.note.content"]
-    assert run([sys.executable, "-m", "milan.runs", "outs/smoke/pretrain/milan-0"], clone).count("pretrain milan seed 0") >= 1
+    assert run([sys.executable, "-m", "milan.tracking.runs", "outs/smoke/pretrain/milan-0"], clone).count("pretrain milan seed 0") >= 1
 
 
 def children(runs: list, parent) -> list:
@@ -186,7 +186,7 @@ def children(runs: list, parent) -> list:
 
 def test_an_edit_of_the_table_reruns_only_reports(clone):
     """By DVC's own word: what `dvc repro` would run once `code` has seen the edit."""
-    source, said = clone / "milan/table.py", []
+    source, said = clone / "milan/report/table.py", []
     before = source.read_text()
     for text in (before + "\n# touched\n", before):
         source.write_text(text)

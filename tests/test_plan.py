@@ -11,11 +11,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from milan import plan
-from milan.clip import ClipTower, build_tiny
-from milan.errors import UserError
-from milan.model import MaskedPretraining
+from milan.core.errors import UserError
+from milan.core.typed import build
+from milan.method.model import MaskedPretraining
 from milan.params import Params, Pretrained, read_params
-from milan.typed import build
+from milan.teacher.clip import ClipTower, build_tiny
 from tests.conftest import change
 
 

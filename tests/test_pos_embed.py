@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from milan.pos_embed import interpolate_pos_embed, sincos_pos_embed
+from milan.method.pos_embed import interpolate_pos_embed, sincos_pos_embed
 
 
 def test_sincos_table_by_definition():

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from milan import distributed, masking, rng
-from milan.model import MaskedPretraining
+from milan.data import seeding
+from milan.method import masking
+from milan.method.model import MaskedPretraining
 from milan.params import Model, Recipe, Tower
+from milan.training import distributed
 
 MODEL = Model("small", 48, 8, Tower(96, 4, 4), Tower(64, 3, 4))
 RECIPES = {
@@ -21,7 +23,7 @@ CPU = torch.device("cpu")
 def pretrain_once(recipe: Recipe, precision: str) -> dict[str, torch.Tensor]:
     """Predictions, loss and every gradient of the first step."""
     distributed.choose_attention(precision, CPU)
-    rng.seed_globals(0, "precision")
+    seeding.seed_globals(0, "precision")
     model = MaskedPretraining(MODEL, recipe, 0.75, 48)
     images, noise = torch.randn(6, 3, 48, 48), torch.randn(6, MODEL.n_patches)
     features, importance = torch.randn(6, 1 + MODEL.n_patches, 48), torch.rand(6, MODEL.n_patches)

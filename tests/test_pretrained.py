@@ -19,12 +19,13 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from milan import plan, pretrained
-from milan.clip import load_teacher
-from milan.errors import UserError
-from milan.files import read_checked
+from milan import plan
+from milan.core.errors import UserError
+from milan.core.files import read_checked
 from milan.params import Compute, Pretrained
-from milan.teachers import build_tower, load_tower
+from milan.teacher import released
+from milan.teacher.clip import load_teacher
+from milan.teacher.frozen import build_tower, load_tower
 
 NAME = "ViT-golden-tiny"
 CPU = Compute("cpu", 1, "fp32", True, False)
@@ -60,13 +61,13 @@ def source(path, digest: str | None = None) -> Pretrained:
 
 
 def fetched(path, folder, digest: str | None = None):
-    pretrained.fetch_teacher(source(path, digest), folder)
+    released.fetch_teacher(source(path, digest), folder)
     return load_tower(folder, CPU, torch.device("cpu"))
 
 
 def refusal(path, digest: str | None = None) -> str:
     with pytest.raises(UserError) as error:
-        pretrained.fetch_teacher(source(path, digest), path.parent / "never")
+        released.fetch_teacher(source(path, digest), path.parent / "never")
     assert not (path.parent / "never").exists()
     return str(error.value)
 
@@ -220,8 +221,8 @@ def saying(*words) -> str:
     """What is said of a Pretrained, nothing fetched."""
     with pytest.raises(UserError) as error, mock.patch("socket.socket.connect", side_effect=AssertionError("the network was asked")):
         given = Pretrained(*words)
-        pretrained.describe(given)
-        pretrained.located(given)
+        released.describe(given)
+        released.located(given)
     return str(error.value)
 
 
@@ -254,7 +255,7 @@ def test_unknown_names_come_with_the_nearest(words, said):
 ])  # fmt: skip
 def test_what_cannot_be_the_teacher_is_refused_before_any_download(words, said):
     if said is None:
-        pretrained.describe(Pretrained(*words, "x", None, None))
+        released.describe(Pretrained(*words, "x", None, None))
     else:
         told = saying(*words, "x", None, None)
         assert said in told and words[1] in told and "cannot be the teacher" in told
@@ -268,7 +269,7 @@ def test_what_cannot_be_the_teacher_is_refused_before_any_download(words, said):
     ("xlm-roberta-base-ViT-B-32", 224, 7, 512),  # its text tower would come from the hub
 ])  # fmt: skip
 def test_vits_of_any_size_can(name, size, grid, width):
-    config = pretrained.describe(Pretrained("open_clip", name, "x", None, None))
+    config = released.describe(Pretrained("open_clip", name, "x", None, None))
     with FakeTensorMode(allow_non_fake_inputs=True):
         tower = plan.unmade(lambda: build_tower(config))
         features, importance = tower(torch.empty(2, 3, size, size))
@@ -290,7 +291,7 @@ def vit_golden_tiny(pretrained=False, pretrained_cfg=None, pretrained_cfg_overla
 
 
 def fetched_vit(path, folder):
-    pretrained.fetch_teacher(Pretrained("timm", "vit_golden_tiny", None, str(path), None), folder)
+    released.fetch_teacher(Pretrained("timm", "vit_golden_tiny", None, str(path), None), folder)
     return load_tower(folder, CPU, torch.device("cpu"))
 
 
@@ -362,8 +363,8 @@ def in_hub_cache(tmp_path, name: str, state: dict):
 @pytest.mark.parametrize("name", ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"])
 def test_what_the_hub_s_cache_has_needs_no_network(name, releases, state):
     path = in_hub_cache(releases, name, state)
-    assert pretrained.located(Pretrained("open_clip", NAME, "golden", None, None)) == path
-    pretrained.fetch_teacher(Pretrained("open_clip", NAME, "golden", None, None), releases / "teacher")
+    assert released.located(Pretrained("open_clip", NAME, "golden", None, None)) == path
+    released.fetch_teacher(Pretrained("open_clip", NAME, "golden", None, None), releases / "teacher")
     assert not socket.getaddrinfo.called
     ours = load_tower(releases / "teacher", CPU, torch.device("cpu")).state_dict()
     assert all(tensor.equal(state[name]) for name, tensor in ours.items())
@@ -376,11 +377,11 @@ def test_a_flipped_byte_in_the_hub_s_cache_is_found(releases, state):
     blob.parent.mkdir()
     path.rename(blob)
     path.symlink_to(blob)
-    pretrained.fetch_teacher(given, releases / "teacher")
+    released.fetch_teacher(given, releases / "teacher")
     whole = blob.read_bytes()
     blob.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(UserError, match=rf"{path} is damaged: .* Delete {path.parents[2]} and run again"):
-        pretrained.fetch_teacher(given, releases / "never")
+        released.fetch_teacher(given, releases / "never")
     assert not (releases / "never").exists()
 
 
@@ -391,11 +392,11 @@ def test_a_digest_asks_for_the_publisher_s_own_file(releases, state):
     path.parent.mkdir(parents=True)
     save_file(state, path)
     given = Pretrained("open_clip", NAME, "golden", None, sha256(path))
-    assert pretrained.located(given) == path
-    pretrained.fetch_teacher(given, releases / "teacher")
+    assert released.located(given) == path
+    released.fetch_teacher(given, releases / "teacher")
     path.write_bytes(b"broken")
     with pytest.raises(UserError, match=rf"{path} has SHA-256 {sha256(path)}, .* delete {path} and run again"):
-        pretrained.fetch_teacher(given, releases / "never")
+        released.fetch_teacher(given, releases / "never")
     assert not socket.getaddrinfo.called and not (releases / "never").exists()
 
 
@@ -403,23 +404,23 @@ def test_a_digest_that_the_hub_s_file_has_not(releases, state, monkeypatch):
     monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda *_: {"hf_hub": "org/golden/", "quick_gelu": True})
     in_hub_cache(releases, "open_clip_model.safetensors", state)
     with pytest.raises(UserError, match=f"delete {releases}/hub/models--org--golden and run again"):
-        pretrained.fetch_teacher(Pretrained("open_clip", NAME, "golden", None, "ab" * 32), releases / "never")
+        released.fetch_teacher(Pretrained("open_clip", NAME, "golden", None, "ab" * 32), releases / "never")
 
 
 @pytest.mark.parametrize("digest", [None, "ab" * 32])
 def test_no_network_is_told(digest, releases, monkeypatch):
     monkeypatch.setattr("huggingface_hub.file_download._get_metadata_or_catch_error", mock.Mock(side_effect=ConnectionError))
     with pytest.raises(UserError, match=r"neither in the cache .*set teacher\.pretrained\.file"):
-        pretrained.located(Pretrained("open_clip", NAME, "golden", None, digest))
+        released.located(Pretrained("open_clip", NAME, "golden", None, digest))
 
 
 def test_openai_s_address_carries_the_digest_of_the_paper_s_recipe():
     given = Pretrained("open_clip", "ViT-B-16-quickgelu", "openai", None, None)
-    assert "/5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/" in pretrained.open_clip_release(given).url
+    assert "/5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/" in released.open_clip_release(given).url
 
 
 def test_timm_s_releases():
-    release = pretrained.timm_release(Pretrained("timm", "vit_base_patch16_224", "dino", None, None))
+    release = released.timm_release(Pretrained("timm", "vit_base_patch16_224", "dino", None, None))
     assert release.repo == "timm/vit_base_patch16_224.dino" and release.names == ("model.safetensors", "pytorch_model.bin")
-    assert release == pretrained.timm_release(Pretrained("timm", "vit_base_patch16_224.dino", None, None, None))
+    assert release == released.timm_release(Pretrained("timm", "vit_base_patch16_224.dino", None, None, None))
     assert release.url.endswith("dino_vitbase16_pretrain.pth")

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from milan import optim, rng
-from milan.probe import FeatureViews, LinearHead, ProbeLoss, probe_top1
+from milan.data import seeding
+from milan.evaluation.linear import FeatureViews, LinearHead, ProbeLoss, probe_top1
+from milan.training import optim
 
 
 def test_the_head_normalises_with_the_batch_and_learns_its_statistics():
@@ -57,7 +58,7 @@ def test_epoch_e_sees_view_e_mod_v():
 
 def test_the_quick_probe_separates_what_can_be_and_nothing_else():
     labels = torch.arange(400) % 4
-    noise = torch.randn(400, 8, generator=rng.generator(0, "noise"))
+    noise = torch.randn(400, 8, generator=seeding.generator(0, "noise"))
     telling = torch.cat([torch.nn.functional.one_hot(labels, 4) * 4.0, noise], dim=1)
     assert probe_top1(telling[:300], labels[:300], telling[300:], labels[300:]) == 100
     assert probe_top1(noise[:300], labels[:300], noise[300:], labels[300:]) < 50

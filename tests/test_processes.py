@@ -7,16 +7,18 @@ import pytest
 import torch
 from torch import nn
 
-from milan import contrast, distributed, optim, rng, transforms
-from milan.batch_norm import RunningStatistics
-from milan.classifier import FinetuneLoss, build_classifier
-from milan.clip import build_tiny
-from milan.encoder import Encoder
-from milan.errors import Preempted
-from milan.fit import fit
+from milan.core.errors import Preempted
+from milan.core.typed import build
+from milan.data import seeding, transforms
+from milan.evaluation.classifier import FinetuneLoss, build_classifier
+from milan.evaluation.linear import LinearHead, ProbeLoss
+from milan.method.encoder import Encoder
 from milan.params import Params
-from milan.probe import LinearHead, ProbeLoss
-from milan.typed import build
+from milan.teacher import contrast
+from milan.teacher.clip import build_tiny
+from milan.training import distributed, optim
+from milan.training.batch_norm import RunningStatistics
+from milan.training.loop import fit
 from stages import finetune, linear_eval, segment
 from tests.test_fit import BATCH, COMPUTE, SAMPLES, Points, assert_same, at, kill, launched, patient, rank_of, settings, train
 
@@ -88,7 +90,7 @@ class Pictures:
         return SAMPLES
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
-        draw = rng.generator(4, "picture", *key)
+        draw = seeding.generator(4, "picture", *key)
         return {
             "image": torch.randint(0, 256, (3, 16, 16), generator=draw, dtype=torch.uint8),
             "label": torch.randint(0, 5, (), generator=draw),
@@ -124,7 +126,7 @@ def of_teacher(p: Params) -> tuple:
 def few_steps(made: Callable[[Params], tuple], p: Params, **changes) -> dict:
     """Three steps of a stage's model; the contrast takes its share of the batch at once, as in the stage."""
     distributed.set_up(COMPUTE)
-    rng.seed_globals(0, "init")
+    seeding.seed_globals(0, "init")
     model, optimizer, inputs = made(p)
     share = {"micro_batch": BATCH // distributed.world_size()} if made is of_teacher else {}
     run = settings(

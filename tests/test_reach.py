@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from milan import logger, store
+from milan.tracking import logger, store
 from tests.test_tracking import write_spool
 
 

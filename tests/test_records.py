@@ -11,9 +11,9 @@ import pandas
 import pytest
 from torch.utils.data import DataLoader
 
-from milan import records
-from milan.errors import UserError
-from milan.records import Records
+from milan.core.errors import UserError
+from milan.data import records
+from milan.data.records import Records
 from tests.conftest import write_split
 
 ROWS = [{"image": bytes([i]) * (i + 1), "name": f"n{i}", "label": i % 3, "caption": f"picture {i}"} for i in range(11)]

@@ -18,7 +18,7 @@ import yaml
 from open_clip.model import CLIP
 from safetensors.torch import load_file
 
-from milan.records import Records
+from milan.data.records import Records
 from tests import layouts
 from tests.test_pipeline import clone_of, dvc
 from tests.test_pretrained import INTEGERS, program

@@ -4,12 +4,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from milan.clip import load_teacher
-from milan.errors import UserError
-from milan.files import read_checked
-from milan.model import MaskedPretraining
+from milan.core.errors import UserError
+from milan.core.files import read_checked
+from milan.core.typed import build
+from milan.method.model import MaskedPretraining
 from milan.params import Model, Params, Recipe
-from milan.typed import build
+from milan.teacher.clip import load_teacher
 from stages import extract_targets, linear_eval, prepare_imagenet, pretrain, teacher
 from tests.conftest import change, run_main
 from tests.test_dvc import entry

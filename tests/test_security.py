@@ -26,17 +26,25 @@ import torch
 import yaml
 from PIL import Image
 
-from milan import archives, interop, logger, packing, provenance, records, results, runs, sources, stage, targets, tracking
-from milan.archives import File
-from milan.checkpoint import Scratch, load_weights, read_foreign
-from milan.classifier import load_classifier
-from milan.clip import load_teacher
-from milan.discreet import discreet
-from milan.errors import UserError
+from milan import stage
+from milan.convert import interop
+from milan.core.errors import UserError
+from milan.core.redaction import discreet
+from milan.core.typed import build
+from milan.data import records
+from milan.data.records import Records
+from milan.evaluation.classifier import load_classifier
+from milan.ingest import archives, imagenet, packing
+from milan.ingest.archives import File
+from milan.method import target_bank
 from milan.params import Params, Pretrained, read_params
-from milan.pretrained import fetch_teacher
-from milan.records import Records
-from milan.typed import build
+from milan.report import provenance, results
+from milan.teacher.clip import load_teacher
+from milan.teacher.released import fetch_teacher
+from milan.tracking import logger, runs, tracker
+from milan.training.foreign import read_foreign
+from milan.training.resume import Scratch
+from milan.training.weights import load_weights
 from stages import prepare_imagenet
 from tests.conftest import ROOT
 from tests.layouts import class_tree
@@ -129,10 +137,10 @@ def as_scratch(path: Path) -> None:
 
 def as_bank(path: Path) -> None:
     folder = path.parent / "bank"
-    targets.finish(folder, views=1, shard_images=1, feature_dim=1, images=1)
-    for name in targets.ARRAYS:
+    target_bank.finish(folder, views=1, shard_images=1, feature_dim=1, images=1)
+    for name in target_bank.ARRAYS:
         (folder / f"{name}-00000.npy").write_bytes(path.read_bytes())
-    targets.Bank(folder)[0, 0]
+    target_bank.Bank(folder)[0, 0]
 
 
 def as_records(path: Path) -> None:
@@ -183,7 +191,7 @@ READERS = {
     "a tar": archives.tar_spans,
     "a zip": archives.zip_members,
     "a devkit": lambda path: archives.tar_texts(path, "a"),
-    "captions": lambda path: sources.table(path, "file", "caption"),
+    "captions": lambda path: imagenet.table(path, "file", "caption"),
     "a picture": as_picture,
 }
 HARMLESS = {("archive_of_arrays", "a zip"), ("zip_pickle", "a zip")}  # zips, listed and not opened
@@ -331,10 +339,10 @@ def programs() -> dict[str, str]:
 
 
 def test_no_code_runs_what_a_file_says():
-    """But one: a TorchScript archive that the recipe names by its digest (milan/pretrained.py)."""
+    """But one: a TorchScript archive that the recipe names by its digest (milan/teacher/released.py)."""
     assert len(programs()) > 60
     found = {name: calls for name, text in programs().items() if (calls := dangers(text))}
-    assert found == {"milan/pretrained.py": ["torch.jit.load(path, map_location='cpu')"]}
+    assert found == {"milan/teacher/released.py": ["torch.jit.load(path, map_location='cpu')"]}
 
 
 @pytest.mark.parametrize(
@@ -372,7 +380,7 @@ def commands() -> list[tuple[str, list[str]]]:
         ROOT / "README.md",
         ROOT / "Makefile",
         *(ROOT / "docs").iterdir(),
-        *ROOT.glob("milan/*.py"),
+        *(ROOT / "milan").rglob("*.py"),
         *ROOT.glob("stages/*.py"),
     ]
     found = []
@@ -453,7 +461,7 @@ def test_a_run_tells_nothing_of_its_user(secretive, tree, monkeypatch):
     tree["data"]["imagenet"] = "/home/alice/images"
     tree["pretrain"]["weights"] = "/scratch/alice/milan.pth"
     records.write_manifest(secretive / "alice", splits={"train": {"images": 0, "shards": []}}, classes=[], source="x")
-    monkeypatch.setattr(tracking, "subprocess", SimpleNamespace(Popen=lambda *_, **__: None, DEVNULL=None))
+    monkeypatch.setattr(tracker, "subprocess", SimpleNamespace(Popen=lambda *_, **__: None, DEVNULL=None))
     out = secretive / "alice" / "out.json"
     here = stage.Stage("teacher", argparse.Namespace(out=out, metrics=out, seed=0), build(Params, tree, "params.yaml"))
 
@@ -462,7 +470,7 @@ def test_a_run_tells_nothing_of_its_user(secretive, tree, monkeypatch):
         here.write_metrics({"teacher/loss": 0.5}, "recipe")
 
     stage.tracked(here, main)
-    (spool,) = tracking.SPOOLS.glob("*.jsonl")
+    (spool,) = tracker.SPOOLS.glob("*.jsonl")
     said = [json.loads(line) for line in spool.read_text().splitlines()]
     assert [event["kind"] for event in said] == ["start", "params", "dataset", "metrics", "metrics", "tags", "end"]
     assert (
@@ -488,7 +496,7 @@ def test_a_manifest_and_the_page_tell_nothing(secretive, tree, monkeypatch):
     root = secretive / "alice" / "images"
     for split in ("train", "val"):
         class_tree(root, {f"{split}/{name}/1.jpg": encoded("JPEG") for name in ("cat", "dog")})
-    monkeypatch.setattr(sources, "refuse_too_few", lambda *_: None)
+    monkeypatch.setattr(imagenet, "refuse_too_few", lambda *_: None)
     tree["prepare_imagenet"]["pairs"] = 0
     folder = secretive / "records"
     folder.mkdir()

@@ -10,9 +10,9 @@ from torch import nn
 from transformers import UperNetConfig
 from transformers.models.upernet.modeling_upernet import UperNetConvModule, UperNetFCNHead, UperNetHead
 
-from milan.miou import confusion, reduce_zero_label, scores
-from milan.pos_embed import interpolate_pos_embed
-from milan.segmenter import (
+from milan.method.pos_embed import interpolate_pos_embed
+from milan.segmentation.miou import confusion, reduce_zero_label, scores
+from milan.segmentation.segmenter import (
     FCNHead,
     Pyramid,
     Segmenter,

@@ -23,11 +23,11 @@ import torch
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
-from milan import logger, tracking
-from milan.classifier import About, save_classifier
-from milan.classify import Classify
-from milan.errors import UserError
+from milan.core.errors import UserError
+from milan.evaluation.classifier import About, save_classifier
 from milan.params import Model, Tower
+from milan.serve.classify import Classify
+from milan.tracking import logger, tracker
 from tests.test_tracking import write_spool
 
 MODEL = Model("small", 16, 8, Tower(16, 2, 2), Tower(16, 1, 2))
@@ -88,8 +88,8 @@ def desk(tmp_path_factory):
         for place, seed in enumerate((0, 1, 0), 1):
             spool = write_spool([{**START, "tags": TAGS}], place)
             out = weights(folder / "outs" / str(seed), seed).relative_to(folder)
-            tracking.Tracker(spool).classifier(out, "classifier-milan-0", "milan-test-classifier", "milan")
-            tracking.Tracker(spool).event("end", status="FINISHED")
+            tracker.Tracker(spool).classifier(out, "classifier-milan-0", "milan-test-classifier", "milan")
+            tracker.Tracker(spool).event("end", status="FINISHED")
         logger.serve(None)
         yield folder
 
@@ -148,7 +148,7 @@ def test_a_version_a_result_and_an_alias_on_the_last_one_made(desk, client):
     assert sorted(map(str, versions)) == ["1", "2"]
     (first,) = [v for v in versions.values() if str(v.version) == "1"]
     assert (first.tags["variant"], first.tags["seed"], first.tags["git_revision"]) == ("milan", "0", "abc")
-    assert first.tags["dvc"] == tracking.dvc_hash(desk / "outs/0")
+    assert first.tags["dvc"] == tracker.dvc_hash(desk / "outs/0")
     assert str(client.get_model_version_by_alias("milan-test-classifier", "milan").version) == "1"
     outputs = [client.get_run(run.info.run_id).outputs for run in client.search_runs(["1"], "tags.stage = 'finetune'")]
     assert sorted(f"models:/{made.model_outputs[0].model_id}" == first.source for made in outputs) == [False, True, True]
@@ -241,7 +241,7 @@ def test_raw_bytes_in_python(desk):
 
 def test_an_image_as_large_as_allowed_is_read_and_one_pixel_more_is_not(desk, monkeypatch):
     classify = Classify(weights(desk / "plain", 1))
-    monkeypatch.setattr("milan.classify.PIXELS", 40 * 28)
+    monkeypatch.setattr("milan.serve.classify.PIXELS", 40 * 28)
     classify([picture()], 1)
     with pytest.raises(UserError, match="image 0 has more than 1,120 pixels"):
         classify([picture("PNG", (41, 28))], 1)
@@ -250,8 +250,8 @@ def test_an_image_as_large_as_allowed_is_read_and_one_pixel_more_is_not(desk, mo
 def test_weights_that_changed_before_the_logger_came_are_not_registered(desk, client, capsys):
     """A later run has overwritten them: what is registered would not be what the run made."""
     spool = write_spool([{**START, "tags": TAGS}], 4)
-    tracking.Tracker(spool).classifier(weights(desk / "outs/2", 2), "classifier-milan-0", "milan-test-classifier", "milan")
-    tracking.Tracker(spool).event("end", status="FINISHED")
+    tracker.Tracker(spool).classifier(weights(desk / "outs/2", 2), "classifier-milan-0", "milan-test-classifier", "milan")
+    tracker.Tracker(spool).event("end", status="FINISHED")
     weights(desk / "outs/2", 3)
     logger.serve(None)
     assert "has changed since it was made: not registered" in capsys.readouterr().out

@@ -11,10 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 import scipy.io
 
-from milan import records, scenes, sources
-from milan.archives import File
-from milan.errors import UserError
-from milan.packing import Packing
+from milan.core.errors import UserError
+from milan.data import records
+from milan.ingest import ade20k, imagenet
+from milan.ingest.archives import File
+from milan.ingest.packing import Packing
 from milan.params import ImagenetCounts, SceneCounts
 from tests import layouts
 from tests.layouts import WNIDS, WORDS, class_tree, encoded, folders, images, parquet, parquets, scene_files, tar, tars, zipped
@@ -53,7 +54,7 @@ def expected(split: str) -> list[tuple]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_gives_the_same_images_in_the_order_of_wordnet_ids(tmp_path, layout):
-    found = sources.read_images(LAYOUTS[layout](tmp_path / "set"))
+    found = imagenet.read_images(LAYOUTS[layout](tmp_path / "set"))
     assert said_items(found.train) == expected("train")
     assert said_items(found.val) == expected("val")
 
@@ -61,7 +62,7 @@ def test_every_layout_gives_the_same_images_in_the_order_of_wordnet_ids(tmp_path
 def test_every_layout_gives_the_same_record_files(tmp_path):
     digests = {}
     for layout, make in LAYOUTS.items():
-        found, out = sources.read_images(make(tmp_path / layout)), tmp_path / "out" / layout
+        found, out = imagenet.read_images(make(tmp_path / layout)), tmp_path / "out" / layout
         out.mkdir(parents=True)
         splits = Packing(out, shard_images=5, processes=1).pack({"train": found.train, "val": found.val})
         digests[layout] = [shard["sha256"] for split in ("train", "val") for shard in splits[split]["shards"]]
@@ -81,16 +82,16 @@ def test_every_layout_gives_the_same_record_files(tmp_path):
     ],
 )
 def test_what_the_classes_are_called(tmp_path, layout, wnids, classes):
-    found = sources.read_images(LAYOUTS[layout](tmp_path / "set"))
+    found = imagenet.read_images(LAYOUTS[layout](tmp_path / "set"))
     assert (found.wnids, found.classes) == (wnids, classes)
     (tmp_path / "set" / "classes.json").write_text(json.dumps({wnids[1]: "the second"}))
     base = wnids if layout == "tars and the devkit" else classes
-    assert sources.read_images(tmp_path / "set").classes == [base[0], "the second", base[2]]
+    assert imagenet.read_images(tmp_path / "set").classes == [base[0], "the second", base[2]]
 
 
 def refusal(root: Path) -> str:
     with pytest.raises(UserError) as error:
-        sources.read_images(root)
+        imagenet.read_images(root)
     return str(error.value)
 
 
@@ -266,7 +267,7 @@ def test_class_names_of_another_form_are_named(tmp_path, content):
 
 
 def test_parquet_rows_without_names_are_named_by_file_and_place(tmp_path):
-    found = sources.read_images(parquets(tmp_path / "set", plain=True))
+    found = imagenet.read_images(parquets(tmp_path / "set", plain=True))
     assert [item["name"] for item in found.train][6:8] == ["train-00000-of-00002/6", "train-00001-of-00002/0"]
 
 
@@ -310,7 +311,7 @@ def test_an_empty_class_folder_is_named(tmp_path):
 
 def test_other_files_are_passed_over(tmp_path):
     root = class_tree(folders(tmp_path), {f"train/{WNIDS[0]}/notes.txt": b"n", "train/list.txt": b"n"})
-    assert said_items(sources.read_images(root).train) == expected("train")
+    assert said_items(imagenet.read_images(root).train) == expected("train")
 
 
 # Without labels.
@@ -329,7 +330,7 @@ def test_images_in_any_folders_lose_every_fiftieth_to_validation(tmp_path):
         "pairs/p.jpg": b"p",
         "pairs/captions.csv": b"c",
     }
-    found = sources.read_images(class_tree(tmp_path, files))
+    found = imagenet.read_images(class_tree(tmp_path, files))
     order = sorted(names)
     assert named(found.val) == [order[0], order[50], order[100]]
     assert named(found.train) == [name for k, name in enumerate(order) if k % 50]
@@ -338,13 +339,13 @@ def test_images_in_any_folders_lose_every_fiftieth_to_validation(tmp_path):
 
 
 def test_two_images_are_one_for_each(tmp_path):
-    found = sources.read_images(class_tree(tmp_path, {"b.png": b"b", "a.png": b"a"}))
+    found = imagenet.read_images(class_tree(tmp_path, {"b.png": b"b", "a.png": b"a"}))
     assert (named(found.train), named(found.val)) == (["b.png"], ["a.png"])
 
 
 def test_an_own_val_is_taken(tmp_path):
     files = {"train/x.jpg": b"1", "train/y.jpg": b"1", "val/deep/z.jpg": b"1"}
-    found = sources.read_images(class_tree(tmp_path, files))
+    found = imagenet.read_images(class_tree(tmp_path, files))
     assert (named(found.train), named(found.val)) == (["train/x.jpg", "train/y.jpg"], ["val/deep/z.jpg"])
 
 
@@ -357,15 +358,15 @@ def test_nothing_to_train_on(tmp_path, files):
 
 
 def test_captions_and_object_masks(tmp_path):
-    assert sources.caption_pairs(tmp_path) == []
+    assert imagenet.caption_pairs(tmp_path) == []
     class_tree(tmp_path, {"pairs/captions.csv": b"file,caption\n"})
-    assert sources.caption_pairs(tmp_path) == []  # as the built-in world has it without pairs
+    assert imagenet.caption_pairs(tmp_path) == []  # as the built-in world has it without pairs
     class_tree(tmp_path, {"pairs/captions.csv": b'\xef\xbb\xbffile,caption\n0.JPEG,"a disc, red"\n', "val_objects/v1.png": b""})
-    assert sources.caption_pairs(tmp_path) == [
+    assert imagenet.caption_pairs(tmp_path) == [
         {"image": File(tmp_path / "pairs" / "0.JPEG"), "name": "0.JPEG", "caption": "a disc, red"}
     ]
     items = [{"name": f"n01/v{i}.JPEG"} for i in (0, 1)]
-    assert sources.with_object_masks(tmp_path, items) == [
+    assert imagenet.with_object_masks(tmp_path, items) == [
         items[0],
         {**items[1], "mask": File(tmp_path / "val_objects" / "v1.png")},
     ]
@@ -378,7 +379,7 @@ def test_captions_and_object_masks(tmp_path):
 def test_captions_without_a_file_or_a_caption_are_refused(table, tmp_path):
     class_tree(tmp_path, {"pairs/captions.csv": table.encode()})
     with pytest.raises(UserError, match=r"captions\.csv must have the columns file and caption"):
-        sources.caption_pairs(tmp_path)
+        imagenet.caption_pairs(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -396,17 +397,17 @@ def test_captions_that_are_no_table_are_named(tmp_path, table, said):
         (tmp_path / "pairs" / "captions.csv").rmdir()
         class_tree(tmp_path, {"pairs/captions.csv": table})
     with pytest.raises(UserError, match=rf"captions\.csv {said}"):
-        sources.caption_pairs(tmp_path)
+        imagenet.caption_pairs(tmp_path)
 
 
 def test_class_names_serve_as_captions(tmp_path):
     items = [{"image": File(tmp_path / str(i)), "name": str(i), "label": i % 2} for i in range(10)]
     names = ["red disc", "dog"]
-    assert [pair["caption"] for pair in sources.class_captions(items, names, 100)] == [
+    assert [pair["caption"] for pair in imagenet.class_captions(items, names, 100)] == [
         "a photo of a red disc",
         "a photo of a dog",
     ] * 5
-    few = sources.class_captions(items, names, 4)
+    few = imagenet.class_captions(items, names, 4)
     assert [pair["name"] for pair in few] == ["0", "3", "6", "9"]
     assert few[1] == {"image": File(tmp_path / "3"), "name": "3", "caption": "a photo of a dog"}
 
@@ -415,9 +416,9 @@ def test_class_names_serve_as_captions(tmp_path):
 
 
 def test_too_few_images_are_said_with_the_options_that_mend_it():
-    sources.refuse_too_few({"pretrain": (64, 64), "finetune": (32, 40)}, 2)
+    imagenet.refuse_too_few({"pretrain": (64, 64), "finetune": (32, 40)}, 2)
     with pytest.raises(UserError) as error:
-        sources.refuse_too_few({"teacher": (64, 10), "pretrain": (32, 40), "finetune": (16, 3)}, 2)
+        imagenet.refuse_too_few({"teacher": (64, 10), "pretrain": (32, 40), "finetune": (16, 3)}, 2)
     said = str(error.value)
     assert "teacher takes 64 images a step and has 10, finetune takes 16 images a step and has 3" in said
     assert "-S teacher.batch_size=8 -S teacher.micro_batch=4 -S finetune.batch_size=2 -S finetune.micro_batch=1" in said
@@ -426,12 +427,12 @@ def test_too_few_images_are_said_with_the_options_that_mend_it():
 def test_other_counts_than_the_recipe_s_are_said_with_the_mend():
     found = {"train": 1281166, "val": 50000, "classes": 999}
     with pytest.raises(UserError) as error:
-        sources.refuse_other_counts("prepare_imagenet", found, ImagenetCounts(1281167, 50000, 1000))
+        imagenet.refuse_other_counts("prepare_imagenet", found, ImagenetCounts(1281167, 50000, 1000))
     said = str(error.value)
     assert "1,281,166 instead of 1,281,167 (train), 999 instead of 1,000 (classes)" in said and "val" not in said
     assert "-S prepare_imagenet.expect=null" in said
-    sources.refuse_other_counts("prepare_imagenet", found, None)
-    sources.refuse_other_counts("prepare_ade20k", {"train": 2, "val": 1}, SceneCounts(2, 1))
+    imagenet.refuse_other_counts("prepare_imagenet", found, None)
+    imagenet.refuse_other_counts("prepare_ade20k", {"train": 2, "val": 1}, SceneCounts(2, 1))
 
 
 def test_a_world_with_classes_without_an_image_is_refused_before_it_is_drawn(tmp_path):
@@ -483,41 +484,41 @@ def scene_layouts(root: Path) -> list[Path]:
 @pytest.mark.parametrize("kind", range(4))
 def test_scenes_of_a_folder_and_of_a_zip_are_the_same(tmp_path, kind):
     root = scene_layouts(tmp_path)[kind]
-    places = scenes.scene_places(root)
-    items = scenes.scene_items(places, "training", root)
+    places = ade20k.scene_places(root)
+    items = ade20k.scene_items(places, "training", root)
     said = [(item["name"], item["image"].read(), item["mask"].read()) for item in items]
     assert said == [(name, encoded(size=(8, 6)), ANNOTATIONS[name]) for name in ("s1", "s2")]
-    assert scenes.scene_classes(places, 2) == ["wall", "sky"]
-    assert scenes.scene_classes(places, 3) == scenes.scene_classes({}, 3) == ["class 1", "class 2", "class 3"]
+    assert ade20k.scene_classes(places, 2) == ["wall", "sky"]
+    assert ade20k.scene_classes(places, 3) == ade20k.scene_classes({}, 3) == ["class 1", "class 2", "class 3"]
 
 
 def test_names_of_classes_that_cannot_be_read_are_said(tmp_path):
     root = class_tree(tmp_path, scene_files(ANNOTATIONS))
     (root / "objectInfo150.txt").symlink_to("nowhere")
     with pytest.raises(UserError, match=r"objectInfo150\.txt cannot be read .*mend or remove it"):
-        scenes.scene_classes(scenes.scene_places(root), 11)
+        ade20k.scene_classes(ade20k.scene_places(root), 11)
 
 
 def test_a_missing_annotation_is_named(tmp_path):
     root = class_tree(tmp_path, scene_files({"with": ANNOTATIONS["s1"], "without": None}))
     with pytest.raises(UserError, match=r"1 scenes of .* have no annotation, the first is annotations/training/without\.png"):
-        scenes.scene_items(scenes.scene_places(root), "training", root)
+        ade20k.scene_items(ade20k.scene_places(root), "training", root)
     with pytest.raises(UserError, match="holds no images .* in images/validation"):
-        scenes.scene_items(scenes.scene_places(root), "validation", root)
+        ade20k.scene_items(ade20k.scene_places(root), "validation", root)
 
 
 def test_no_scenes_and_no_zip(tmp_path):
     with pytest.raises(UserError, match="images is missing: expected ADEChallengeData2016"):
-        scenes.scene_places(tmp_path)
+        ade20k.scene_places(tmp_path)
     with pytest.raises(UserError, match=r"nowhere is missing.*-S data\.ade20k=/path"):
-        scenes.scene_places(tmp_path / "nowhere")
+        ade20k.scene_places(tmp_path / "nowhere")
     (tmp_path / "ADEChallengeData2016.zip").write_bytes(b"PK half a download")
     with pytest.raises(UserError, match=r"ADEChallengeData2016\.zip is no whole zip"):
-        scenes.scene_places(tmp_path)
+        ade20k.scene_places(tmp_path)
 
 
 def test_records_of_images_without_labels_have_no_such_column(tmp_path):
-    found = sources.read_images(class_tree(tmp_path / "set", {f"{k}.jpg": encoded(seed=k) for k in range(3)}))
+    found = imagenet.read_images(class_tree(tmp_path / "set", {f"{k}.jpg": encoded(seed=k) for k in range(3)}))
     splits = Packing(tmp_path, shard_images=5, processes=1).pack({"train": found.train, "val": found.val})
     records.write_manifest(tmp_path, splits=splits, classes=found.classes)
     assert records.Records(tmp_path, "train")[0] == {"image": encoded(seed=1), "name": "1.jpg"}

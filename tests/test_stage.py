@@ -15,14 +15,14 @@ import torch
 import yaml
 from PIL import Image
 
-from milan import records
-from milan.checkpoint import save_weights
-from milan.encoder import Encoder
-from milan.errors import UserError
+from milan.core.errors import UserError
+from milan.core.typed import build
+from milan.data import records
+from milan.method.encoder import Encoder
 from milan.params import Params
 from milan.stage import Stage, flat
-from milan.tracking import Tracker
-from milan.typed import build
+from milan.tracking.tracker import Tracker
+from milan.training.weights import save_weights
 from tests.conftest import ROOT, change, forked, script, write_split
 
 
@@ -319,7 +319,7 @@ def test_weights_that_do_not_fit(desk):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("place, kept", [("optim.adamw", []), ("evaluate.knn_top1", ["state-000000003.pt"])])
+@pytest.mark.parametrize("place, kept", [("training.optim.adamw", []), ("evaluation.evaluate.knn_top1", ["state-000000003.pt"])])
 def test_a_preemption_outside_training(desk, tree, monkeypatch, processes, place, kept):
     """SIGTERM to the stage before its first step, or in the evaluation after its third: 75, no metrics, the steps kept."""
     arguments = pretrained_folder(desk)
@@ -354,7 +354,7 @@ def test_a_fault_of_the_program_keeps_its_traceback(desk, monkeypatch):
     def fail(*_):
         raise ZeroDivisionError("a fault")
 
-    monkeypatch.setattr("milan.world.write_imagenet", fail)
+    monkeypatch.setattr("milan.ingest.world.writing.write_imagenet", fail)
     status, said = run_heavy("prepare_imagenet", *PREPARE)
     assert status == 1 and "Traceback" in said and "ZeroDivisionError: a fault" in said and not Path("outs/data").exists()
 
@@ -366,7 +366,7 @@ def test_ctrl_c_and_a_full_disk(desk, monkeypatch, error, status, word):
     def fail(*_):
         raise error
 
-    monkeypatch.setattr("milan.world.write_imagenet", fail)
+    monkeypatch.setattr("milan.ingest.world.writing.write_imagenet", fail)
     found, said = run_heavy("prepare_imagenet", *PREPARE)
     assert found == status
     assert word in refused(said, "outs/data", "metrics.json")

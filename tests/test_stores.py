@@ -19,7 +19,7 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from milan import tracking
+from milan.tracking import tracker
 from tests.conftest import ROOT
 from tests.test_tracking import begun
 
@@ -177,10 +177,10 @@ def tracked(desk, s3) -> Iterator[mlflow.MlflowClient]:
     command = [*command.split(), "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     environment = {**KEYS, "MLFLOW_S3_ENDPOINT_URL": s3, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tracking, "PATIENCE", 500)  # a busy machine is no fault
+        patch.setattr(tracker, "PATIENCE", 500)  # a busy machine is no fault
         patch.setenv("MLFLOW_TRACKING_URI", f"http://milan:{SECRET}@127.0.0.1:{port}")
         work("early")
-        assert sorted(path.suffix for path in tracking.SPOOLS.glob("*-*")) == [".failed", ".jsonl"]
+        assert sorted(path.suffix for path in tracker.SPOOLS.glob("*-*")) == [".failed", ".jsonl"]
         with serving(port, *command, **environment) as address:
             work("late")
             yield mlflow.MlflowClient(address)
@@ -221,8 +221,8 @@ def test_a_server_has_all_that_a_stage_said(tracked, s3, name):
 
 def test_nothing_is_left_and_the_password_is_nowhere(tracked, desk):
     """Neither in the database, nor in what servers and loggers wrote; DVC's own file of keys aside."""
-    assert [path.name for path in tracking.SPOOLS.glob("*-*")] == []
-    assert tracked.tracking_uri in tracking.LOG.read_text(), "the loggers name the server"
+    assert [path.name for path in tracker.SPOOLS.glob("*-*")] == []
+    assert tracked.tracking_uri in tracker.LOG.read_text(), "the loggers name the server"
     written = [path for path in desk.rglob("*") if path.is_file() and path.name != "config.local"]
     assert desk / "server.db" in written
     assert [path for path in written if SECRET.encode() in path.read_bytes()] == []

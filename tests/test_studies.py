@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from milan import studies, sweep
-from milan.errors import UserError
+from milan.core.errors import UserError
 from milan.params import read_params
-from milan.results import MEASURES
+from milan.report import studies, sweep
+from milan.report.results import MEASURES
 from tests.conftest import ROOT, change, forked
 
 
@@ -64,10 +64,10 @@ def test_which_studies():
 
 def test_the_command_is_the_one_that_was_given():
     plain, other = studies.STUDIES["views"], studies.chosen(["views"], "1,3")["views"]
-    assert studies.command("views", plain, []) == "python -m milan.studies views"
-    assert studies.command("views", other, ["scale=smoke"]) == "python -m milan.studies views --values 1,3 -S 'scale=smoke'"
+    assert studies.command("views", plain, []) == "python -m milan.report.studies views"
+    assert studies.command("views", other, ["scale=smoke"]) == "python -m milan.report.studies views --values 1,3 -S 'scale=smoke'"
     other_place = studies.command("views", plain, ["scale=smoke"], Path("reports/elsewhere"))
-    assert other_place == "python -m milan.studies views -S 'scale=smoke' --out reports/elsewhere"
+    assert other_place == "python -m milan.report.studies views -S 'scale=smoke' --out reports/elsewhere"
 
 
 def test_the_clone_follows_the_commit_and_shares_the_cache(repository, asked):

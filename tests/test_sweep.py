@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 import yaml
 
-from milan import costs, sweep
-from milan.errors import UserError
-from milan.provenance import Run
-from milan.results import MEASURES
+from milan.core.errors import UserError
+from milan.report import costs, sweep
+from milan.report.provenance import Run
+from milan.report.results import MEASURES
 from tests.conftest import change
 
 KEY = "pretrain.mask_ratio"

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from milan import table
-from milan.errors import UserError
+from milan.core.errors import UserError
 from milan.params import Params, read_params
-from milan.results import read_published, read_results
+from milan.report import table
+from milan.report.results import read_published, read_results
 
 PUBLISHED = Path("reports/published.csv")
 ZERO_SHOT = {"linear_eval/zero_shot_top1": 30.0, "linear_eval/zero_shot_masked_top1": 20.04}  # of MILAN, with both seeds

@@ -9,11 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from milan import records, rng, targets, transforms
-from milan.errors import UserError
-from milan.records import Records
-from milan.samples import BankViews, PretrainSamples
-from milan.targets import Bank
+from milan.core.errors import UserError
+from milan.data import records, seeding, transforms
+from milan.data.records import Records
+from milan.method import target_bank
+from milan.method.samples import BankViews, PretrainSamples
+from milan.method.target_bank import Bank
 from stages.extract_targets import object_shares
 from tests.conftest import write_split
 
@@ -37,11 +38,11 @@ def write_bank(folder) -> None:
         importance = [[[i + v / 10 + t / 100 for t in range(N)] for v in range(VIEWS)] for i in span]
         boxes = [[box(i, v) for v in range(VIEWS)] for i in span]
         kinds = (np.float16, np.float32, np.int32)
-        arrays = {n: np.array(a, k) for n, a, k in zip(targets.ARRAYS, (features, importance, boxes), kinds, strict=True)}
-        assert not targets.has_shard(folder, number)
-        targets.write_shard(folder, number, arrays)
-        assert targets.has_shard(folder, number)
-    targets.finish(folder, views=VIEWS, shard_images=SHARD, feature_dim=D, images=IMAGES)
+        arrays = {n: np.array(a, k) for n, a, k in zip(target_bank.ARRAYS, (features, importance, boxes), kinds, strict=True)}
+        assert not target_bank.has_shard(folder, number)
+        target_bank.write_shard(folder, number, arrays)
+        assert target_bank.has_shard(folder, number)
+    target_bank.finish(folder, views=VIEWS, shard_images=SHARD, feature_dim=D, images=IMAGES)
 
 
 @pytest.fixture
@@ -63,22 +64,22 @@ def test_every_view_of_every_image_comes_back(bank):
 
 def test_the_size_is_what_lies_on_the_disk(bank):
     """5 images x 3 views x (5 tokens x 2 numbers x 2 bytes + 4 patches x 4 bytes + 5 numbers x 4 bytes + 3 CRC-32) = 1020 bytes."""
-    assert targets.bank_bytes(IMAGES, VIEWS, N, D) == 1020
-    written = sum(array.nbytes for number in range(3) for array in (bank.array(name, number) for name in targets.FILES))
+    assert target_bank.bank_bytes(IMAGES, VIEWS, N, D) == 1020
+    written = sum(array.nbytes for number in range(3) for array in (bank.array(name, number) for name in target_bank.FILES))
     assert written == 1020
-    assert targets.bank_bytes(1_281_167, 1, 196, 512) == 1_281_167 * (197 * 1024 + 784 + 20 + 12)
+    assert target_bank.bank_bytes(1_281_167, 1, 196, 512) == 1_281_167 * (197 * 1024 + 784 + 20 + 12)
 
 
 def test_only_whole_files_lie_under_final_names(bank):
     kept = {path.name for path in bank.folder.iterdir()}
-    assert kept == {"bank.json", *(f"{name}-{number:05d}.npy" for name in targets.FILES for number in range(3))}
+    assert kept == {"bank.json", *(f"{name}-{number:05d}.npy" for name in target_bank.FILES for number in range(3))}
 
 
 def test_a_view_follows_from_seed_view_and_image_alone():
-    drawn = transforms.draw_crop(50, 60, [0.2, 1.0], rng.generator(7, "view", 2, 11))
-    assert targets.view_box(7, 2, 11, 50, 60, [0.2, 1.0]) == drawn
+    drawn = transforms.draw_crop(50, 60, [0.2, 1.0], seeding.generator(7, "view", 2, 11))
+    assert target_bank.view_box(7, 2, 11, 50, 60, [0.2, 1.0]) == drawn
     keys = [(7, 2, 11), (7, 2, 12), (7, 3, 11), (8, 2, 11), (7, 11, 2)]
-    assert len({targets.view_box(*key, 50, 60, [0.2, 1.0]) for key in keys}) == len(keys)
+    assert len({target_bank.view_box(*key, 50, 60, [0.2, 1.0]) for key in keys}) == len(keys)
 
 
 def image_records(folder) -> Records:
@@ -100,7 +101,7 @@ def test_bank_views_are_the_boxes_cut_out_image_by_image(tmp_path):
         image, view = 2 + item // VIEWS, item % VIEWS
         sample = views[item]
         top, left, height, width, flip = sample["box"].tolist()
-        assert (top, left, height, width, bool(flip)) == targets.view_box(1, view, image, SIDE, SIDE, [0.3, 1.0])
+        assert (top, left, height, width, bool(flip)) == target_bank.view_box(1, view, image, SIDE, SIDE, [0.3, 1.0])
         assert sample["image"][2].float().mean() == 40 * image
         across = torch.linspace(left + width / 32 - 0.5, left + width - width / 32 - 0.5, 16) * 3
         assert (sample["image"][0, 8].float() - (across.flip(0) if flip else across))[2:-2].abs().max() < 2.5
@@ -131,18 +132,18 @@ Usage = namedtuple("Usage", "total used free")
 
 def test_a_bank_too_big_for_the_disk_is_refused_before_it_starts(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10e9, 9e9, 1e9))
-    targets.refuse_when_too_big(tmp_path / "not" / "there", 10**9)
+    target_bank.refuse_when_too_big(tmp_path / "not" / "there", 10**9)
     assert "1.0 GB to write, 1.0 GB free" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"needs 2.5 GB .* has 1.0 GB free.*extract_targets.views"):
-        targets.refuse_when_too_big(tmp_path / "bank", 2_500_000_000)
+        target_bank.refuse_when_too_big(tmp_path / "bank", 2_500_000_000)
     assert "2.5 GB to write" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"needs 3.0 MB .* has 0.2 MB free"):
         monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1e6, 8e5, 2e5))
-        targets.refuse_when_too_big(tmp_path / "bank", 3_000_000)
+        target_bank.refuse_when_too_big(tmp_path / "bank", 3_000_000)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", targets.FILES)
+@pytest.mark.parametrize("name", target_bank.FILES)
 def test_any_flipped_byte_of_a_view_is_found_and_its_file_named(bank, name):
     path = bank.folder / f"{name}-00001.npy"
     whole = path.read_bytes()
@@ -207,13 +208,13 @@ def test_a_bank_that_holds_a_pickle_is_not_opened(bank):
 def test_a_damaged_index_of_the_bank_is_named(tmp_path):
     (tmp_path / "bank.json").write_text('{"views": 4}')
     with pytest.raises(UserError, match=r"bank\.json is damaged: it is no JSON object with views, shard_images, feature_dim"):
-        targets.Bank(tmp_path)
+        target_bank.Bank(tmp_path)
 
 
 def test_an_index_of_another_kind_is_named(tmp_path):
     (tmp_path / "bank.json").write_text('{"views": "4", "shard_images": 8, "feature_dim": 3}')
     with pytest.raises(UserError, match="bank.json is damaged"):
-        targets.Bank(tmp_path)
+        target_bank.Bank(tmp_path)
 
 
 def test_where_the_importance_falls_by_hand():

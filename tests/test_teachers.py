@@ -6,11 +6,11 @@ import torch
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 
-from milan import rng, transforms
-from milan.clip import Tower
-from milan.errors import UserError
+from milan.core.errors import UserError
+from milan.data import seeding, transforms
 from milan.params import Compute
-from milan.teachers import TimmTower, look, on_grid
+from milan.teacher.clip import Tower
+from milan.teacher.frozen import TimmTower, look, on_grid
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 4, "num_classes": 0}
 KINDS = {
@@ -19,14 +19,14 @@ KINDS = {
     "normed queries, no bias": (VisionTransformer, {"qk_norm": True, "qkv_bias": False}),
     "distilled": (VisionTransformerDistilled, {}),
 }
-IMAGES = torch.randn(3, 3, 32, 32, generator=rng.generator(0, "images"))
+IMAGES = torch.randn(3, 3, 32, 32, generator=seeding.generator(0, "images"))
 CPU = Compute("cpu", 1, "fp32", True, False)
 
 
 @pytest.fixture(params=KINDS)
 def vit(request) -> VisionTransformer:
     """Weights far from their initialisation."""
-    rng.seed_globals(0, "vit")
+    seeding.seed_globals(0, "vit")
     kind, options = KINDS[request.param]
     vit = kind(**SIZES, **options).eval().requires_grad_(False)
     for name, parameter in vit.named_parameters():

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from milan.progress import Progress
+from milan.core.progress import Progress
 from tests import torture, torture_faults
 from tests.conftest import ROOT
 

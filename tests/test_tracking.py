@@ -13,25 +13,25 @@ import mlflow
 import psutil
 import pytest
 
-from milan import logger, sender, tracking
-from milan.code import closure
+from milan.core.code import closure
+from milan.tracking import logger, sender, tracker
 from tests.conftest import ROOT
 from tests.test_dvc import STAGES
 
 OUT_OF_REACH = "http://127.0.0.1:9"
 
 
-def begun(name: str) -> tracking.Logger:
+def begun(name: str) -> tracker.Logger:
     """A stage's logger, with its process."""
-    return tracking.Logger(
+    return tracker.Logger(
         name, "milan-test", {"stage": name, "scale": "test", "git_revision": "abc"}, {"pretrain.lr": 0.5, "seeds": [0, 1]}
     )
 
 
 def write_spool(events: list[dict], place: int = 1) -> Path:
     """As a stage that is no more would have left it; place orders spools."""
-    tracking.SPOOLS.mkdir(parents=True, exist_ok=True)
-    spool = tracking.SPOOLS / f"{place}-1.jsonl"
+    tracker.SPOOLS.mkdir(parents=True, exist_ok=True)
+    spool = tracker.SPOOLS / f"{place}-1.jsonl"
     spool.write_text("".join(json.dumps({"time": 1000, **event}) + "\n" for event in events))
     return spool
 
@@ -54,7 +54,7 @@ def store(tmp_path_factory):
     first.tracker.point({"step": 2, "loss": 0.25, "lr": 0.2})
     first.finish("FINISHED")
     first.process.wait(90)
-    kept = sorted(path.suffix for path in tracking.SPOOLS.glob("*-*"))
+    kept = sorted(path.suffix for path in tracker.SPOOLS.glob("*-*"))
 
     start = json.loads(first.tracker.spool.read_text().splitlines()[0])
     killed = {**start, "name": "second"}
@@ -85,7 +85,7 @@ def history(store, name: str, metric: str) -> list[tuple[int, float]]:
 
 def test_an_outage_keeps_everything_and_says_so(store):
     assert store[2] == [".failed", ".jsonl"]
-    assert "MLflow cannot be reached" in (store[0] / tracking.LOG).read_text()
+    assert "MLflow cannot be reached" in (store[0] / tracker.LOG).read_text()
 
 
 def test_the_next_logger_delivers_what_was_kept_exactly_once(store):
@@ -98,7 +98,7 @@ def test_the_next_logger_delivers_what_was_kept_exactly_once(store):
 
 
 def test_nothing_is_left_behind(store):
-    assert [path.name for path in (store[0] / tracking.SPOOLS).glob("*-*")] == []
+    assert [path.name for path in (store[0] / tracker.SPOOLS).glob("*-*")] == []
 
 
 def test_a_stage_that_died_is_a_killed_run_with_what_it_said(store):
@@ -109,7 +109,7 @@ def test_a_stage_that_died_is_a_killed_run_with_what_it_said(store):
 def test_a_stage_is_a_run_under_its_pipeline_s(store):
     run = named(store, "third")
     parent = store[1].get_run(run.data.tags["mlflow.parentRunId"])
-    assert parent.data.tags["pipeline"] == tracking.pipeline_execution()
+    assert parent.data.tags["pipeline"] == tracker.pipeline_execution()
     assert parent.info.run_name.startswith("pipeline test ") and parent.info.status == "FINISHED"
     assert {named(store, name).data.tags["mlflow.parentRunId"] for name in ("first", "second", "third")} == {parent.info.run_id}
     assert (run.info.status, run.data.tags["stage"], run.data.tags["scale"], run.data.tags["git_revision"]) == (
@@ -176,7 +176,7 @@ def test_a_half_sent_spool_goes_on_where_it_stopped(fake):
     FakeSender.fail_at = None
     logger.deliver(spool)
     assert FakeSender.sent == ["start", 1, 2, "end"]
-    assert list(tracking.SPOOLS.iterdir()) == []
+    assert list(tracker.SPOOLS.iterdir()) == []
 
 
 def test_what_arrived_before_an_outage_is_not_sent_again(fake):
@@ -216,7 +216,7 @@ def test_a_line_cut_by_a_kill_is_left_out(fake):
 def test_a_line_that_is_being_written_is_waited_for(fake, monkeypatch):
     """The logger reads while the stage is in the middle of a line."""
     spool = write_spool([{"kind": "start"}])
-    stage = tracking.hold(spool)
+    stage = tracker.hold(spool)
     whole = json.dumps({**point(1), "time": 1}) + "\n"
     rest = [whole[:9], whole[9:], json.dumps({"kind": "end", "status": "FINISHED", "time": 1}) + "\n"]
 
@@ -233,7 +233,7 @@ def test_a_line_that_is_being_written_is_waited_for(fake, monkeypatch):
 def test_a_stage_is_alive_as_long_as_it_holds_its_spool(fake):
     """However it dies, and whoever gets its process number."""
     spool = write_spool([{"kind": "start"}])
-    holding = f"import time; from pathlib import Path; from milan import tracking; f = tracking.hold(Path({str(spool)!r})); print(1, flush=True); time.sleep(60)"
+    holding = f"import time; from pathlib import Path; from milan.tracking import tracker; f = tracker.hold(Path({str(spool)!r})); print(1, flush=True); time.sleep(60)"
     stage = subprocess.Popen([sys.executable, "-c", holding], env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE)
     stage.stdout.readline()
     assert logger.owner_alive(spool)
@@ -297,15 +297,15 @@ def test_without_a_spool_all_that_is_kept_is_delivered(fake):
     spools[0].with_suffix(".failed").touch()
     logger.serve(None)
     assert FakeSender.sent == [11, "end", 12, "end"]
-    assert [path.name for path in tracking.SPOOLS.iterdir()] == ["lock"]
+    assert [path.name for path in tracker.SPOOLS.iterdir()] == ["lock"]
 
 
 def test_the_last_stage_does_not_wait_for_ever(fake, monkeypatch, capsys):
     """Its logger waits for its turn, which another one has."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setattr(tracking, "PATIENCE", 0.2)
-    tracking.SPOOLS.mkdir(parents=True)
-    with open(tracking.SPOOLS / "lock", "w") as lock:
+    monkeypatch.setattr(tracker, "PATIENCE", 0.2)
+    tracker.SPOOLS.mkdir(parents=True)
+    with open(tracker.SPOOLS / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         last = begun("last")
         last.finish("FINISHED", wait=True)
@@ -316,21 +316,21 @@ def test_the_last_stage_does_not_wait_for_ever(fake, monkeypatch, capsys):
 
 
 def test_earlier_failures_are_said(fake, capsys):
-    tracking.SPOOLS.mkdir(parents=True)
-    tracking.warn_of_undelivered()
+    tracker.SPOOLS.mkdir(parents=True)
+    tracker.warn_of_undelivered()
     assert capsys.readouterr().err == ""
-    (tracking.SPOOLS / "1-2.failed").touch()
-    tracking.warn_of_undelivered()
+    (tracker.SPOOLS / "1-2.failed").touch()
+    tracker.warn_of_undelivered()
     assert "out of reach for 1 run(s)" in capsys.readouterr().err
 
 
 def test_no_stage_needs_mlflow(monkeypatch):
     """It is imported by the logger's process and by the served model; and the page, which does without when it must, reads it."""
-    importing = {path.name for path in ROOT.glob("milan/*.py") if re.search(r"^\s*(import|from) mlflow", path.read_text(), re.M)}
-    assert importing == {"runs.py", "sender.py", "serving.py"}
+    importing = {path.relative_to(ROOT).as_posix() for path in (ROOT / "milan").rglob("*.py") if re.search(r"^\s*(import|from) mlflow", path.read_text(), re.M)}
+    assert importing == {"milan/tracking/runs.py", "milan/tracking/sender.py", "milan/serve/serving.py"}
     monkeypatch.chdir(ROOT)
     for stage in set(STAGES) - {"page"}:
-        assert not {Path("milan", name) for name in importing} & closure(Path("stages", f"{stage}.py"))
-    code = "import sys, milan.stage, milan.tracking; print('mlflow' in sys.modules)"
+        assert not {Path(name) for name in importing} & closure(Path("stages", f"{stage}.py"))
+    code = "import sys, milan.stage, milan.tracking.tracker; print('mlflow' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -11,8 +11,10 @@ import torch
 from PIL import Image
 from torchvision import transforms as pil_transforms
 
-from milan import rng, transforms
-from milan.errors import UserError
+from milan.core.errors import UserError
+from milan.data import seeding, transforms
+from milan.evaluation import augmentation
+from milan.segmentation import scenes
 
 DRAWS = 1500
 
@@ -38,10 +40,10 @@ def grey_levels(ours: torch.Tensor, theirs: Image.Image) -> int:
 
 
 def boxes(draw, height: int, width: int, scale: list[float]) -> list[tuple]:
-    return [draw(height, width, scale, rng.generator(0, "crop", 0, i)) for i in range(DRAWS)]
+    return [draw(height, width, scale, seeding.generator(0, "crop", 0, i)) for i in range(DRAWS)]
 
 
-@pytest.mark.parametrize("draw", [transforms.draw_crop, transforms.draw_simple_crop])
+@pytest.mark.parametrize("draw", [transforms.draw_crop, augmentation.draw_simple_crop])
 @pytest.mark.parametrize("height, width", [(375, 500), (48, 48), (30, 200), (200, 30), (1, 1)])
 def test_a_drawn_crop_lies_inside(draw, height, width):
     for top, left, h, w, flip in boxes(draw, height, width, [0.2, 1.0]):
@@ -79,14 +81,14 @@ def test_an_extreme_aspect_takes_the_largest_central_crop(height, width, expecte
 
 def test_the_simple_crop_is_cut_to_the_image():
     """Of a 10 x 1000 image every wanted height is above 10: BYOL's crop takes all 10 rows and does not try again."""
-    for top, _, h, w, _ in boxes(transforms.draw_simple_crop, 10, 1000, [0.5, 1.0])[:200]:
+    for top, _, h, w, _ in boxes(augmentation.draw_simple_crop, 10, 1000, [0.5, 1.0])[:200]:
         assert (top, h) == (0, 10)
         assert math.sqrt(10 * 1000 * 0.5 * 3 / 4) - 1 <= w <= math.sqrt(10 * 1000 * 4 / 3) + 1
 
 
 def test_a_draw_is_its_key_s():
     again = [
-        transforms.draw_crop(375, 500, [0.2, 1.0], rng.generator(3, "crop", e, i)) for e, i in ((1, 2), (1, 2), (1, 3), (2, 2))
+        transforms.draw_crop(375, 500, [0.2, 1.0], seeding.generator(3, "crop", e, i)) for e, i in ((1, 2), (1, 2), (1, 3), (2, 2))
     ]
     assert again[0] == again[1] and len(set(again)) == 3
 
@@ -161,9 +163,9 @@ def sentinel_scene(height: int, width: int, block: int = 8) -> tuple[torch.Tenso
 
 
 def crop_scene(image, labels, seed: int, **changes):
-    rng.seed_globals(seed, "scene")
+    seeding.seed_globals(seed, "scene")
     options = dict(crop_size=24, resize=[192, 48], ratio=[1.0, 1.0], max_share=0.75, photometric=False)
-    return transforms.scene_crop(image, labels, **(options | changes))
+    return scenes.scene_crop(image, labels, **(options | changes))
 
 
 def test_image_and_labels_move_together():
@@ -247,11 +249,11 @@ def test_a_scene_of_one_class_still_gives_a_crop():
     ((48, 64), [48, 192], 1.5, (72, 96)),
 ])  # fmt: skip
 def test_the_rescale_rule_by_hand(size, resize, ratio, expected):
-    image, labels = transforms.resize_scene(
+    image, labels = scenes.resize_scene(
         torch.zeros(3, *size, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8), resize, ratio
     )
     assert image.shape[1:] == labels.shape == expected
-    assert transforms.resize_scene(torch.zeros(3, *size, dtype=torch.uint8), None, resize, ratio)[1] is None
+    assert scenes.resize_scene(torch.zeros(3, *size, dtype=torch.uint8), None, resize, ratio)[1] is None
 
 
 def test_colour_changes_the_image_and_never_the_labels():
@@ -362,24 +364,24 @@ def test_random_erasing_takes_a_share_of_the_images():
 
     random.seed(0)
     images = torch.full((400, 3, 16, 16), 9.0)
-    erased = (transforms.random_erasing(images.clone(), 0.25) != 9).any(dim=3).any(dim=2).any(dim=1)
+    erased = (augmentation.random_erasing(images.clone(), 0.25) != 9).any(dim=3).any(dim=2).any(dim=1)
     assert erased.float().mean().item() == pytest.approx(0.25, abs=0.1)
-    assert torch.equal(transforms.random_erasing(images.clone(), 0.0), images)
+    assert torch.equal(augmentation.random_erasing(images.clone(), 0.0), images)
 
 
 def test_rand_augment_draws_from_the_keyed_generators():
-    augment = transforms.FinetuneAugment("rand-m9-mstd0.5-inc1", 48)
+    augment = augmentation.FinetuneAugment("rand-m9-mstd0.5-inc1", 48)
     image = tensor(SMALL)
     found = []
     for key in (1, 1, 2, 3, 4):
-        rng.seed_globals(0, "augment", key)
+        seeding.seed_globals(0, "augment", key)
         found.append(augment(image))
     assert torch.equal(found[0], found[1])
     assert any(not torch.equal(found[0], other) for other in found[2:])
-    assert transforms.FinetuneAugment(None, 48)(image) is image
+    assert augmentation.FinetuneAugment(None, 48)(image) is image
 
 
 def test_a_sliver_of_a_scene_keeps_a_pixel():
     image, labels = torch.zeros(3, 2, 3000, dtype=torch.uint8), torch.zeros(2, 3000, dtype=torch.uint8)
-    resized, annotation = transforms.resize_scene(image, labels, [192, 48], 1.0)
+    resized, annotation = scenes.resize_scene(image, labels, [192, 48], 1.0)
     assert resized.shape == (3, 1, 192) and annotation.shape == (1, 192)

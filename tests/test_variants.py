@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from milan.core.typed import build
 from milan.params import Params
-from milan.typed import build
 from stages import extract_targets, finetune, linear_eval, prepare_ade20k, prepare_imagenet, pretrain, report, segment, teacher
 from tests.conftest import ROOT, change, run_main
 

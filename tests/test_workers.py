@@ -9,8 +9,8 @@ import time
 import psutil
 import pytest
 
-from milan.errors import Preempted, UserError
-from milan.workers import AHEAD, interrupts_held, ordered
+from milan.core.errors import Preempted, UserError
+from milan.core.parallel import AHEAD, interrupts_held, ordered
 from tests.conftest import ROOT, forked
 
 
@@ -81,7 +81,7 @@ def test_no_worker_outlives_a_killed_parent(tmp_path):
     """Which would wait for work for ever."""
     code = (
         "import os, pathlib, time\n"
-        "from milan.workers import ordered\n"
+        "from milan.core.parallel import ordered\n"
         "def write(job):\n"
         f"    (pathlib.Path({str(tmp_path)!r}) / str(os.getpid())).touch()\n"
         "    time.sleep(0.1)\n"

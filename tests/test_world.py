@@ -13,16 +13,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from milan import world
-from milan.errors import UserError
+from milan.core.errors import UserError
+from milan.ingest.world import drawing, writing
 from milan.params import PrepareAde20k, PrepareImagenet
+from tests.conftest import ROOT
 
 SIZE = 48
 
 
 @pytest.fixture(scope="module")
-def scenes() -> list[world.Scene]:
-    return [world.object_scene(world.SMALL, 3, "test", i, SIZE) for i in range(1200)]
+def scenes() -> list[drawing.Scene]:
+    return [drawing.object_scene(drawing.SMALL, 3, "test", i, SIZE) for i in range(1200)]
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -30,18 +31,18 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_scene_is_a_function_of_seed_purpose_and_index(scenes):
-    again = world.object_scene(world.SMALL, 3, "test", 41, SIZE)
+    again = drawing.object_scene(drawing.SMALL, 3, "test", 41, SIZE)
     assert np.array_equal(again.image, scenes[41].image) and np.array_equal(again.mask, scenes[41].mask)
     assert again.caption == scenes[41].caption
     assert len({scene.image.tobytes() for scene in scenes}) == len(scenes)
     for other in ((4, "test", 41), (3, "val", 41), (3, "test", 61)):
-        assert not np.array_equal(world.object_scene(world.SMALL, *other, SIZE).image, again.image)
-    first, second = world.stuff_scene(world.SMALL, 3, "test", 7, SIZE), world.stuff_scene(world.SMALL, 3, "test", 7, SIZE)
+        assert not np.array_equal(drawing.object_scene(drawing.SMALL, *other, SIZE).image, again.image)
+    first, second = drawing.stuff_scene(drawing.SMALL, 3, "test", 7, SIZE), drawing.stuff_scene(drawing.SMALL, 3, "test", 7, SIZE)
     assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_classes_are_exactly_balanced_and_in_the_order_of_their_wnids(scenes):
-    for of, classes in ((world.SMALL, 20), (world.LARGE, 48)):
+    for of, classes in ((drawing.SMALL, 20), (drawing.LARGE, 48)):
         assert len(set(of.classes)) == classes and list(of.wnids) == sorted(set(of.wnids))
     assert set(Counter(scene.label for scene in scenes).values()) == {1200 // 20}
 
@@ -49,16 +50,16 @@ def test_classes_are_exactly_balanced_and_in_the_order_of_their_wnids(scenes):
 def test_a_recipe_can_name_every_world():
     for section in (PrepareImagenet, PrepareAde20k):
         options = {field.name: field.metadata for field in dataclasses.fields(section)}["world"]["options"]
-        assert options == tuple(world.WORLDS)
+        assert options == tuple(drawing.WORLDS)
 
 
 def test_the_large_world_adds_kinds_and_keeps_the_small_one_s():
-    assert set(world.SMALL.classes) < set(world.LARGE.classes)
-    assert world.LARGE.scene_classes[: len(world.SMALL.scene_classes)] == world.SMALL.scene_classes
-    assert set(world.LARGE.shapes) == set(world._INSIDE) and set(world.LARGE.fills) == set(world._DARK)
-    scene = world.object_scene(world.LARGE, 3, "test", 48 + 31, SIZE)
-    assert scene.label == 31 and world.LARGE.classes[31] == "dotted star" and "dotted star" in scene.caption
-    values = {int(value) for i in range(60) for value in np.unique(world.stuff_scene(world.LARGE, 2, "test", i, SIZE)[1])}
+    assert set(drawing.SMALL.classes) < set(drawing.LARGE.classes)
+    assert drawing.LARGE.scene_classes[: len(drawing.SMALL.scene_classes)] == drawing.SMALL.scene_classes
+    assert set(drawing.LARGE.shapes) == set(drawing._INSIDE) and set(drawing.LARGE.fills) == set(drawing._DARK)
+    scene = drawing.object_scene(drawing.LARGE, 3, "test", 48 + 31, SIZE)
+    assert scene.label == 31 and drawing.LARGE.classes[31] == "dotted star" and "dotted star" in scene.caption
+    values = {int(value) for i in range(60) for value in np.unique(drawing.stuff_scene(drawing.LARGE, 2, "test", i, SIZE)[1])}
     assert values == set(range(15))
 
 
@@ -67,26 +68,26 @@ def test_a_star_is_where_its_corners_are():
     for corner in range(10):
         radius, angle = (notch if corner % 2 else tip), corner * np.pi / 5
         point = np.array([np.sin(angle), -np.cos(angle)])  # the first tip is up, and y points down
-        assert world._in_star(*(0.98 * radius * point), tip, notch) and not world._in_star(*(1.02 * radius * point), tip, notch)
+        assert drawing._in_star(*(0.98 * radius * point), tip, notch) and not drawing._in_star(*(1.02 * radius * point), tip, notch)
     middle = (np.array([0, -tip]) + notch * np.array([np.sin(np.pi / 5), -np.cos(np.pi / 5)])) / 2  # of an edge
-    assert world._in_star(*(0.98 * middle), tip, notch) and not world._in_star(*(1.02 * middle), tip, notch)
+    assert drawing._in_star(*(0.98 * middle), tip, notch) and not drawing._in_star(*(1.02 * middle), tip, notch)
 
 
 def test_every_caption_names_its_class_in_few_words(scenes):
     vocabulary = {word for scene in scenes for word in scene.caption.split()}
     for scene in scenes:
         words = scene.caption.split()
-        assert world.SMALL.classes[scene.label] == " ".join(w for w in words if w in world.SMALL.fills + world.SMALL.shapes)
+        assert drawing.SMALL.classes[scene.label] == " ".join(w for w in words if w in drawing.SMALL.fills + drawing.SMALL.shapes)
         assert len(words) <= 14  # + start and end: a context of 16
     assert 35 <= len(vocabulary) <= 55
-    prompted = {word for prompt in world.PROMPTS for name in world.SMALL.classes for word in prompt.format(name).split()}
+    prompted = {word for prompt in drawing.PROMPTS for name in drawing.SMALL.classes for word in prompt.format(name).split()}
     assert prompted <= vocabulary, "a prompt uses a word that the text tower never learns"
-    large = {word for i in range(480) for word in world.object_scene(world.LARGE, 3, "test", i, 16).caption.split()}
+    large = {word for i in range(480) for word in drawing.object_scene(drawing.LARGE, 3, "test", i, 16).caption.split()}
     assert large == vocabulary | {"star", "crescent", "arrow", "pinstriped", "gridded"}
 
 
 def test_captions_tell_colour_size_and_texture_truly(scenes, monkeypatch):
-    names, colours = list(world.COLOURS), np.array(list(world.COLOURS.values()))
+    names, colours = list(drawing.COLOURS), np.array(list(drawing.COLOURS.values()))
     colours /= np.linalg.norm(colours, axis=1, keepdims=True)  # direction only: the exposure varies
     right, areas = [], {"small": [], "large": []}
     for scene in scenes:
@@ -99,20 +100,20 @@ def test_captions_tell_colour_size_and_texture_truly(scenes, monkeypatch):
     assert len(right) > 100 and np.mean(right) > 0.95
     assert np.mean(areas["large"]) > 1.3 * np.mean(areas["small"])
     drawn = []
-    fields = {name: lambda _, size, name=name: drawn.append(name) or np.zeros((size, size)) for name in world.TEXTURES}
-    monkeypatch.setattr(world, "_FIELDS", fields)
+    fields = {name: lambda _, size, name=name: drawn.append(name) or np.zeros((size, size)) for name in drawing.TEXTURES}
+    monkeypatch.setattr(drawing, "_FIELDS", fields)
     for i in range(60):
-        said = set(world.object_scene(world.SMALL, 3, "test", i, SIZE).caption.split())
-        assert said & set(world.TEXTURES) <= {drawn[-1]}
+        said = set(drawing.object_scene(drawing.SMALL, 3, "test", i, SIZE).caption.split())
+        assert said & set(drawing.TEXTURES) <= {drawn[-1]}
 
 
-@pytest.mark.parametrize("of", world.WORLDS)
+@pytest.mark.parametrize("of", drawing.WORLDS)
 def test_the_mask_is_exactly_what_the_object_changes(of, monkeypatch):
-    scenes = [world.object_scene(world.WORLDS[of], 3, "test", i, SIZE) for i in range(200)]
-    monkeypatch.setattr(world, "_blend", lambda below, above, coverage: below)
+    scenes = [drawing.object_scene(drawing.WORLDS[of], 3, "test", i, SIZE) for i in range(200)]
+    monkeypatch.setattr(drawing, "_blend", lambda below, above, coverage: below)
     changed = []
     for i, scene in enumerate(scenes):
-        without = world.object_scene(world.WORLDS[of], 3, "test", i, SIZE).image
+        without = drawing.object_scene(drawing.WORLDS[of], 3, "test", i, SIZE).image
         difference = (without != scene.image).any(-1)
         assert not difference[~scene.mask].any()
         changed.append(difference[scene.mask].mean())
@@ -121,8 +122,8 @@ def test_the_mask_is_exactly_what_the_object_changes(of, monkeypatch):
 
 @pytest.mark.parametrize(("of", "size"), [("small", 32), ("small", 48), ("small", 128), ("large", 48)])
 def test_objects_take_about_a_seventh_of_the_image(of, size):
-    drawn = world.WORLDS[of]
-    shares = np.array([world.object_scene(drawn, 1, "area", i, size).mask.mean() for i in range(10 * len(drawn.classes))])
+    drawn = drawing.WORLDS[of]
+    shares = np.array([drawing.object_scene(drawn, 1, "area", i, size).mask.mean() for i in range(10 * len(drawn.classes))])
     assert 0.12 < shares.mean() < 0.18 and shares.min() > 0.04 and shares.max() < 0.32
     by_shape = shares.reshape(10, len(drawn.shapes), len(drawn.fills)).mean((0, 2))
     assert by_shape.min() > 0.08 and by_shape.max() < 0.22
@@ -137,30 +138,30 @@ def test_mean_colour_does_not_tell_the_class(scenes):
 
 
 def test_annotations_use_every_class_and_leave_a_little_unlabelled():
-    counts = sum(np.bincount(world.stuff_scene(world.SMALL, 2, "test", i, SIZE)[1].ravel(), minlength=12) for i in range(200))
-    assert len(counts) == 12 == len(world.SMALL.scene_classes) + 1
+    counts = sum(np.bincount(drawing.stuff_scene(drawing.SMALL, 2, "test", i, SIZE)[1].ravel(), minlength=12) for i in range(200))
+    assert len(counts) == 12 == len(drawing.SMALL.scene_classes) + 1
     assert 0.03 < counts[0] / counts.sum() < 0.12
     assert (counts[1:] > 0.015 * counts.sum()).all()
 
 
 def test_annotations_name_what_was_painted(monkeypatch):
     """Sentinel: paint each region in its own number; every labelled pixel must then show its label, unmixed."""
-    painted, coverage = [], world._coverage
-    number = {name: np.float32(k) for k, name in enumerate(world.SMALL.scene_classes, 1)}
-    monkeypatch.setattr(world, "_coverage", lambda rng, shape, *a: painted.append(shape) or coverage(rng, shape, *a))
-    monkeypatch.setattr(world, "_background", lambda rng, name, size: np.full((size, size, 3), number[name]))
-    monkeypatch.setattr(world, "_skin", lambda *_: number[painted[-1]])
-    monkeypatch.setattr(world, "_photograph", lambda rng, canvas: canvas)
+    painted, coverage = [], drawing._coverage
+    number = {name: np.float32(k) for k, name in enumerate(drawing.SMALL.scene_classes, 1)}
+    monkeypatch.setattr(drawing, "_coverage", lambda rng, shape, *a: painted.append(shape) or coverage(rng, shape, *a))
+    monkeypatch.setattr(drawing, "_background", lambda rng, name, size: np.full((size, size, 3), number[name]))
+    monkeypatch.setattr(drawing, "_skin", lambda *_: number[painted[-1]])
+    monkeypatch.setattr(drawing, "_photograph", lambda rng, canvas: canvas)
     for i in range(100):
-        canvas, annotation = world.stuff_scene(world.SMALL, 2, "test", i, SIZE)
+        canvas, annotation = drawing.stuff_scene(drawing.SMALL, 2, "test", i, SIZE)
         assert np.array_equal(canvas[annotation > 0], np.repeat(annotation[annotation > 0][:, None], 3, 1))
 
 
 def test_imagenet_is_the_same_bytes_for_one_process_and_two(tmp_path, monkeypatch):
-    monkeypatch.setattr(world, "CHUNK", 7)
+    monkeypatch.setattr(writing, "CHUNK", 7)
     seen = {1: [], 2: []}
     for processes in (1, 2):
-        world.write_imagenet(tmp_path / str(processes), world.SMALL, 5, SIZE, train=60, val=20, pairs=25,
+        writing.write_imagenet(tmp_path / str(processes), drawing.SMALL, 5, SIZE, train=60, val=20, pairs=25,
                              progress=seen[processes].append, processes=processes, objects=8)
     one = files(tmp_path / "1")
     assert one == files(tmp_path / "2")
@@ -169,32 +170,32 @@ def test_imagenet_is_the_same_bytes_for_one_process_and_two(tmp_path, monkeypatc
 
 
 def test_imagenet_layout_holds_the_scenes_it_names(tmp_path):
-    world.write_imagenet(tmp_path, world.SMALL, 5, SIZE, train=40, val=20, pairs=20, objects=4)  # an empty folder is welcome
-    assert json.loads((tmp_path / "classes.json").read_text()) == dict(zip(world.SMALL.wnids, world.SMALL.classes, strict=True))
+    writing.write_imagenet(tmp_path, drawing.SMALL, 5, SIZE, train=40, val=20, pairs=20, objects=4)  # an empty folder is welcome
+    assert json.loads((tmp_path / "classes.json").read_text()) == dict(zip(drawing.SMALL.wnids, drawing.SMALL.classes, strict=True))
     for split, each in (("train", 2), ("val", 1)):
         held = {path.name: len(list(path.iterdir())) for path in (tmp_path / split).iterdir()}
-        assert held == dict.fromkeys(world.SMALL.wnids, each)
-    wnid = world.SMALL.wnids[3]
+        assert held == dict.fromkeys(drawing.SMALL.wnids, each)
+    wnid = drawing.SMALL.wnids[3]
     for purpose, index, path in (("train", 23, f"train/{wnid}/{wnid}_23.JPEG"), ("pairs", 3, "pairs/00000004.JPEG"),
                                  ("val", 3, f"val/{wnid}/ILSVRC2012_val_00000004.JPEG")):
-        scene, image = world.object_scene(world.SMALL, 5, purpose, index, SIZE), Image.open(tmp_path / path)
+        scene, image = drawing.object_scene(drawing.SMALL, 5, purpose, index, SIZE), Image.open(tmp_path / path)
         assert image.format == "JPEG" and image.mode == "RGB"
         error = np.abs(np.asarray(image).astype(int) - scene.image)
         assert error.mean() < 4 and error.max() < 30  # 10 and 100 if colour were subsampled
     rows = list(csv.DictReader((tmp_path / "pairs/captions.csv").read_text().splitlines()))
-    assert rows[3] == {"file": "00000004.JPEG", "caption": world.object_scene(world.SMALL, 5, "pairs", 3, SIZE).caption}
+    assert rows[3] == {"file": "00000004.JPEG", "caption": drawing.object_scene(drawing.SMALL, 5, "pairs", 3, SIZE).caption}
     assert [row["file"] for row in rows] == sorted(path.name for path in (tmp_path / "pairs").glob("*.JPEG"))
     mask = np.asarray(Image.open(tmp_path / "val_objects/ILSVRC2012_val_00000004.png"))
-    assert np.array_equal(mask, world.object_scene(world.SMALL, 5, "val", 3, SIZE).mask * 255)
+    assert np.array_equal(mask, drawing.object_scene(drawing.SMALL, 5, "val", 3, SIZE).mask * 255)
 
 
 def test_ade20k_layout_and_processes(tmp_path, monkeypatch):
-    monkeypatch.setattr(world, "CHUNK", 3)
+    monkeypatch.setattr(writing, "CHUNK", 3)
     for processes in (1, 2):
-        world.write_ade20k(tmp_path / str(processes), world.SMALL, 5, SIZE, train=8, val=5, processes=processes)
+        writing.write_ade20k(tmp_path / str(processes), drawing.SMALL, 5, SIZE, train=8, val=5, processes=processes)
     one = files(tmp_path / "1")
     assert one == files(tmp_path / "2") and len(one) == 2 * (8 + 5) + 1
-    image, annotation = world.stuff_scene(world.SMALL, 5, "validation", 4, SIZE)
+    image, annotation = drawing.stuff_scene(drawing.SMALL, 5, "validation", 4, SIZE)
     stored = Image.open(tmp_path / "1/annotations/validation/ADE_val_00000005.png")
     assert stored.mode == "L" and np.array_equal(np.asarray(stored), annotation)
     decoded = np.asarray(Image.open(tmp_path / "1/images/validation/ADE_val_00000005.jpg")).astype(int)
@@ -205,7 +206,7 @@ def test_ade20k_layout_and_processes(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch, processes):
-    monkeypatch.setattr(world, "CHUNK", 5)
+    monkeypatch.setattr(writing, "CHUNK", 5)
 
     def fail(done: int) -> None:
         assert (tmp_path / "set.partial").exists()
@@ -213,29 +214,29 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch, processes):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        world.write_imagenet(tmp_path / "set", world.SMALL, 5, SIZE, train=40, val=20, pairs=0, progress=fail, processes=processes)
+        writing.write_imagenet(tmp_path / "set", drawing.SMALL, 5, SIZE, train=40, val=20, pairs=0, progress=fail, processes=processes)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_killed_write_leaves_no_set_and_does_not_stand_in_the_way(tmp_path):
-    code = "import os, sys, milan.world as w; w.write_ade20k(sys.argv[1], w.SMALL, 5, 48, 9, 2, lambda done: os._exit(9))"
-    killed = subprocess.run([sys.executable, "-c", code, tmp_path / "set"], cwd=Path(world.__file__).parents[1])
+    code = "import os, sys; from milan.ingest.world import drawing, writing; writing.write_ade20k(sys.argv[1], drawing.SMALL, 5, 48, 9, 2, lambda done: os._exit(9))"
+    killed = subprocess.run([sys.executable, "-c", code, tmp_path / "set"], cwd=ROOT)
     assert killed.returncode == 9 and not (tmp_path / "set").exists()
-    world.write_ade20k(tmp_path / "set", world.SMALL, 5, SIZE, train=2, val=2)
+    writing.write_ade20k(tmp_path / "set", drawing.SMALL, 5, SIZE, train=2, val=2)
     assert [path.name for path in tmp_path.iterdir()] == ["set"] and len(files(tmp_path / "set")) == 9
 
 
 def test_a_folder_that_holds_files_is_refused_and_left_alone(tmp_path):
     (tmp_path / "mine.txt").write_text("precious")
     with pytest.raises(UserError, match="already holds files"):
-        world.write_imagenet(tmp_path, world.SMALL, 5, SIZE, train=20, val=0, pairs=0)
+        writing.write_imagenet(tmp_path, drawing.SMALL, 5, SIZE, train=20, val=0, pairs=0)
     assert files(tmp_path) == {"mine.txt": b"precious"}
 
 
 def test_a_fresh_interpreter_draws_the_same_and_starts_without_the_heavy_libraries():
-    code = ("import sys, milan.world as w; print(w.object_scene(w.SMALL, 3, 'test', 41, 48).image.sum((0, 1)).tolist(), "
+    code = ("import sys, milan.ingest.world.drawing as w; print(w.object_scene(w.SMALL, 3, 'test', 41, 48).image.sum((0, 1)).tolist(), "
             "[name for name in ('torch', 'torchvision', 'mlflow') if name in sys.modules])")
     for hash_seed in "12":  # Python's own hash of a string differs between these two
-        said = subprocess.run([sys.executable, "-c", code], cwd=Path(world.__file__).parents[1], text=True,
+        said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True,
                               capture_output=True, check=True, env={**os.environ, "PYTHONHASHSEED": hash_seed}).stdout
-        assert said == f"{world.object_scene(world.SMALL, 3, 'test', 41, SIZE).image.sum((0, 1)).tolist()} []\n"
+        assert said == f"{drawing.object_scene(drawing.SMALL, 3, 'test', 41, SIZE).image.sum((0, 1)).tolist()} []\n"

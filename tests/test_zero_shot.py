@@ -7,12 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-from milan import records, zero_shot
-from milan.checkpoint import save_weights
-from milan.class_text import Wording, save_class_text
-from milan.errors import UserError
-from milan.model import MaskedPretraining, load_pretrained
+from milan.core.errors import UserError
+from milan.data import records
+from milan.evaluation import zero_shot
+from milan.method.model import MaskedPretraining, load_pretrained
 from milan.params import Compute, LinearEval, Model, Recipe, Runtime, Tower
+from milan.teacher.class_text import Wording, save_class_text
+from milan.training.weights import save_weights
 from tests.conftest import write_split
 from tests.test_fit import launched
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import psutil
 import yaml
 
-from milan.progress import Progress
+from milan.core.progress import Progress
 
 ROOT = Path(__file__).resolve().parents[1]
 STARTS = "Running stage '"
@@ -139,7 +139,7 @@ class Clone:
         for process in psutil.process_iter():
             try:
                 inside = Path(process.cwd()).is_relative_to(self.folder)
-                if inside and process.status() != psutil.STATUS_ZOMBIE and "milan.logger" not in process.cmdline():
+                if inside and process.status() != psutil.STATUS_ZOMBIE and "milan.tracking.logger" not in process.cmdline():
                     found.append(process)
             except psutil.Error:
                 continue

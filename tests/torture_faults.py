@@ -22,7 +22,7 @@ from pathlib import Path
 
 import psutil
 
-from milan.files import dvc_hash
+from milan.core.files import dvc_hash
 from tests.torture import Clone, Running, demand, differing, last_error
 
 Trials = list[tuple[str, Callable[[], None]]]
@@ -258,7 +258,7 @@ def outage(clone: Clone, trouble) -> None:
 
 
 def delivered(clone: Clone, before: int) -> None:
-    logger = clone.start("-m", "milan.logger")
+    logger = clone.start("-m", "milan.tracking.logger")
     said = logger.wait()
     left = [path.name for path in clone.folder.glob(".scratch/tracking/*.jsonl")]
     demand(logger.process.returncode == 0 and not left, f"not delivered: {left} {said[-300:]}")
@@ -316,7 +316,7 @@ def jumps(clone: Clone) -> None:
     (folder / "sitecustomize.py").write_text(JUMPY)
     before = len(runs(clone))
     clone.finish("-f", "-s", "linear_eval@milan-0", PYTHONPATH=str(folder))
-    logger = clone.start("-m", "milan.logger")
+    logger = clone.start("-m", "milan.tracking.logger")
     demand(logger.wait() == "" and len(runs(clone)) == before + 1, f"MLflow: {logger.said[-300:]}")
 
 

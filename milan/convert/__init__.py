@@ -1,0 +1,1 @@
+"""What others call the same weights: official MILAN, MAE, mmpretrain, OpenAI and timm, read and written."""

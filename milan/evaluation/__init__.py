@@ -1,0 +1,1 @@
+"""How good an encoder is: linear evaluation, nearest neighbours, fine-tuning, zero-shot."""

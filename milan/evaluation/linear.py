@@ -1,0 +1,62 @@
+"""Linear evaluation: one linear layer behind a batch norm without parameters, over frozen features."""
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from milan.data import seeding
+
+
+class LinearHead(nn.Module):
+    """BatchNorm (no affine, eps 1e-6) and Linear (normal 0.01), as MAE and MILAN probe (main_linprobe.py)."""
+
+    def __init__(self, dim: int, classes: int):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(dim, affine=False, eps=1e-6)
+        self.linear = nn.Linear(dim, classes)
+        nn.init.trunc_normal_(self.linear.weight, std=0.01)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, D) -> (B, classes)."""
+        return self.linear(self.norm(features))
+
+
+class ProbeLoss(nn.Module):
+    """Cross entropy of the head on features, which carry no gradient."""
+
+    def __init__(self, head: LinearHead):
+        super().__init__()
+        self.head = head
+
+    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(self.head(features.float()).float(), labels)
+
+
+class FeatureViews(Dataset):
+    """Features of V fixed views: item (epoch, index) -> {"features": (D,), "label"}; epoch e uses view e mod V."""
+
+    def __init__(self, views: list[Tensor], labels: Tensor):
+        self.views, self.labels = views, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        epoch, index = key
+        return {"features": self.views[epoch % len(self.views)][index], "label": self.labels[index]}
+
+
+def probe_top1(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, epochs: int = 40) -> float:
+    """Top-1 in % of a quick linear probe on features held in memory (Adam, batches of 256)."""
+    seeding.seed_globals(0, "probe")
+    head = LinearHead(train.shape[1], int(train_labels.max()) + 1)
+    optimizer = torch.optim.Adam(head.parameters(), lr=5e-3)
+    for epoch in range(epochs):
+        for chosen in seeding.permutation(len(train), 0, "probe", epoch).split(256):
+            if len(chosen) > 1:
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(head(train[chosen]), train_labels[chosen]).backward()
+                optimizer.step()
+    with torch.inference_mode():
+        return 100 * (head.eval()(test).argmax(dim=1) == test_labels).float().mean().item()

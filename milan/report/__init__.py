@@ -1,0 +1,1 @@
+"""What came out: results, claims, tables, plots, figures, the page, sweeps and studies."""

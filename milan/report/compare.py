@@ -1,0 +1,58 @@
+"""The pretrained models of an experiment side by side, from MLflow: what differed in their recipes, what came out.
+
+A cell of notebook 1; mlflow ui compares the same runs with their curves.
+"""
+
+import pandas as pd
+
+from milan.report.results import MEASURES, TITLES, ZERO_SHOT
+from milan.report.table import DASH, markdown_table
+from milan.tracking.runs import store, why
+
+MOST = 30  # rows, the newest
+SECONDS = "wall_seconds"
+NO_RECIPE = ("runtime.", "scale", "seeds", "variants")  # what makes no other model
+
+
+def pretrained_models(client, scale: str) -> pd.DataFrame:
+    """A row a model that pretraining made, newest first: name, minutes of pretraining, the columns of MEASURES as far as it
+    was evaluated, and of the recipe what is not the same in all rows. Empty when MLflow has no such model."""
+    experiment = client.get_experiment_by_name(f"milan-{scale}")
+    if experiment is None:
+        return pd.DataFrame()
+    here = [experiment.experiment_id]
+    runs = {run.info.run_id: run for run in client.search_runs(here, "tags.stage = 'pretrain'")}
+    models = [model for model in client.search_logged_models(here) if model.source_run_id in runs]
+    frame = pd.DataFrame([row_of(model, runs[model.source_run_id]) for model in models[:MOST]])
+    same = [name for name in frame if name.startswith("-S ") and frame[name].nunique(dropna=False) == 1]
+    return frame.drop(columns=same)
+
+
+def row_of(model, run) -> dict:
+    metrics = {metric.key: metric.value for metric in model.metrics or []}
+    recipe = {f"-S {key}": value for key, value in run.data.params.items() if not key.startswith(NO_RECIPE)}
+    measured = {**MEASURES, **ZERO_SHOT}
+    minutes = {"minutes": run.data.metrics[SECONDS] / 60} if SECONDS in run.data.metrics else {}
+    return {
+        "model": model.name,
+        **minutes,
+        **{title: metrics.get(measured[column][1]) for column, title in TITLES.items()},
+        **recipe,
+    }
+
+
+def in_markdown(scale: str) -> str:
+    """The table, or why there is none."""
+    try:
+        frame = pretrained_models(store(), scale)
+    except Exception as error:  # whatever ails the store: its server, its address, its file
+        return f"MLflow's store cannot be read ({why(error)}), so no runs are compared here."
+    if frame.empty:
+        return f"MLflow has no pretrained model of the experiment milan-{scale} yet."
+    return markdown_table([{name: shown(value) for name, value in row.items()} for row in frame.to_dict("records")])
+
+
+def shown(value) -> str:
+    if isinstance(value, float):
+        return DASH if pd.isna(value) else f"{value:.1f}"
+    return DASH if value is None else str(value)

@@ -1,0 +1,58 @@
+"""What results cost: the seconds of the runs that made them, from MLflow, and the size of their target bank, from dvc.lock."""
+
+import pandas as pd
+
+from milan.report import provenance
+from milan.report.provenance import Run
+from milan.report.table import DASH
+
+COSTS = {"bank_mb": "Bank, MB", "targets_seconds": "Targets, s", "pretrain_seconds": "Pretraining, s"}
+CAVEAT = (
+    "Seconds are wall times of the runs that made these results, on the machine named below: compare them within this table "
+    "only. A run that was stopped and went on counts from its last start; a dash is a run that MLflow does not know."
+)
+
+
+class Prices:
+    """Of the results in a lock: its stages, as dvc.lock has them; known: the runs to look among."""
+
+    def __init__(self, lock: dict, known: list[Run]):
+        self.lock = lock
+        self.runs = {origin.stage: origin.run for origin in provenance.origins(provenance.digests(lock), known)}
+
+    def of(self, variant: str, seed: int) -> dict[str, float | None]:
+        """Column: number, or None where it is not known."""
+        outs = self.lock.get("extract_targets", {}).get("outs", [])
+        bank = next((item["size"] / 1e6 for item in outs if item["path"].endswith("/targets") and "size" in item), None)
+        seconds = map(self.seconds, ("extract_targets", f"pretrain@{variant}-{seed}"))
+        return dict(zip(COSTS, (bank, *seconds), strict=True))
+
+    def seconds(self, stage: str) -> float | None:
+        run = self.runs.get(stage)
+        return run.seconds if run else None
+
+
+def known_runs(scale: str) -> list[Run]:
+    """From MLflow; none where it cannot be read, and a line says so."""
+    try:
+        return provenance.finished_runs(f"milan-{scale}")
+    except Exception as error:  # whatever ails the store must not keep the table
+        print(f"An MLflow store cannot be read, so what it knows is left out: {str(error)[:300]}.", flush=True)
+        return []
+
+
+def cell(values: pd.Series) -> str:
+    mean = pd.to_numeric(values).mean()
+    return DASH if pd.isna(mean) else f"{mean:.0f}"
+
+
+def said(locks: list[dict], known: list[Run]) -> str:
+    """A sentence: at which revisions, and on what, the results in the locks were made."""
+    made = [origin for lock in locks for origin in provenance.origins(provenance.digests(lock), known)]
+    runs = [origin.run for origin in made if origin.run]
+    if not runs:
+        return "MLflow knows no run of these results: revision, machine and seconds are not known here."
+    revisions = sorted({provenance.revision(run) for run in runs})
+    machines = sorted({run.tags.get("hardware", "a machine not recorded") for run in runs})
+    part = "" if len(runs) == len(made) else f" ({len(runs)} of {len(made)} stages are known to MLflow)"
+    return f"Made at git revision {', '.join(revisions)} on {'; '.join(machines)}{part}."

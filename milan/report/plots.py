@@ -1,0 +1,168 @@
+"""Charts of the results: one look (Okabe-Ito colours, which colour-blind readers can tell apart), the same bytes every time."""
+
+import io
+from collections.abc import Iterable
+from pathlib import Path
+
+import matplotlib
+import pandas as pd
+
+from milan.core.errors import UserError
+from milan.core.files import write_whole
+from milan.params import Params
+from milan.report.results import KINDS, Results, method
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402  (after the backend is chosen)
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
+    "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7",
+)  # fmt: skip
+GREY = "#999999"
+VARIANT_COLOURS = {"scratch": GREY, "mae": ORANGE, "clip_target": SKY, "prompt_decoder": GREEN, "milan": VERMILION}
+SHORT = {"scratch": "none", "mae": "MAE", "clip_target": "CLIP\ntarget", "prompt_decoder": "prompt\ndecoder", "milan": "MILAN"}
+DPI = 150
+WIDTH = 9.0  # inches: 1350 pixels, legible when a README shows 900
+STYLE = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.constrained_layout.use": True,
+    "image.interpolation": "nearest",
+    "legend.frameon": False,
+}
+plt.rcParams.update({**matplotlib.rcParamsDefault, **STYLE, "backend": "Agg"})
+
+COLUMNS = ("linear", "finetune", "miou")
+CURVES = {  # panel: (folder under curves, targets of the recipes shown)
+    "Pretraining, CLIP features: 2 – 2 cos": ("pretrain", ("clip",)),
+    "Pretraining, pixels: squared error": ("pretrain", ("pixels",)),
+    "Linear evaluation": ("linear_eval", ("none", "pixels", "clip")),
+    "Fine-tuning": ("finetune", ("none", "pixels", "clip")),
+    "Segmentation": ("segment", ("none", "pixels", "clip")),
+}
+
+
+def colour(variant: str, variants: Iterable[str] = ()) -> str:
+    """Fixed for the paper's variants; others take what is left, in their order."""
+    spare = [BLUE, PURPLE, BLACK, YELLOW]
+    others = [v for v in variants if v not in VARIANT_COLOURS]
+    return VARIANT_COLOURS.get(variant) or spare[others.index(variant) % len(spare) if variant in others else 0]
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """PNG without date or software name: equal figures give equal bytes."""
+    data = io.BytesIO()
+    figure.savefig(data, dpi=DPI, metadata={"Software": None})
+    plt.close(figure)
+    write_whole(path, data.getvalue())
+    return path
+
+
+def bars(r: Results) -> Figure:
+    """Linear evaluation, fine-tuning and segmentation of our variants."""
+    figure, axes = plt.subplots(1, 3, figsize=(WIDTH, 3.4))
+    draw_ours(axes, r)
+    return figure
+
+
+def bars_beside_published(r: Results) -> Figure:
+    """Ours above; published numbers and re-runs below, in axes of their own."""
+    figure = plt.figure(figsize=(WIDTH, 8.0))
+    ours, theirs = figure.subfigures(2, 1, height_ratios=[3.4, 4.6])
+    draw_ours(ours.subplots(1, 3), r)
+    ours.suptitle(f"Ours, on {r.data.name}", weight="bold", fontsize=12)
+    draw_published(theirs.subplots(1, 3, sharey=True), r.published)
+    theirs.suptitle("Others: ImageNet-1K and ADE20K, ViT-B/16 (sources in reports/table.md)", weight="bold", fontsize=12)
+    return figure
+
+
+def draw_ours(axes: Iterable[Axes], r: Results) -> None:
+    """A bar the mean, a whisker the range over seeds, a dot a seed; dashed: chance."""
+    variants, titles = list(r.ours.index), {**r.data.titles, "linear": "Linear eval, top-1 %", "finetune": "Fine-tuning, top-1 %"}
+    for axis, column in zip(axes, COLUMNS, strict=True):
+        means, low, high = (r.ours[f"{column}{end}"] for end in ("", "_low", "_high"))
+        axis.bar(range(len(variants)), means, color=[colour(v, variants) for v in variants], width=0.72)
+        if len(r.params.seeds) > 1:
+            axis.errorbar(range(len(variants)), means, [means - low, high - means], fmt="none", ecolor=BLACK, capsize=4, lw=1.2)
+            for place, variant in enumerate(variants):
+                points = r.runs.loc[r.runs["variant"] == variant, column]
+                axis.plot([place] * len(points), points, "o", ms=3.5, mfc="white", mec=BLACK, mew=0.8)
+        for place, (mean, top) in enumerate(zip(means, high, strict=True)):
+            axis.annotate(f"{mean:.1f}", (place, top), xytext=(0, 3), textcoords="offset points", ha="center", va="bottom")
+        if column != "miou":
+            axis.axhline(100 / r.data.classes, color=BLACK, ls="--", lw=1)
+        axis.set_xticks(range(len(variants)), [SHORT.get(v, v) for v in variants], fontsize=8.5)
+        axis.set_title(titles[column] + (" %" if column == "miou" else ""))
+        axis.margins(y=0.16)
+    axes[0].text(0.02, 0.97, f"dashed: chance, {100 / r.data.classes:.3g} %", transform=axes[0].transAxes, fontsize=8.5, va="top")
+
+
+def draw_published(axes: Iterable[Axes], published: pd.DataFrame) -> None:
+    """Filled: as published; hatched: re-run by others; MILAN in its colour."""
+    rows = published.iloc[::-1]
+    titles = {"linear": "Linear eval, top-1 %", "finetune": "Fine-tuning, top-1 %", "miou": "ADE20K mIoU %"}
+    names = rows["method"].str.replace("(OpenMMLab, EVA in MAE style)", "(OpenMMLab)", regex=False)
+    looks = [{"hatch": "///" if kind == "re-run" else None, "color": VERMILION if name.startswith("MILAN") else GREY}
+             for kind, name in zip(rows["kind"], rows["method"], strict=True)]  # fmt: skip
+    for axis, column in zip(axes, COLUMNS, strict=True):
+        low = rows[column].min() - 0.35 * (rows[column].max() - rows[column].min())
+        for place, (value, look) in enumerate(zip(rows[column], looks, strict=True)):
+            if pd.notna(value):
+                axis.barh(place, value, height=0.7, edgecolor="white", **look)
+                axis.annotate(
+                    f"{value:.1f}", (value, place), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8.5
+                )
+            else:
+                axis.annotate("–", (low, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8.5)
+        axis.set_xlim(low, rows[column].max() + 0.25 * (rows[column].max() - low))
+        axis.set_title(f"{titles[column]}\n(axis cut)", fontsize=10)
+        axis.set_yticks(range(len(rows)), names, fontsize=8.5)
+    handles = [plt.Rectangle((0, 0), 1, 1, fc=GREY, ec="white", hatch=hatch) for hatch in (None, "///")]
+    axes[0].figure.legend(handles, KINDS.values(), loc="outside lower center", ncols=2)
+
+
+def curves(folder: Path, p: Params) -> Figure:
+    """Loss by epoch of every stage that trains: a line a variant and seed."""
+    panels = {title: read_curves(folder / stage, p, targets) for title, (stage, targets) in CURVES.items()}
+    panels = {"Teacher, contrast": {"teacher": [read_curve(folder / "teacher.csv")]}, **panels}
+    panels = {title: lines for title, lines in panels.items() if any(len(curve) for seeds in lines.values() for curve in seeds)}
+    rows = -(-len(panels) // 3)
+    figure, axes = plt.subplots(rows, 3, figsize=(WIDTH, 2.9 * rows + 0.4), squeeze=False)
+    for axis, (title, lines) in zip(axes.flat, panels.items(), strict=False):
+        draw_curves(axis, lines, p.variants)
+        axis.set_title(title, fontsize=10)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    handles = [plt.Line2D([], [], color=colour(v, p.variants), lw=2.5) for v in p.variants]
+    figure.legend(handles, [method(v) for v in p.variants], loc="outside lower center", ncols=5, fontsize=9, columnspacing=1.2)
+    return figure
+
+
+def draw_curves(axis: Axes, lines: dict[str, list[pd.DataFrame]], variants: list[str]) -> None:
+    for variant, seeds in lines.items():
+        for curve in seeds:
+            axis.plot(
+                curve["epoch"],
+                curve["loss"],
+                color=BLACK if variant == "teacher" else colour(variant, variants),
+                lw=1.4,
+                alpha=0.9,
+            )
+    axis.set_xlabel("epoch")
+    axis.set_ylabel("loss")
+
+
+def read_curves(folder: Path, p: Params, targets: tuple[str, ...]) -> dict[str, list[pd.DataFrame]]:
+    shown = [v for v in p.variants if p.pretrain.recipes[v].target in targets]
+    return {v: [read_curve(folder / f"{v}-{seed}.csv") for seed in p.seeds] for v in shown}
+
+
+def read_curve(path: Path) -> pd.DataFrame:
+    if not path.exists():
+        raise UserError(f"{path} is missing: an earlier stage writes it. Run `dvc repro`, which runs the stages in order.")
+    return pd.read_csv(path)

@@ -1,0 +1,1 @@
+"""How well an encoder transfers to segmentation: UPerNet, mIoU, scene samples."""

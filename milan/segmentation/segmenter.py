@@ -1,0 +1,299 @@
+"""UPerNet on a plain ViT's pyramid: the ADE20K model of MAE and its successors.
+
+The recipe is that of mmsegmentation's configs/mae/mae-base_upernet_8xb2-amp-160k_ade20k-512x512
+(48.13 mIoU for MAE ViT-B/16); MILAN's own ADE20K configuration was never released.
+
+    images -> ViT blocks -> 4 feature maps -> x4, x2, x1, x0.5 pyramid -> UPerNet -> logits
+                                                                 (x1) -> FCN     -> auxiliary logits
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from timm.layers import RelPosBias
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from milan.method.pos_embed import interpolate_pos_embed
+
+Norm = type[nn.SyncBatchNorm] | type[nn.BatchNorm2d]
+NORMS: dict[str, Norm] = {"sync": nn.SyncBatchNorm, "batch": nn.BatchNorm2d}
+POOL_BINS = (1, 2, 3, 6)  # the pyramid pooling scales of PSPNet and UPerNet
+
+
+class BiasedBlock(Block):
+    """timm's block that adds its own relative position bias, zero at first, to its attention."""
+
+    def __init__(self, *args, grid: int, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.rel_pos = RelPosBias((grid, grid), self.attn.num_heads, prefix_tokens=1)
+        # Zero, so that the pretrained encoder starts as it was; pretraining has no such bias.
+        nn.init.zeros_(self.rel_pos.relative_position_bias_table)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x, attn_mask=self.rel_pos.get_bias())
+
+
+class Segmenter(nn.Module):
+    """A ViT that keeps its cls token and has no final norm, a neck, UPerNet and an FCN beside it.
+
+    img_size is the square crop in pixels, out_indices name the four blocks whose outputs make the
+    pyramid, norm is "sync" (statistics over all GPUs) or "batch" (also for processes on CPU).
+    """
+
+    def __init__(
+        self,
+        img_size: int,
+        patch_size: int,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        num_classes: int,
+        channels: int = 768,
+        aux_channels: int = 256,
+        out_indices: Sequence[int] = (3, 5, 7, 11),
+        drop_path: float = 0.1,
+        dropout: float = 0.1,
+        layer_scale: float = 1.0,
+        relative_position_bias: bool = True,
+        norm: str = "sync",
+    ) -> None:
+        super().__init__()
+        _check_geometry(img_size, patch_size, depth, out_indices, norm)
+        self.out_indices, self.norm = list(out_indices), norm
+        biased = partial(BiasedBlock, grid=img_size // patch_size)
+        self.backbone = VisionTransformer(
+            img_size=img_size,
+            patch_size=patch_size,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            init_values=layer_scale,
+            drop_path_rate=drop_path,
+            block_fn=biased if relative_position_bias else Block,
+            num_classes=0,
+            global_pool="",
+            final_norm=False,
+        )
+        self.neck = Pyramid(embed_dim, NORMS[norm])
+        self.head = UPerHead([embed_dim] * 4, channels, num_classes, dropout, NORMS[norm])
+        self.aux_head = FCNHead(embed_dim, aux_channels, num_classes, dropout, NORMS[norm])
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Images (B, 3, S, S) -> the outputs of the four blocks, each (B, embed_dim, G, G)."""
+        return self.backbone.forward_intermediates(images, indices=self.out_indices, intermediates_only=True)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, S, S) -> logits (B, C, 4G, 4G) and auxiliary logits (B, C, G, G).
+
+        G = S / patch_size; segmentation_loss and slide_logits bring logits to the pixels.
+        """
+        self._check_batch(len(images))
+        maps = self.neck(self.features(images))
+        return self.head(maps), self.aux_head(maps[2])
+
+    def _check_batch(self, batch: int) -> None:
+        processes = dist.get_world_size() if self.norm == "sync" and dist.is_initialized() else 1
+        # The coarsest pooling leaves one value a channel and image: no variance from one image.
+        if self.training and batch * processes < 2:
+            raise ValueError(f"the micro-batch must be >= 2 to train batch norm, it is {batch}")
+
+
+def _check_geometry(img_size: int, patch_size: int, depth: int, out_indices: Sequence[int], norm: str) -> None:
+    if img_size % patch_size or img_size < 2 * patch_size:
+        raise ValueError(f"img_size {img_size} is not 2 or more patches of {patch_size} px")
+    if len(out_indices) != 4 or sorted(set(out_indices)) != list(out_indices):
+        raise ValueError(f"out_indices must be four increasing blocks, not {list(out_indices)}")
+    if out_indices[0] < 0 or out_indices[-1] >= depth:
+        raise ValueError(f"out_indices {list(out_indices)} outside the {depth} blocks")
+    if norm not in NORMS:
+        raise ValueError(f"norm must be one of {', '.join(NORMS)}, not {norm!r}")
+
+
+class Pyramid(nn.Module):
+    """Four maps (B, D, G, G) -> a pyramid with sides 4G, 2G, G, G / 2 (mmseg's Feature2Pyramid)."""
+
+    def __init__(self, dim: int, norm: Norm) -> None:
+        super().__init__()
+        double = partial(nn.ConvTranspose2d, dim, dim, kernel_size=2, stride=2)
+        quadruple = nn.Sequential(double(), norm(dim), nn.GELU(), double())
+        self.levels = nn.ModuleList([quadruple, double(), nn.Identity(), nn.MaxPool2d(2)])
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        return [level(x) for level, x in zip(self.levels, maps, strict=True)]
+
+
+class PyramidPooling(nn.Module):
+    """A map (B, D, h, w) beside its averages over 1, 4, 9 and 36 regions -> (B, channels, h, w)."""
+
+    def __init__(self, in_channels: int, channels: int, norm: Norm) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(
+            nn.Sequential(nn.AdaptiveAvgPool2d(bins), _conv(in_channels, channels, 1, norm)) for bins in POOL_BINS
+        )
+        self.fuse = _conv(in_channels + len(POOL_BINS) * channels, channels, 3, norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = [_resize(branch(x), x.shape[2:]) for branch in self.branches]
+        return self.fuse(torch.cat([x, *pooled], dim=1))
+
+
+class UPerHead(nn.Module):
+    """Unified perceptual parsing (arXiv 1807.10221): pyramid pooling on top of a feature pyramid.
+
+    Maps, finest first, (B, in_channels[i], h_i, w_i) -> logits (B, num_classes, h_0, w_0).
+    """
+
+    def __init__(self, in_channels: Sequence[int], channels: int, num_classes: int, dropout: float, norm: Norm) -> None:
+        super().__init__()
+        *finer, top = in_channels
+        self.laterals = nn.ModuleList(_conv(width, channels, 1, norm) for width in finer)
+        self.pooling = PyramidPooling(top, channels, norm)
+        self.smooth = nn.ModuleList(_conv(channels, channels, 3, norm) for _ in finer)
+        self.fuse = _conv(len(in_channels) * channels, channels, 3, norm)
+        self.dropout = nn.Dropout2d(dropout)
+        self.classifier = _classifier(channels, num_classes)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        *finer, top = maps
+        levels = [lateral(x) for lateral, x in zip(self.laterals, finer, strict=True)]
+        levels.append(self.pooling(top))
+        for i in reversed(range(len(finer))):
+            levels[i] = levels[i] + _resize(levels[i + 1], levels[i].shape[2:])
+        smooth = [conv(x) for conv, x in zip(self.smooth, levels[:-1], strict=True)] + levels[-1:]
+        stacked = torch.cat([_resize(x, smooth[0].shape[2:]) for x in smooth], dim=1)
+        return self.classifier(self.dropout(self.fuse(stacked)))
+
+
+class FCNHead(nn.Sequential):
+    """The auxiliary head: one 3x3 convolution and a classifier, (B, D, h, w) -> (B, C, h, w)."""
+
+    def __init__(self, in_channels: int, channels: int, num_classes: int, dropout: float, norm: Norm) -> None:
+        super().__init__(
+            _conv(in_channels, channels, 3, norm),
+            nn.Dropout2d(dropout),
+            _classifier(channels, num_classes),
+        )
+
+
+def _conv(in_channels: int, channels: int, kernel: int, norm: Norm) -> nn.Sequential:
+    conv = nn.Conv2d(in_channels, channels, kernel, padding=kernel // 2, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")  # mmcv's ConvModule
+    return nn.Sequential(conv, norm(channels), nn.ReLU())
+
+
+def _classifier(channels: int, num_classes: int) -> nn.Conv2d:
+    conv = nn.Conv2d(channels, num_classes, 1)
+    nn.init.normal_(conv.weight, std=0.01)
+    nn.init.zeros_(conv.bias)
+    return conv
+
+
+def _resize(x: Tensor, size: Sequence[int]) -> Tensor:
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def segmentation_loss(
+    logits: Tensor,
+    aux_logits: Tensor,
+    labels: Tensor,
+    ignore_index: int = 255,
+    aux_weight: float = 0.4,
+    average_over_ignored: bool = True,
+) -> Tensor:
+    """Cross-entropy at the labels' resolution, main + aux_weight * auxiliary: a scalar.
+
+    logits (B, C, h, w), aux_logits (B, C, h', w'), labels (B, H, W) integers. The sum over labelled
+    pixels is divided by the number of all pixels, ignored ones included, as in mmseg's
+    default (avg_non_ignore=False); average_over_ignored=False divides by the labelled ones only.
+    """
+    pixels = labels.numel() if average_over_ignored else (labels != ignore_index).sum().clamp(min=1)
+
+    def loss(coarse: Tensor) -> Tensor:
+        fine = _resize(coarse.float(), labels.shape[1:])
+        return F.cross_entropy(fine, labels.long(), ignore_index=ignore_index, reduction="sum") / pixels
+
+    return loss(logits) + aux_weight * loss(aux_logits)
+
+
+def encoder_layer_ids(segmenter: Segmenter) -> dict[str, int]:
+    """The depth of every parameter, for layer-wise learning rates, by its name in the segmenter.
+
+    0: patch and position embedding, cls token; i + 1: block i with its relative position bias;
+    depth + 1: neck and heads.
+    """
+
+    def layer_id(name: str) -> int:
+        part, *path = name.split(".")
+        if part != "backbone":
+            return len(segmenter.backbone.blocks) + 1
+        return int(path[1]) + 1 if path[0] == "blocks" else 0
+
+    return {name: layer_id(name) for name, _ in segmenter.named_parameters()}
+
+
+def load_encoder(segmenter: Segmenter, state_dict: Mapping[str, Tensor], unused: Sequence[str] = ("norm.",)) -> None:
+    """Load a pretrained encoder in timm's layout, its position embedding brought to the crop.
+
+    Keys that begin with one of unused are passed over: the final norm has no place here (add
+    "head." and "fc_norm." for a fine-tuned classifier). Layer scale and relative position bias
+    keep their initial values when the encoder has none. Any other difference is a ValueError
+    that names the keys, and nothing is loaded.
+    """
+    target = segmenter.backbone.state_dict()
+    given = {key: value for key, value in state_dict.items() if not key.startswith(tuple(unused))}
+    if "pos_embed" in given:
+        grid = segmenter.backbone.patch_embed.grid_size[0]
+        given["pos_embed"] = interpolate_pos_embed(given["pos_embed"], grid)
+    required = [key for key in target if not any(new in key for new in (".rel_pos.", ".ls"))]
+    problems = {
+        "missing": [key for key in required if key not in given],
+        "unexpected": [key for key in given if key not in target],
+        "misshapen": [
+            f"{key} {tuple(value.shape)} for {tuple(target[key].shape)}"
+            for key, value in given.items()
+            if key in target and value.shape != target[key].shape
+        ],
+    }
+    if any(problems.values()):
+        lists = [f"{kind}: {', '.join(keys)}" for kind, keys in problems.items() if keys]
+        raise ValueError("the encoder does not fit the segmenter; " + "; ".join(lists))
+    segmenter.backbone.load_state_dict(target | given)
+
+
+@torch.no_grad()
+def slide_logits(
+    model: Callable[[Tensor], tuple[Tensor, Tensor]],
+    image: Tensor,
+    window: int,
+    stride: int,
+    num_classes: int,
+) -> Tensor:
+    """Logits of a whole image (1, 3, H, W) from square windows: (1, num_classes, H, W) float32.
+
+    Windows start every stride pixels, the last ones shifted inside; where they overlap, their
+    logits are averaged. An image smaller than the window is padded with zeros (the mean colour)
+    at its right and bottom. The caller puts the model into eval mode.
+    """
+    if not 0 < stride <= window:
+        raise ValueError(f"stride {stride} leaves gaps between windows of {window} px")
+    height, width = image.shape[2:]
+    image = F.pad(image, (0, max(window - width, 0), 0, max(window - height, 0)))
+    total = image.new_zeros(1, num_classes, *image.shape[2:], dtype=torch.float32)
+    count = torch.zeros_like(total[:, :1])
+    for top in _starts(image.shape[2], window, stride):
+        for left in _starts(image.shape[3], window, stride):
+            place = (..., slice(top, top + window), slice(left, left + window))
+            logits, _ = model(image[place])
+            total[place] += _resize(logits.float(), (window, window))
+            count[place] += 1
+    return (total / count)[..., :height, :width]
+
+
+def _starts(size: int, window: int, stride: int) -> list[int]:
+    """Where windows begin along one side: every stride, the last one flush with the end."""
+    last = size - window
+    return [min(start, last) for start in range(0, last + stride, stride)]

@@ -1,0 +1,1 @@
+"""What CLIP sees: image towers, the small CLIP that is trained here, released teachers, texts of the classes."""

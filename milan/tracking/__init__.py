@@ -1,0 +1,1 @@
+"""What is logged and where it came from: MLflow runs, their delivery, the hardware."""

@@ -1,0 +1,46 @@
+"""A batch norm's running statistics, the same for any number of processes."""
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from milan.training import distributed
+
+
+class RunningStatistics:
+    """One update a step: the mean of what each of the step's micro-batches would have made of the statistics that the
+    step began with, whichever process computed it. (Left alone, a process would make one update a micro-batch of its
+    own, and know nothing of the others'.)
+
+    Call note() after each micro-batch and update() after the last."""
+
+    def __init__(self, model: nn.Module):
+        self.norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+        self.values = [value for norm in self.norms for value in (norm.running_mean, norm.running_var)]
+        self.counts = [norm.num_batches_tracked for norm in self.norms]
+        self.begin()
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        self.before = [value.clone() for value in self.values]
+        self.sums = [torch.zeros_like(value) for value in self.values]
+
+    @torch.no_grad()
+    def note(self) -> None:
+        for value, before, total in zip(self.values, self.before, self.sums, strict=True):
+            total += value
+            value.copy_(before)
+        for count in self.counts:
+            count.sub_(1)
+
+    @torch.no_grad()
+    def update(self, micro_batches: int) -> None:
+        """micro_batches: of all processes."""
+        if not self.norms:
+            return
+        mean = distributed.total(torch.cat(self.sums)) / micro_batches
+        for value, part in zip(self.values, mean.split([len(value) for value in self.values]), strict=True):
+            value.copy_(part)
+        for count in self.counts:
+            count.add_(1)
+        self.begin()
