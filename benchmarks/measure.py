@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 
 from milan.core.progress import Progress
-from milan.params import Compute, Model, Tower
+from milan.params import Compute, Model, TransformerSize
 from milan.tracking.machine import cpu_name
 from milan.training import distributed
 
-VIT_B = Model("ViT-B/16", 224, 16, Tower(768, 12, 12), Tower(512, 8, 16))
-TINY = Model("ViT-tiny/8", 48, 8, Tower(128, 4, 4), Tower(96, 2, 4))
+VIT_B = Model("ViT-B/16", 224, 16, TransformerSize(768, 12, 12), TransformerSize(512, 8, 16))
+TINY = Model("ViT-tiny/8", 48, 8, TransformerSize(128, 4, 4), TransformerSize(96, 2, 4))
 MODELS = {"vit_b16": VIT_B, "tiny": TINY}
 
 

@@ -96,7 +96,7 @@ def train(p: Place, model: Model, batch: int, steps: int, banked: bool, scratch:
         weight_decay=0,
         clip_grad=None,
     )
-    run = loop.Run("scaling", training, p.compute, p.runtime, 0, scratch)
+    run = loop.FitSettings("scaling", training, p.compute, p.runtime, 0, scratch)
     loop.fit(student, Images(model, whole, banked), optimizer, run, clock)
     return {"rate": steps * whole / clock.seconds()}
 

@@ -19,11 +19,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import measure, plain
 from milan.method.model import MaskedPretraining
-from milan.params import Model, Recipe
+from milan.params import AblationRow, Model
 from milan.training import distributed, optim
 
 FEATURES = 512
-MILAN = Recipe(target="clip", decoder="prompt", masking="semantic")
+MILAN = AblationRow(target="clip", decoder="prompt", masking="semantic")
 
 
 @dataclass

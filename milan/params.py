@@ -103,7 +103,7 @@ class PrepareAde20k:
 
 
 @dataclass(frozen=True)
-class Tower:
+class TransformerSize:
     embed_dim: int = field(metadata=FEW)
     depth: int = field(metadata=FEW)
     num_heads: int = field(metadata=FEW)
@@ -118,8 +118,8 @@ class Model:
     name: str
     image_size: int = field(metadata=FEW)
     patch_size: int = field(metadata=FEW)
-    encoder: Tower
-    decoder: Tower
+    encoder: TransformerSize
+    decoder: TransformerSize
 
     def __post_init__(self):
         if self.image_size % self.patch_size:
@@ -217,12 +217,12 @@ class ExtractTargets:
     views: int = field(metadata=COUNT)
     batch_size: int = field(metadata=POSITIVE)
     shard_images: int = field(metadata=POSITIVE)
-    probe_images: int = field(metadata=POSITIVE)
+    figure_images: int = field(metadata=POSITIVE)
     normalisation: str = choice("imagenet", "clip")
 
 
 @dataclass(frozen=True)
-class Recipe:
+class AblationRow:
     """One row of the paper's ablation."""
 
     target: str = choice("none", "pixels", "clip")
@@ -243,13 +243,13 @@ class Pretrain(Training):
     betas: list[float] = field(metadata=BETAS)
     mask_ratio: float = field(metadata={"above": 0, "below": 1})
     crop_scale: list[float] = field(metadata=CROP)
-    recipes: dict[str, Recipe]
+    ablation: dict[str, AblationRow]
 
     def __post_init__(self):
         super().__post_init__()
-        for name in self.recipes:
+        for name in self.ablation:
             if not re.fullmatch(r"\w[\w.-]*", name):
-                raise ValueError(f"recipes: {name!r} names folders, so it may hold only letters, digits and . _ -")
+                raise ValueError(f"ablation: {name!r} names folders, so it may hold only letters, digits and . _ -")
 
 
 @dataclass(frozen=True)
@@ -324,10 +324,10 @@ class Params:
 
     def __post_init__(self):
         for variant in self.variants:
-            if variant not in self.pretrain.recipes:
-                known = ", ".join(self.pretrain.recipes)
+            if variant not in self.pretrain.ablation:
+                known = ", ".join(self.pretrain.ablation)
                 raise ValueError(
-                    f"variants: {variant!r} has no recipe{nearest(variant, self.pretrain.recipes)}; there are {known}"
+                    f"variants: {variant!r} is no row of pretrain.ablation{nearest(variant, self.pretrain.ablation)}; there are {known}"
                 )
         if self.segment.crop_size % self.model.patch_size:
             raise ValueError(f"segment.crop_size {self.segment.crop_size} is no multiple of the patch size")

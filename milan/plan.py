@@ -28,7 +28,7 @@ from milan.evaluation.classifier import build_classifier
 from milan.method.encoder import Encoder
 from milan.method.model import MaskedPretraining
 from milan.method.target_bank import bank_bytes
-from milan.params import Params, Recipe, Training, read_params
+from milan.params import AblationRow, Params, Training, read_params
 from milan.segmentation import segmenter
 from milan.stage import fail
 from milan.teacher.clip import Tower, tiny_config
@@ -118,7 +118,7 @@ def cost(model: nn.Module, forward: Callable[[], Tensor], images: int, frozen: f
 
 
 def pretrain_cost(p: Params, variant: str) -> Cost | None:
-    row, m = p.pretrain.recipes[variant], p.model
+    row, m = p.pretrain.ablation[variant], p.model
     if row.target == "none" or p.pretrain.weights:
         return None
     tower = teacher(p)
@@ -227,10 +227,10 @@ def disk(p: Params) -> dict[str, float]:
     }
 
 
-def milan_row(p: Params) -> Recipe:
+def milan_row(p: Params) -> AblationRow:
     """The recipe's row for MILAN, else the first that pretrains, else the paper's."""
-    rows = [p.pretrain.recipes.get("milan"), *p.pretrain.recipes.values()]
-    return next((row for row in rows if row and row.target != "none"), Recipe("clip", "prompt", "semantic"))
+    rows = [p.pretrain.ablation.get("milan"), *p.pretrain.ablation.values()]
+    return next((row for row in rows if row and row.target != "none"), AblationRow("clip", "prompt", "semantic"))
 
 
 def rate_here(p: Params) -> float:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from milan.core.errors import PREEMPTED, Preempted, UserError
-from milan.core.files import SCRATCH, dvc_hash, existing_parent, file_digest, fingerprint, refusals_said, write_json, write_whole
+from milan.core.files import SCRATCH, dvc_hash, existing_parent, file_digest, json_digest, refusals_said, write_json, write_whole
 from milan.core.typed import nearest
 from milan.params import Params, read_params
 from milan.tracking import machine, tracker
@@ -32,10 +32,10 @@ class Stage:
         self.name, self.args, self.params = name, args, params
         self.tracker: tracker.Tracker = None
         self.metrics: dict[str, float] = {}
-        variant, recipes = getattr(args, "variant", None), params.pretrain.recipes
-        if variant is not None and variant not in recipes:
+        variant, rows = getattr(args, "variant", None), params.pretrain.ablation
+        if variant is not None and variant not in rows:
             raise UserError(
-                f"--variant {variant!r} has no recipe{nearest(variant, recipes)}. pretrain.recipes has {', '.join(recipes)}."
+                f"--variant {variant!r} is no row of pretrain.ablation{nearest(variant, rows)}; there are {', '.join(rows)}."
             )
 
     @property
@@ -44,11 +44,11 @@ class Stage:
         seed = getattr(self.args, "seed", None)
         return " ".join(w for w in words if w) + (f" seed {seed}" if seed is not None else "")
 
-    def fingerprint(self, *sections, inputs: list[Path] = ()) -> str:
-        """The recipe's fingerprint: the params in use and the digests of the input files."""
+    def recipe_digest(self, *sections, inputs: list[Path] = ()) -> str:
+        """Digest of the recipe's sections in use and of the input files' contents."""
         digests = [file_digest(present(path)) for path in inputs]
         variation = [getattr(self.args, "variant", None), getattr(self.args, "seed", None)]
-        return fingerprint(self.name, variation, [repr(section) for section in sections], digests)
+        return json_digest(self.name, variation, [repr(section) for section in sections], digests)
 
     def write_curve(self, curve: list[dict]) -> None:
         """CSV with a column a name: what `dvc plots` draws."""
@@ -65,9 +65,9 @@ class Stage:
         self.tracker.artifact(self.args.confusion)
 
     def write_metrics(self, metrics: dict, recipe: str) -> None:
-        """Deterministic values only, with the recipe's fingerprint."""
+        """Deterministic values only, with the recipe's digest."""
         self.metrics = {k: round(v, 4) if isinstance(v, float) else v for k, v in metrics.items()}
-        write_json(self.args.metrics, {**self.metrics, "fingerprint": recipe})
+        write_json(self.args.metrics, {**self.metrics, "recipe": recipe})
         self.tracker.results({k: v for k, v in self.metrics.items() if isinstance(v, (int, float))})
         print("  ".join(f"{k} {v}" for k, v in self.metrics.items()), flush=True)
 

@@ -9,7 +9,7 @@ lists by hand. Costs a second.
 from pathlib import Path
 
 from milan.core.code import closure
-from milan.core.files import file_digest, fingerprint, whole_folder, write_whole
+from milan.core.files import file_digest, json_digest, whole_folder, write_whole
 from milan.stage import Stage, run
 
 
@@ -22,7 +22,7 @@ def main(stage: Stage) -> None:
         read = [script, *(notebooks if script.stem == "figures" else [])]
         files = sorted(closure(*read) - {*notebooks})
         lists[f"{script.stem}.txt"] = "".join(f"{file_digest(file)}  {file.as_posix()}\n" for file in files)
-    with whole_folder(stage.args.out, fingerprint(lists)) as folder:
+    with whole_folder(stage.args.out, json_digest(lists)) as folder:
         for name, text in lists.items():
             write_whole(folder / name, text.encode())
     print(f"{stage.args.out}: the code of {len(lists)} stages", flush=True)

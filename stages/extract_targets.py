@@ -1,5 +1,5 @@
 """The teacher's targets: V fixed views of every training image (the bank), and what the figures need of a few
-validation images (the probe set).
+validation images (the figure images).
 
 The published recipe is views: 0, a new crop every epoch with the teacher running inside pretraining; a bank trades
 disk for the teacher's share of every step, and is shared by all variants and seeds. Features and importance are
@@ -31,7 +31,7 @@ def main(stage: Stage) -> None:
     p, a = stage.params, stage.args
     inputs = [a.records / "manifest.json", a.teacher / ("teacher.json" if p.no_teacher else "teacher.safetensors")]
     sizes = [p.model.image_size, p.model.patch_size]
-    recipe = stage.fingerprint(p.extract_targets, *sizes, p.compute, p.pretrain.crop_scale, inputs=inputs)
+    recipe = stage.recipe_digest(p.extract_targets, *sizes, p.compute, p.pretrain.crop_scale, inputs=inputs)
     if not p.no_teacher:
         stage.tracker.reads(Records(a.records, "train"), Records(a.records, "val"))
     with whole_folder(a.out, recipe) as folder:
@@ -40,7 +40,7 @@ def main(stage: Stage) -> None:
 
 
 def nothing(p: Params, folder: Path) -> dict:
-    """A bank without views and no probe set: a released student is only evaluated."""
+    """A bank without views and no figure images: a released student is only evaluated."""
     print("pretrain.weights is set: no teacher is needed, and no targets.", flush=True)
     target_bank.finish(folder, views=0, shard_images=p.extract_targets.shard_images, feature_dim=0, images=0)
     return {}
@@ -58,7 +58,7 @@ def extract(p: Params, records: Path, teacher: Path, folder: Path) -> dict:
         distributed.barrier()
     if distributed.rank() != 0:
         return {}
-    found = write_probe_set(p, Records(records, "val"), tower, folder / "probe.safetensors", device)
+    found = write_figure_images(p, Records(records, "val"), tower, folder / "figure_images.safetensors", device)
     target_bank.finish(folder, views=x.views, shard_images=x.shard_images, feature_dim=tower.feature_dim, images=len(train))
     return found
 
@@ -92,9 +92,9 @@ def shard_arrays(p: Params, views: BankViews, tower: Tower, device: torch.device
     }
 
 
-def write_probe_set(p: Params, val: Records, tower: Tower, path: Path, device: torch.device) -> dict:
+def write_figure_images(p: Params, val: Records, tower: Tower, path: Path, device: torch.device) -> dict:
     """Images, features and importance of a fixed set of validation images; how much importance falls on objects."""
-    n = min(p.extract_targets.probe_images, len(val))
+    n = min(p.extract_targets.figure_images, len(val))
     chosen = torch.linspace(0, len(val) - 1, n).long().unique().tolist()
     samples = CentreSamples(val, p.linear_eval.resize, p.model.image_size)
     images = torch.stack([samples[i]["image"] for i in chosen])
@@ -107,7 +107,7 @@ def write_probe_set(p: Params, val: Records, tower: Tower, path: Path, device: t
     }
     save_weights(path, found)
     return {
-        "extract_targets/probe_images": len(chosen),
+        "extract_targets/figure_images": len(chosen),
         "extract_targets/perplexity": perplexity(importance),
         **importance_on_objects(p, val, tower, device),
     }

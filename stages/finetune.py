@@ -20,7 +20,7 @@ from milan.evaluation.samples import LabelledSamples, balanced_subset
 from milan.params import Params
 from milan.stage import Stage, run
 from milan.training import distributed, optim
-from milan.training.loop import Run, fit
+from milan.training.loop import FitSettings, fit
 from milan.training.resume import Scratch
 from milan.training.weights import load_weights
 
@@ -28,7 +28,7 @@ from milan.training.weights import load_weights
 def main(stage: Stage) -> None:
     p, a = stage.params, stage.args
     stage.tracker.reads(Records(a.records, "train"), Records(a.records, "val"))
-    recipe = stage.fingerprint(
+    recipe = stage.recipe_digest(
         p.finetune, p.model, p.compute, inputs=[a.records / "manifest.json", a.weights / "encoder.safetensors"]
     )
     scratch = Scratch(f"finetune-{a.variant}-{a.seed}", recipe)
@@ -47,12 +47,12 @@ def train(p: Params, a: Namespace, scratch: Scratch, stage: Stage, recipe: str) 
     seeding.seed_globals(a.seed, "finetune init")
     vit = build_classifier(p.model, x, classes, load_weights(a.weights / "encoder.safetensors")).to(device)
     optimizer = optim.adamw(layer_groups(vit, x), x.betas)
-    settings = Run(stage.title, x, p.compute, p.runtime, a.seed, scratch, stage.tracker.point)
+    settings = FitSettings(stage.title, x, p.compute, p.runtime, a.seed, scratch, stage.tracker.point)
     curve = fit(
         FinetuneLoss(vit, x, classes), samples(p, records, a.seed), optimizer, settings, partial(inputs, x.random_erasing)
     )
     if distributed.rank() == 0:
-        save_classifier(a.out, vit, About(p.model, x.pooling, x.resize, records.manifest["classes"]), recipe)
+        save_classifier(a.out, vit, About(p.model, x.pooling, x.resize, records.manifest["classes"]))
     return {"curve": curve, **assess(p, vit, Records(a.records, "val"), device)}
 
 

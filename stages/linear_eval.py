@@ -24,7 +24,7 @@ from milan.method.encoder import load_encoder
 from milan.params import Params
 from milan.stage import Stage, run
 from milan.training import distributed, optim
-from milan.training.loop import Run, fit
+from milan.training.loop import FitSettings, fit
 from milan.training.resume import Scratch
 from milan.training.weights import save_weights
 
@@ -33,8 +33,8 @@ def main(stage: Stage) -> None:
     p, a = stage.params, stage.args
     stage.tracker.reads(Records(a.records, "train"), Records(a.records, "val"))
     inputs = [a.records / "manifest.json", a.weights / "encoder.safetensors", *zero_shot.files(a.weights, a.teacher)]
-    sections = [p.linear_eval, p.model, p.compute, p.pretrain.recipes[a.variant], p.pretrain.mask_ratio]
-    recipe = stage.fingerprint(*sections, inputs=inputs)
+    sections = [p.linear_eval, p.model, p.compute, p.pretrain.ablation[a.variant], p.pretrain.mask_ratio]
+    recipe = stage.recipe_digest(*sections, inputs=inputs)
     scratch = Scratch(f"linear_eval-{a.variant}-{a.seed}", recipe)
     result = distributed.launch(train, p, a, scratch, stage, recipe)
     stage.write_curve(result["curve"])
@@ -50,10 +50,10 @@ def train(p: Params, a: Namespace, scratch: Scratch, stage: Stage, recipe: str) 
     seeding.seed_globals(a.seed, "linear_eval init")
     head = LinearHead(p.model.encoder.embed_dim, len(records.classes)).to(device)
     samples, inputs = training_data(p, a.seed, records, encode, device)
-    settings = Run(stage.title, x, p.compute, p.runtime, a.seed, scratch, stage.tracker.point)
+    settings = FitSettings(stage.title, x, p.compute, p.runtime, a.seed, scratch, stage.tracker.point)
     curve = fit(ProbeLoss(head), samples, optimizer_of(p, head), settings, inputs)
     if distributed.rank() == 0:
-        save_weights(a.out / "head.safetensors", head.state_dict(), fingerprint=recipe)
+        save_weights(a.out / "head.safetensors", head.state_dict())
     val = Records(a.records, "val")
     found = zero_shot.accuracies(p, a.variant, a.seed, a.weights, a.teacher, val, device)
     metrics = {**assess(p, records, val, encode, head, device), **{f"linear_eval/{name}": top for name, top in found.items()}}

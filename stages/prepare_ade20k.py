@@ -25,7 +25,7 @@ SPLITS = {"train": "training", "val": "validation"}
 
 def main(stage: Stage) -> None:
     p, root = stage.params.prepare_ade20k, stage.params.data.ade20k
-    recipe = stage.fingerprint(p, root)
+    recipe = stage.recipe_digest(p, root)
     drawn = SCRATCH / f"scenes-{recipe}"
     if root is None:
         draw(drawn, p)

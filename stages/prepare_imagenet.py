@@ -35,7 +35,7 @@ from milan.stage import Stage, run
 
 def main(stage: Stage) -> None:
     p, root = stage.params.prepare_imagenet, stage.params.data.imagenet
-    recipe = stage.fingerprint(p, root)
+    recipe = stage.recipe_digest(p, root)
     drawn = SCRATCH / f"world-{recipe}"
     if root is None:
         draw(drawn, p)
@@ -103,7 +103,7 @@ def needs(p: Params, train: int, pairs: int, labelled: bool) -> dict[str, tuple[
     if labelled:
         found["linear_eval"] = (p.linear_eval.batch_size, train)
         found["finetune"] = (p.finetune.batch_size, round(p.finetune.labels * train))
-    if p.pretrain.weights is None and any(p.pretrain.recipes[v].target != "none" for v in p.variants):
+    if p.pretrain.weights is None and any(p.pretrain.ablation[v].target != "none" for v in p.variants):
         found["pretrain"] = (p.pretrain.batch_size, train)
     return found | ({"teacher": (p.teacher.batch_size, pairs)} if p.teacher.tiny else {})
 

@@ -1,6 +1,6 @@
 """Masked pretraining of one variant and seed (the paper's method): MILAN, or a row of its ablation.
 
-A variant is a row of pretrain.recipes: which target (pixels, CLIP features), which decoder (MAE's, prompting) and
+A variant is a row of pretrain.ablation: which target (pixels, CLIP features), which decoder (MAE's, prompting) and
 which masking (random, semantic aware). `scratch` is a random encoder. With pretrain.weights a released checkpoint
 takes the place of training, and only the evaluations run.
 Costs: demo about a minute a variant; paper 400 epochs, 39 h on 8 A100 as published.
@@ -22,17 +22,17 @@ from milan.method.target_bank import Bank
 from milan.params import Params
 from milan.stage import Stage, run
 from milan.training import distributed, optim
-from milan.training.loop import Run, fit
+from milan.training.loop import FitSettings, fit
 from milan.training.resume import Scratch
 from milan.training.weights import save_weights
 
 
 def main(stage: Stage) -> None:
     p, a = stage.params, stage.args
-    recipe = stage.fingerprint(p.pretrain, p.model, p.compute, p.extract_targets, inputs=inputs(p, a))
+    recipe = stage.recipe_digest(p.pretrain, p.model, p.compute, p.extract_targets, inputs=inputs(p, a))
     scratch = Scratch(f"pretrain-{a.variant}-{a.seed}", recipe)
-    about = {"fingerprint": recipe, "variant": a.variant, "seed": a.seed, "model": p.model.name}
-    if p.pretrain.weights or p.pretrain.recipes[a.variant].target == "none":
+    about = {"variant": a.variant, "seed": a.seed, "model": p.model.name}
+    if p.pretrain.weights or p.pretrain.ablation[a.variant].target == "none":
         save_weights(a.out / "encoder.safetensors", given_encoder(p, a.seed), **about)
         curve = []
     else:
@@ -60,7 +60,7 @@ def given_encoder(p: Params, seed: int) -> dict[str, torch.Tensor]:
 
 
 def train(p: Params, a: Namespace, scratch: Scratch, stage: Stage, about: dict) -> dict:
-    device, row = distributed.set_up(p.compute), p.pretrain.recipes[a.variant]
+    device, row = distributed.set_up(p.compute), p.pretrain.ablation[a.variant]
     bank, teacher, width = targets_for(p, a, device)
     seeding.seed_globals(a.seed, "pretrain init")
     model = MaskedPretraining(p.model, row, p.pretrain.mask_ratio, width).to(device)
@@ -68,7 +68,7 @@ def train(p: Params, a: Namespace, scratch: Scratch, stage: Stage, about: dict) 
         Records(a.records, "train"), a.seed, p.model.image_size, p.model.n_patches, p.pretrain.crop_scale, bank
     )
     optimizer = optim.adamw(optim.decay_groups(model, p.pretrain.weight_decay), p.pretrain.betas)
-    settings = Run(stage.title, p.pretrain, p.compute, p.runtime, a.seed, scratch, stage.tracker.point)
+    settings = FitSettings(stage.title, p.pretrain, p.compute, p.runtime, a.seed, scratch, stage.tracker.point)
 
     def to_inputs(batch: dict) -> tuple:
         images = transforms.normalise(batch["image"])
@@ -85,7 +85,7 @@ def train(p: Params, a: Namespace, scratch: Scratch, stage: Stage, about: dict) 
 
 def targets_for(p: Params, a: Namespace, device: torch.device) -> tuple[Bank | None, Callable | None, int | None]:
     """Where CLIP features come from, and their width: the bank, the teacher asked at every step, or nowhere (pixel targets)."""
-    if p.pretrain.recipes[a.variant].target != "clip":
+    if p.pretrain.ablation[a.variant].target != "clip":
         return None, None, None
     if p.extract_targets.views:
         bank = Bank(a.bank)

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from milan.core.errors import UserError
 from milan.core.progress import track
 from milan.data import seeding, transforms
 from milan.data.records import Records
@@ -21,7 +20,7 @@ from milan.params import Params
 from milan.segmentation import miou, scenes, segmenter
 from milan.stage import Stage, run
 from milan.training import distributed, optim
-from milan.training.loop import Run, fit
+from milan.training.loop import FitSettings, fit
 from milan.training.resume import Scratch
 from milan.training.weights import load_weights, save_weights
 
@@ -38,7 +37,7 @@ class SegmentLoss(nn.Module):
 def main(stage: Stage) -> None:
     p, a = stage.params, stage.args
     stage.tracker.reads(Records(a.scenes, "train"), Records(a.scenes, "val"))
-    recipe = stage.fingerprint(
+    recipe = stage.recipe_digest(
         p.segment, p.model, p.compute, inputs=[a.scenes / "manifest.json", a.weights / "encoder.safetensors"]
     )
     scratch = Scratch(f"segment-{a.variant}-{a.seed}", recipe)
@@ -64,11 +63,11 @@ def train(p: Params, a: Namespace, scratch: Scratch, stage: Stage, recipe: str) 
     data = scenes.SceneSamples(records, a.seed, len(records.manifest["classes"]), **crop)
     ids = segmenter.encoder_layer_ids(model)
     groups = optim.layer_decay_groups(model, x.weight_decay, x.layer_decay, ids.__getitem__, p.model.encoder.depth)
-    settings = Run(stage.title, x, p.compute, p.runtime, a.seed, scratch, stage.tracker.point, optim.poly_lr_at)
+    settings = FitSettings(stage.title, x, p.compute, p.runtime, a.seed, scratch, stage.tracker.point, optim.poly_lr_at)
     loss = SegmentLoss(model)
     curve = fit(loss, data, optim.adamw(groups, x.betas), settings, lambda b: (transforms.normalise(b["image"]), b["label"]))
     if distributed.rank() == 0:
-        save_weights(a.out / "segmenter.safetensors", model.state_dict(), fingerprint=recipe)
+        save_weights(a.out / "segmenter.safetensors", model.state_dict())
     return {"curve": curve, "metrics": assess(p, model, Records(a.scenes, "val"), device)}
 
 
@@ -90,10 +89,7 @@ def build(p: Params, classes: int, encoder: dict[str, Tensor], device: torch.dev
         x.drop_path,
         norm=norm,
     )
-    try:
-        segmenter.load_encoder(model, encoder)
-    except ValueError as error:
-        raise UserError(f"{error}. Were the pretrained weights made with another model section of params.yaml?") from None
+    segmenter.load_encoder(model, encoder)
     return model.to(device, memory_format=torch.channels_last)  # its convolutions are a quarter faster so
 
 

@@ -27,14 +27,14 @@ from milan.teacher.clip import Tokenizer, build_tiny, embed_classes, save_no_tea
 from milan.teacher.released import fetch_teacher
 from milan.teacher.wording import wording_of
 from milan.training import distributed, optim
-from milan.training.loop import Run, fit
+from milan.training.loop import FitSettings, fit
 from milan.training.resume import Scratch
 
 
 def main(stage: Stage) -> None:
     p, a = stage.params, stage.args
     sections = [p.teacher, p.model.image_size, p.model.patch_size, p.compute, *(["none"] if p.no_teacher else [])]
-    recipe = stage.fingerprint(*sections, inputs=[a.records / "manifest.json"])
+    recipe = stage.recipe_digest(*sections, inputs=[a.records / "manifest.json"])
     scratch = Scratch(stage.name, recipe)
     result = {"curve": [], "metrics": {}}
     with whole_folder(a.out, recipe) as folder:
@@ -67,7 +67,7 @@ def train(p: Params, records: Path, folder: Path, scratch: Scratch, tracker) -> 
         contrast.Contrast(model),
         samples,
         optimizer,
-        Run("teacher", t, p.compute, p.runtime, t.seed, scratch, tracker.point, micro_batch=share),
+        FitSettings("teacher", t, p.compute, p.runtime, t.seed, scratch, tracker.point, micro_batch=share),
         lambda batch: (transforms.normalise(batch["image"]), batch["tokens"]),
     )
     if distributed.rank() == 0:

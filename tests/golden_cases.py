@@ -34,10 +34,10 @@ def sizes(config: dict) -> params.Model:
     known = numbers or list(PUBLISHED.get(named[1] if named else "", ()))
     stated = {key: int(value) for key, value in re.findall(r"(\w+)=(\d+)", factory)} | config
     keys = ("embed_dim", "depth", "num_heads")
-    encoder = params.Tower(*(stated.get(key) or known[i] for i, key in enumerate(keys)))
+    encoder = params.TransformerSize(*(stated.get(key) or known[i] for i, key in enumerate(keys)))
     decoder = encoder
     if "decoder_embed_dim" in stated or len(known) == 6:
-        decoder = params.Tower(*(stated.get(f"decoder_{key}") or known[3 + i] for i, key in enumerate(keys)))
+        decoder = params.TransformerSize(*(stated.get(f"decoder_{key}") or known[3 + i] for i, key in enumerate(keys)))
     return params.Model("golden", stated["img_size"], stated.get("patch_size") or int(named[2]), encoder, decoder)
 
 
@@ -67,7 +67,7 @@ class Masked:
         names = list(case.shapes) or list(case.arrays["param_names"])
         self.prompting = any(".attn.kv." in name for name in names)
         self.clip = self.config.get("use_clip", True)
-        recipe = params.Recipe("clip" if self.clip else "pixels", "prompt" if self.prompting else "mae", "random")
+        recipe = params.AblationRow("clip" if self.clip else "pixels", "prompt" if self.prompting else "mae", "random")
         self.model = pretraining.MaskedPretraining(self.size, recipe, self.config["mask_ratio"], self.feature_dim)
         fill(self.model, case)
 
@@ -148,7 +148,7 @@ def clip_tower(case: Case) -> dict:
     state = {name: case.weight(name, shape) for name, shape in case.shapes.items()}
     state |= {name: torch.tensor(value) for name, value in case.entry.get("extra_int_keys", {}).items()}
     tower = ClipTower(empty_clip(case.config).visual).eval()
-    released.load_state(tower, released.image_state(state), Path(case.name))
+    released.load(tower, released.image_state(state), Path(case.name))
     last, seen = tower.visual.transformer.resblocks[-1], []
     last.ln_1.register_forward_hook(lambda *module_inputs_and_output: seen.append(module_inputs_and_output[-1]))
     side = case.config["image"]

@@ -24,7 +24,7 @@ def count(what: str, differing: Iterable[str], of: int) -> tuple:
 
 
 def tiny(depth: int, decoder_depth: int = 1) -> params.Model:
-    return params.Model("golden", 4, 2, params.Tower(TINY, depth, 1), params.Tower(TINY, decoder_depth, 1))
+    return params.Model("golden", 4, 2, params.TransformerSize(TINY, depth, 1), params.TransformerSize(TINY, decoder_depth, 1))
 
 
 def blocks(names: Iterable[str], beginning: str) -> int:
@@ -76,7 +76,7 @@ def decay_lists(content: dict) -> Rows:
         every = [parameter for names in lists.values() for parameter in names]
         kind = "prompt" if any(".attn.kv." in parameter for parameter in every) else "mae"
         size = tiny(blocks(every, "blocks."), blocks(every, "decoder_blocks."))
-        model = pretraining.MaskedPretraining(size, params.Recipe("clip", kind, "random"), 0.5, TINY)
+        model = pretraining.MaskedPretraining(size, params.AblationRow("clip", kind, "random"), 0.5, TINY)
         for key, ours in grouped(model).items():
             yield count(f"{name}: {key}", ours ^ set(lists[key]), len(lists[key]))
 

@@ -30,7 +30,7 @@ from tests.golden_transforms import differ, eraser
 
 CONF = Path(__file__).parents[1] / "conf"
 CLASSES = 1000
-TINY = params.Model("golden", 8, 4, params.Tower(16, 3, 2), params.Tower(12, 2, 2))
+TINY = params.Model("golden", 8, 4, params.TransformerSize(16, 3, 2), params.TransformerSize(12, 2, 2))
 
 
 def composed(scale: str) -> params.Params:
@@ -165,7 +165,7 @@ def behaviours(p: params.Params) -> dict[str, Callable]:
 
 def masked_model(target: str = "clip", decoder: str = "prompt") -> pretraining.MaskedPretraining:
     torch.manual_seed(0)
-    return pretraining.MaskedPretraining(TINY, params.Recipe(target, decoder, "random"), 0.5, 10)
+    return pretraining.MaskedPretraining(TINY, params.AblationRow(target, decoder, "random"), 0.5, 10)
 
 
 def classifier(p: params.Params):
@@ -249,7 +249,7 @@ def probe_is_plain() -> bool:
 def initialised_as_stated() -> bool:
     """Largest weight of every linear just within Xavier's bound, by the shape of the matrix as it is stored."""
     torch.manual_seed(0)
-    size = params.Model("golden", 16, 8, params.Tower(96, 2, 2), params.Tower(64, 2, 2))
+    size = params.Model("golden", 16, 8, params.TransformerSize(96, 2, 2), params.TransformerSize(64, 2, 2))
     encoder, decoder = Encoder(size).vit, DECODERS["prompt"](96, 64, 2, 2, size.grid, 32)
     projection = encoder.patch_embed.proj
     modules = [*encoder.modules(), *decoder.modules()]
@@ -316,7 +316,7 @@ ELSEWHERE = {
     "linprobe.backbone_mode": "frozen and free of dropout: train and eval mode are one",
     "linprobe.feature": "proved by case F",
     "loss.teacher_features": "proved by case D",
-    "masking.draw": "proved by case A, keep_prob_mc, and tests/test_masking.py",
+    "masking.draw": "proved by case A, keep_prob_mc, and tests/method/test_masking.py",
     "masking.importance": "proved by case D",
     "pretrain.amp": "differs knowingly: compute.precision, bf16 as shipped, fp16 on request",
     "pretrain.lr_granularity": "per optimizer step from its fractional epoch: cases G and H",

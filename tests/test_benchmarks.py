@@ -11,10 +11,10 @@ from benchmarks import __main__ as everything
 from benchmarks import bank, cost, kernels, loader, measure, plain, scaling, step, teacher
 from milan.method import masking
 from milan.method.model import MaskedPretraining
-from milan.params import Model, Tower
+from milan.params import Model, TransformerSize
 from tests.conftest import ROOT
 
-SMALL = Model("small", 32, 8, Tower(24, 2, 3), Tower(16, 2, 2))
+SMALL = Model("small", 32, 8, TransformerSize(24, 2, 3), TransformerSize(16, 2, 2))
 FEATURES = 12
 
 

@@ -34,7 +34,7 @@ from milan.ingest import archives, labels, packing
 from milan.ingest.archives import File
 from milan.method import target_bank
 from milan.method.encoder import build_vit
-from milan.params import Model, Params, TinyClip, Tower, read_params
+from milan.params import Model, Params, TinyClip, TransformerSize, read_params
 from milan.report import provenance, results, table
 from milan.serve import classify
 from milan.teacher import clip, frozen
@@ -204,7 +204,7 @@ def test_banks(tmp_path):
     campaign("a bank's index", changes(about), lambda tree: attempt(saved(tmp_path / "bank.json", tree)))
 
 
-MODEL = Model("tiny", 16, 8, Tower(16, 1, 2), Tower(16, 1, 2))
+MODEL = Model("tiny", 16, 8, TransformerSize(16, 1, 2), TransformerSize(16, 1, 2))
 SMALL = st.recursive(  # no sizes that are valid and take all memory
     st.none() | st.booleans() | st.integers(-3, 70) | st.floats(-2, 2) | st.text(max_size=4),
     lambda some: st.lists(some, max_size=3) | st.dictionaries(st.text(max_size=4), some, max_size=3),
@@ -230,7 +230,7 @@ def test_teachers(tmp_path, committed_tree):
 
 def test_classifiers(tmp_path):
     vit = build_vit(MODEL, num_classes=3, global_pool="avg")
-    save_classifier(tmp_path, vit, About(MODEL, "mean", 16, ["a", "b", "c"]), "f")
+    save_classifier(tmp_path, vit, About(MODEL, "mean", 16, ["a", "b", "c"]))
     about = json.loads((tmp_path / "classifier.json").read_text())
 
     def attempt(tree) -> None:

@@ -90,7 +90,7 @@ def test_real_models_count_the_same():
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         features, importance = teacher(images)
     assert found["teacher"] == counter.get_total_flops()
-    model = MaskedPretraining(p.model, p.pretrain.recipes["milan"], 0.75, teacher.feature_dim)
+    model = MaskedPretraining(p.model, p.pretrain.ablation["milan"], 0.75, teacher.feature_dim)
     with FlopCounterMode(display=False) as counter:
         model(images, torch.randn(1, 36), features, importance)
     assert pretrain.trained_flops == counter.get_total_flops() == pytest.approx(found["encoder"] + found["decoder"])
@@ -123,7 +123,7 @@ def test_the_command(words, said, monkeypatch, capsys):
 
 
 def test_a_recipe_that_pretrains_nothing_is_planned(tree):
-    change(tree, "pretrain.recipes", {"scratch": {"target": "none", "decoder": "none", "masking": "none"}})
+    change(tree, "pretrain.ablation", {"scratch": {"target": "none", "decoder": "none", "masking": "none"}})
     tree["variants"] = ["scratch"]
     said = plan.plan(build(Params, tree, "params.yaml"), 1e12, "given")
     assert "linear_eval" in said and "pretrain" not in said

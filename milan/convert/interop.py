@@ -29,7 +29,7 @@ from milan.core.errors import UserError
 from milan.core.files import write_whole
 from milan.method.decoder import DECODERS
 from milan.method.encoder import build_vit
-from milan.params import Model, Tower
+from milan.params import Model, TransformerSize
 from milan.training import foreign, weights
 
 CLIP_INTEGERS = ("input_resolution", "context_length", "vocab_size")
@@ -110,16 +110,7 @@ def need_vit(state: State, dimensions: dict[str, int], path: str | Path) -> None
 
 def check(state: State, expected: dict[str, torch.Size], where: str | Path) -> None:
     """Refuse a state dict with missing, unexpected or misshapen keys, naming each."""
-    missing = [name for name in expected if name not in state]
-    unexpected = [name for name in state if name not in expected]
-    misshapen = [
-        f"{name} is {list(state[name].shape)}, not {list(shape)}"
-        for name, shape in expected.items()
-        if name in state and state[name].shape != shape
-    ]
-    lists = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
-    if any(lists.values()):
-        found = "; ".join(f"{word}: {', '.join(names)}" for word, names in lists.items() if names)
+    if found := weights.misfits(state, expected):
         raise UserError(f"{where} does not fit the model. {found}. Give a checkpoint of this size, or set `model` to its size.")
 
 
@@ -129,7 +120,7 @@ def check_whole(encoder: State, decoder: State, path: str | Path, decoder_path: 
     (_, rows, width), (*_, patch) = encoder["pos_embed"].shape, encoder["patch_embed.proj.weight"].shape
     grid = math.isqrt(max(rows - 1, 1))
     try:
-        tower = Tower(width, depth(encoder, "blocks."), 1)
+        tower = TransformerSize(width, depth(encoder, "blocks."), 1)
         check(encoder, encoder_shapes(Model("checkpoint", grid * patch, patch, tower, tower)), path)
         if decoder:
             check(decoder, decoder_shapes(decoder, width, grid), decoder_path)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from milan.core.errors import UserError
-from milan.core.files import fingerprint
+from milan.core.files import json_digest
 
 PACKAGES = ("milan", "stages")
 
@@ -17,7 +17,7 @@ def code_digest() -> str:
     root = Path(__file__).resolve().parents[2]
     files = {Path(m.__file__) for m in list(sys.modules.values()) if getattr(m, "__file__", None)}
     ours = closure(*(path for path in files if any(path.is_relative_to(root / package) for package in PACKAGES)))
-    return fingerprint([path.read_text() for path in sorted(ours)])
+    return json_digest([path.read_text() for path in sorted(ours)])
 
 
 def closure(*files: Path) -> set[Path]:

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and fingerprints of what a result was made from."""
+"""Files that are written whole or not at all, and digests of what a result was made from."""
 
 import contextlib
 import errno
@@ -27,7 +27,7 @@ REFUSED = (  # by the file system, for what the user can mend
 )
 
 
-def fingerprint(*parts) -> str:
+def json_digest(*parts) -> str:
     """16 hex digits of anything JSON can say (dataclasses are spelled by repr)."""
     text = json.dumps(parts, sort_keys=True, default=repr)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -137,13 +137,13 @@ def read_json(path: Path, **keys: type) -> dict:
 
 def write_checked(path: Path, entries: dict) -> None:
     """JSON that carries its own digest."""
-    write_json(path, {**entries, "digest": fingerprint(entries)})
+    write_json(path, {**entries, "digest": json_digest(entries)})
 
 
 def read_checked(path: Path, **keys: type) -> dict:
     """What write_checked was given. Raises UserError, as read_json does, and when a byte has changed since."""
     found = read_json(path, **keys)
-    if found.pop("digest", None) != fingerprint(found):
+    if found.pop("digest", None) != json_digest(found):
         raise damaged(path, OTHER_DIGEST)
     return found
 
@@ -158,14 +158,14 @@ def damaged(path: Path, fault: str) -> UserError:
 
 
 @contextlib.contextmanager
-def whole_folder(target: Path, fingerprint: str) -> Iterator[Path]:
+def whole_folder(target: Path, digest: str) -> Iterator[Path]:
     """A folder to fill that becomes `target` in one step at the end. What an interrupted run with the same
-    fingerprint left in it is still there, to be continued. Raises UserError, before any work, where no folder can be."""
+    digest left in it is still there, to be continued. Raises UserError, before any work, where no folder can be."""
     if target.name in ("", "..") or target.is_symlink() or (target.exists() and not target.is_dir()):
         raise UserError(
             f"{target} cannot be replaced by a folder of results: give the path of a folder of its own, or remove it."
         )
-    folder = target.with_name(f".{target.name}.part-{fingerprint}")
+    folder = target.with_name(f".{target.name}.part-{digest}")
     for other in target.parent.glob(f".{target.name}.part-*"):
         if other != folder:
             shutil.rmtree(other)

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from milan.core.errors import UserError
-from milan.core.files import OTHER_DIGEST, damaged, file_digest, fingerprint, read_checked, whole_file, write_checked
+from milan.core.files import OTHER_DIGEST, damaged, file_digest, json_digest, read_checked, whole_file, write_checked
 
 SCHEMA = {"image": pa.large_binary(), "name": pa.string(), "label": pa.int32(), "caption": pa.string(), "mask": pa.large_binary()}
 KINDS = {**SCHEMA, "crc": pa.uint32()}
@@ -49,7 +49,7 @@ def opened(path: Path) -> pa.Table:
 def index_digest(table: pa.Table) -> str:
     """Digest of all that is small: names, labels, captions, and of images and masks the CRC-32 and whether they are there."""
     small = {name: column.is_valid() if name in HEAVY else column for name, column in zip(table.column_names, table.columns)}
-    return fingerprint({name: column.to_pylist() for name, column in small.items()})
+    return json_digest({name: column.to_pylist() for name, column in small.items()})
 
 
 def chunks(items: Iterable, size: int) -> Iterator[list]:
@@ -177,7 +177,7 @@ class Records:
             "name": f"{self.folder.name} {self.split}",
             "context": "validation" if self.split == "val" else "training",
             "path": str(self.folder),
-            "digest": fingerprint([shard.get("sha256") for shard in self.shards]),
+            "digest": json_digest([shard.get("sha256") for shard in self.shards]),
             "images": len(self),
             "classes": self.manifest.get("classes", []),
             "columns": {field.name: str(field.type) for field in schema if field.name in SCHEMA},

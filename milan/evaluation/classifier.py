@@ -10,12 +10,11 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from milan.core.errors import UserError
 from milan.core.files import read_json, write_json
 from milan.core.typed import build, choice
 from milan.method.encoder import build_vit
 from milan.params import Finetune, Model
-from milan.training.weights import load_weights, save_weights
+from milan.training.weights import OTHER_MODEL, load_state, load_weights, save_weights
 
 POOLS = {"mean": "avg", "cls": "token"}
 
@@ -24,12 +23,8 @@ def build_classifier(model: Model, finetune: Finetune, classes: int, encoder: di
     """timm's ViT on the pretrained encoder, all of it trainable, positions included. With mean pooling a new norm
     follows the pool and the encoder's final one is not used (models_vit.py, global_pool). Head N(0, 0.02)."""
     vit = build_vit(model, num_classes=classes, global_pool=POOLS[finetune.pooling], drop_path_rate=finetune.drop_path)
-    fresh = {"head.weight", "head.bias", "fc_norm.weight", "fc_norm.bias"}
-    wanted = {name: tensor.shape for name, tensor in vit.state_dict().items() if name not in fresh}
-    if wrong := sorted(name for name, shape in wanted.items() if name not in encoder or encoder[name].shape != shape):
-        words = "Was it made with another model section of params.yaml?"
-        raise UserError(f"The encoder lacks, or has of another shape: {', '.join(wrong)}. {words}")
-    vit.load_state_dict({name: tensor for name, tensor in encoder.items() if name in wanted}, strict=False)
+    unused = ("norm.",) if finetune.pooling == "mean" else ()
+    load_state(vit, encoder, "The encoder", OTHER_MODEL, new=("head.", "fc_norm."), unused=unused)
     nn.init.trunc_normal_(vit.head.weight, std=0.02)
     nn.init.zeros_(vit.head.bias)
     return vit
@@ -45,8 +40,8 @@ class About:
     classes: list[str]
 
 
-def save_classifier(folder: Path, vit: VisionTransformer, about: About, fingerprint: str) -> None:
-    save_weights(folder / "classifier.safetensors", vit.state_dict(), fingerprint=fingerprint, classes=len(about.classes))
+def save_classifier(folder: Path, vit: VisionTransformer, about: About) -> None:
+    save_weights(folder / "classifier.safetensors", vit.state_dict(), classes=len(about.classes))
     write_json(folder / "classifier.json", dataclasses.asdict(about))
 
 
@@ -55,11 +50,8 @@ def load_classifier(folder: Path) -> tuple[VisionTransformer, About]:
     path = folder / "classifier.json"
     about = build(About, read_json(path, model=dict), str(path))
     vit = build_vit(about.model, num_classes=len(about.classes), global_pool=POOLS[about.pooling])
-    weights = load_weights(folder / "classifier.safetensors")
-    try:
-        vit.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UserError(f"{folder}: weights and classifier.json do not fit each other ({error}).") from None
+    path = folder / "classifier.safetensors"
+    load_state(vit, load_weights(path), path, "classifier.json beside it tells of another model: export the classifier again.")
     return vit, about
 
 

@@ -31,7 +31,7 @@ def accuracies(p: Params, variant: str, seed: int, weights: Path, teacher: Path,
     CLIP features or came without its decoder, and for a teacher without text.
 
     Masks are random whatever the variant's own, so that all see alike and no teacher is asked: a function of (seed, index)."""
-    text, recipe = read_class_text(teacher), p.pretrain.recipes[variant]
+    text, recipe = read_class_text(teacher), p.pretrain.ablation[variant]
     if text is None or recipe.target != "clip" or not (weights / "decoder.safetensors").exists():
         return {}
     model = load_pretrained(weights, p.model, recipe, p.pretrain.mask_ratio, text.embeddings.shape[1]).to(device).eval()

@@ -17,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 
 from milan.core.code import code_digest
 from milan.core.errors import UserError
-from milan.core.files import fingerprint, read_json, write_json
+from milan.core.files import json_digest, read_json, write_json
 from milan.core.parallel import ordered
 from milan.core.progress import track
 from milan.data import records
@@ -100,7 +100,7 @@ class Packing:
 
     def key(self, items: list[dict]) -> str:
         said = [{name: value.identity() if name in PLACES else value for name, value in item.items()} for item in items]
-        return fingerprint(self.code, self.short_side, self.classes, said)
+        return json_digest(self.code, self.short_side, self.classes, said)
 
 
 class Broken(Exception):

@@ -8,14 +8,14 @@ from torch import Tensor, nn
 from milan.method import masking
 from milan.method.decoder import DECODERS
 from milan.method.encoder import Encoder, patchify
-from milan.params import Model, Recipe
+from milan.params import AblationRow, Model
 from milan.training.weights import load_into
 
 
 class MaskedPretraining(nn.Module):
-    """MILAN and its ablations: which target, which decoder and which masking is data (a Recipe)."""
+    """MILAN and its ablations: which target, which decoder and which masking is data (an AblationRow)."""
 
-    def __init__(self, model: Model, recipe: Recipe, mask_ratio: float, feature_dim: int | None):
+    def __init__(self, model: Model, recipe: AblationRow, mask_ratio: float, feature_dim: int | None):
         """feature_dim: width of the teacher's features; None for pixel targets."""
         super().__init__()
         self.recipe, self.patch_size, self.n_patches = recipe, model.patch_size, model.n_patches
@@ -48,7 +48,7 @@ class MaskedPretraining(nn.Module):
         return (patches - mean) / (variance + 1e-6).sqrt()
 
 
-def load_pretrained(folder: Path, model: Model, recipe: Recipe, mask_ratio: float, feature_dim: int) -> MaskedPretraining:
+def load_pretrained(folder: Path, model: Model, recipe: AblationRow, mask_ratio: float, feature_dim: int) -> MaskedPretraining:
     """Encoder and decoder as the pretrain stage left them in its folder."""
     found = MaskedPretraining(model, recipe, mask_ratio, feature_dim)
     load_into(found.encoder.vit, folder / "encoder.safetensors")

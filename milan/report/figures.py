@@ -1,4 +1,4 @@
-"""What the notebooks share: where results lie, the probe images, the trained models, and grids of small pictures."""
+"""What the notebooks share: where results lie, the figure images, the trained models, and grids of small pictures."""
 
 import json
 import os
@@ -22,7 +22,8 @@ from milan.method.model import MaskedPretraining, in_image_order, load_pretraine
 from milan.params import Params, read_params
 from milan.report import plots
 from milan.report.plots import plt
-from milan.segmentation import miou, scenes, segmenter
+from milan.segmentation import miou, segmenter
+from milan.segmentation.scenes import resize_scene, scene
 from milan.training import distributed
 from milan.training.weights import load_into, load_weights
 
@@ -70,7 +71,7 @@ class Project:
     @property
     def student(self) -> str | None:
         """The variant whose predictions are CLIP features: MILAN, or the last other one."""
-        found = [v for v in self.params.variants if self.params.pretrain.recipes[v].target == "clip"]
+        found = [v for v in self.params.variants if self.params.pretrain.ablation[v].target == "clip"]
         return ("milan" if "milan" in found else found[-1]) if found and not self.params.pretrain.weights else None
 
     def encoder(self, variant: str) -> Encoder:
@@ -79,7 +80,7 @@ class Project:
     def pretrained(self, variant: str, feature_dim: int) -> MaskedPretraining:
         """Encoder and decoder as pretraining left them."""
         p, folder = self.params, self.weights("pretrain", variant, "decoder").parent
-        model = load_pretrained(folder, p.model, p.pretrain.recipes[variant], p.pretrain.mask_ratio, feature_dim)
+        model = load_pretrained(folder, p.model, p.pretrain.ablation[variant], p.pretrain.mask_ratio, feature_dim)
         return model.to(self.device).eval()
 
     def trained_segmenter(self, variant: str, classes: int) -> segmenter.Segmenter:
@@ -91,7 +92,7 @@ class Project:
 
 
 @dataclass
-class Probe:
+class FigureImages:
     """The fixed validation images that the figures look at, with what the teacher made of them."""
 
     images: Tensor  # uint8 (n, 3, S, S)
@@ -102,10 +103,10 @@ class Probe:
     classes: list[str]
 
     @classmethod
-    def read(cls, project: Project, most: int = 256) -> "Probe":
+    def read(cls, project: Project, most: int = 256) -> "FigureImages":
         if project.params.no_teacher:
             raise UserError("This figure needs the teacher, and with pretrain.weights and a released teacher none is fetched.")
-        found = load_weights(project.path("targets", "probe.safetensors"))
+        found = load_weights(project.path("targets", "figure_images.safetensors"))
         chosen = spread(len(found["index"]), most)
         val = Records(project.path("imagenet"), "val")
         records = [val[i] for i in found["index"][chosen].tolist()]
@@ -194,7 +195,7 @@ def segment(project: Project, variant: str, scenes: list[tuple[Tensor, Tensor]],
     for _, alike in groupby(scenes, key=lambda scene: scene[0].shape):
         for some in chunks(alike, 50):
             images = torch.stack(
-                [scenes.resize_scene(image, None, project.params.segment.resize, 1.0)[0] for image, _ in some]
+                [resize_scene(image, None, project.params.segment.resize, 1.0)[0] for image, _ in some]
             )
             with distributed.autocast(precision, project.device):
                 logits = scene_logits(project, model, transforms.normalise(images.to(project.device)), classes)
@@ -217,7 +218,7 @@ def scenes_to_judge(project: Project, val: Records) -> list[tuple[Tensor, Tensor
     """(image, labels) of all validation scenes, or of as many as this machine can segment in a short while."""
     each = project.params.segment.crop_size**2
     most = SCENES if project.device.type == "cuda" else min(SCENES, max(8, PIXELS_ON_CPU // each))
-    return [scenes.scene(val[i], len(val.manifest["classes"])) for i in spread(len(val), most).tolist()]
+    return [scene(val[i], len(val.manifest["classes"])) for i in spread(len(val), most).tolist()]
 
 
 def class_iou(predicted: list[Tensor], scenes: list[tuple[Tensor, Tensor]], classes: int) -> list[float]:

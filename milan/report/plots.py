@@ -158,7 +158,7 @@ def draw_curves(axis: Axes, lines: dict[str, list[pd.DataFrame]], variants: list
 
 
 def read_curves(folder: Path, p: Params, targets: tuple[str, ...]) -> dict[str, list[pd.DataFrame]]:
-    shown = [v for v in p.variants if p.pretrain.recipes[v].target in targets]
+    shown = [v for v in p.variants if p.pretrain.ablation[v].target in targets]
     return {v: [read_curve(folder / f"{v}-{seed}.csv") for seed in p.seeds] for v in shown}
 
 

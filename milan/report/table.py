@@ -146,7 +146,7 @@ def our_rows(r: Results, link: Callable[[str, str], str]) -> list[dict[str, str]
 
 
 def our_row(r: Results, variant: str, link: Callable[[str, str], str]) -> dict[str, str]:
-    p, trained = r.params, r.params.pretrain.recipes[variant].target != "none"
+    p, trained = r.params, r.params.pretrain.ablation[variant].target != "none"
     own = trained and not p.pretrain.weights
 
     def links(path: str) -> str:

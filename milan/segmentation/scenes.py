@@ -10,7 +10,6 @@ from torchvision.transforms.v2 import functional as F
 
 from milan.data import seeding, transforms
 from milan.data.records import Records
-from milan.segmentation import scenes
 from milan.segmentation.miou import reduce_zero_label
 
 
@@ -18,7 +17,7 @@ class SceneSamples(Dataset):
     """One training view of one scene: item (epoch, index) -> {"image" uint8 (3, C, C), "label" uint8 (C, C)}."""
 
     def __init__(self, records: Records, seed: int, classes: int, **crop):
-        """crop: the keyword arguments of scenes.scene_crop."""
+        """crop: the keyword arguments of scene_crop."""
         self.records, self.seed, self.classes, self.crop = records, seed, classes, crop
 
     def __len__(self) -> int:
@@ -28,7 +27,7 @@ class SceneSamples(Dataset):
         epoch, index = key
         image, labels = scene(self.records[index], self.classes)
         seeding.seed_globals(self.seed, "scene", epoch, index)
-        image, labels = scenes.scene_crop(image, labels, **self.crop)
+        image, labels = scene_crop(image, labels, **self.crop)
         return {"image": image, "label": labels}
 
 

@@ -18,6 +18,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from milan.method.pos_embed import interpolate_pos_embed
+from milan.training.weights import OTHER_MODEL, load_state
 
 Norm = type[nn.SyncBatchNorm] | type[nn.BatchNorm2d]
 NORMS: dict[str, Norm] = {"sync": nn.SyncBatchNorm, "batch": nn.BatchNorm2d}
@@ -235,33 +236,16 @@ def encoder_layer_ids(segmenter: Segmenter) -> dict[str, int]:
     return {name: layer_id(name) for name, _ in segmenter.named_parameters()}
 
 
-def load_encoder(segmenter: Segmenter, state_dict: Mapping[str, Tensor], unused: Sequence[str] = ("norm.",)) -> None:
-    """Load a pretrained encoder in timm's layout, its position embedding brought to the crop.
+def load_encoder(segmenter: Segmenter, state_dict: Mapping[str, Tensor], unused: tuple[str, ...] = ("norm.",)) -> None:
+    """Load a pretrained encoder in timm's layout, its position embedding interpolated to the crop's grid.
 
-    Keys that begin with one of unused are passed over: the final norm has no place here (add
-    "head." and "fc_norm." for a fine-tuned classifier). Layer scale and relative position bias
-    keep their initial values when the encoder has none. Any other difference is a ValueError
-    that names the keys, and nothing is loaded.
-    """
-    target = segmenter.backbone.state_dict()
-    given = {key: value for key, value in state_dict.items() if not key.startswith(tuple(unused))}
-    if "pos_embed" in given:
-        grid = segmenter.backbone.patch_embed.grid_size[0]
-        given["pos_embed"] = interpolate_pos_embed(given["pos_embed"], grid)
-    required = [key for key in target if not any(new in key for new in (".rel_pos.", ".ls"))]
-    problems = {
-        "missing": [key for key in required if key not in given],
-        "unexpected": [key for key in given if key not in target],
-        "misshapen": [
-            f"{key} {tuple(value.shape)} for {tuple(target[key].shape)}"
-            for key, value in given.items()
-            if key in target and value.shape != target[key].shape
-        ],
-    }
-    if any(problems.values()):
-        lists = [f"{kind}: {', '.join(keys)}" for kind, keys in problems.items() if keys]
-        raise ValueError("the encoder does not fit the segmenter; " + "; ".join(lists))
-    segmenter.backbone.load_state_dict(target | given)
+    Keys that begin with one of `unused` are passed over: the final norm has no place here (add "head." and "fc_norm." for a
+    fine-tuned classifier). Layer scale and relative position bias keep their initial values when the encoder has none.
+    Raises UserError naming the keys of any other difference; then nothing is loaded."""
+    state = dict(state_dict)
+    if "pos_embed" in state:
+        state["pos_embed"] = interpolate_pos_embed(state["pos_embed"], segmenter.backbone.patch_embed.grid_size[0])
+    load_state(segmenter.backbone, state, "The encoder", OTHER_MODEL, new=(".rel_pos.", ".ls"), unused=unused)
 
 
 @torch.no_grad()

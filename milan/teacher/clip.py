@@ -20,9 +20,10 @@ from milan.core.progress import track
 from milan.params import Model, TinyClip
 from milan.teacher.class_text import Wording
 from milan.training.distributed import DTYPES
-from milan.training.weights import load_weights, save_weights
+from milan.training.weights import load_state, load_weights, save_weights
 
 NO_TEXT = CLIPTextCfg(context_length=1, vocab_size=1, width=1, heads=1, layers=1)
+OTHER_TEACHER = "teacher.json beside it tells of another model: delete the folder and run `dvc repro`, which makes it anew."
 NO_VISION = CLIPVisionCfg(layers=1, width=1, head_width=1, patch_size=1, image_size=1)
 
 
@@ -224,7 +225,7 @@ def load_teacher(folder: Path) -> tuple[CLIP, Tokenizer, dict]:
     with misfits_said(folder):
         tokenizer = Tokenizer(config["tiny"]["context_length"], config["token_ids"])
         model = build_tiny(TinyClip(**config["tiny"]), config["image_size"], config["patch_size"], len(tokenizer))
-        model.load_state_dict(weights)
+    load_state(model, weights, Path(folder) / "teacher.safetensors", OTHER_TEACHER)
     return model.eval().requires_grad_(False), tokenizer, config
 
 

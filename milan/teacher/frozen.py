@@ -15,9 +15,18 @@ from torch import Tensor, nn
 from milan.core.errors import UserError
 from milan.data import transforms
 from milan.params import Compute, TinyClip
-from milan.teacher.clip import ClipTower, Tower, build_tiny, build_visual, mean_attention, misfits_said, read_config
+from milan.teacher.clip import (
+    OTHER_TEACHER,
+    ClipTower,
+    Tower,
+    build_tiny,
+    build_visual,
+    mean_attention,
+    misfits_said,
+    read_config,
+)
 from milan.training.distributed import autocast, resolve_precision
-from milan.training.weights import load_weights
+from milan.training.weights import load_state, load_weights
 
 
 class TimmTower(Tower):
@@ -78,7 +87,8 @@ def load_tower(folder: Path, compute: Compute, device: torch.device) -> Tower:
     config, weights = read_config(folder), load_weights(Path(folder) / "teacher.safetensors")
     with misfits_said(folder):
         tower = build_tower(config)
-        tower.load_state_dict({name: tensor for name, tensor in weights.items() if name.startswith("visual.")})
+    image_tower = {name: tensor for name, tensor in weights.items() if name.startswith("visual.")}
+    load_state(tower, image_tower, folder / "teacher.safetensors", OTHER_TEACHER)
     return tower.eval().requires_grad_(False).to(device).lowered(resolve_precision(compute, device))
 
 

@@ -29,6 +29,7 @@ from milan.teacher.class_text import Wording, save_class_text
 from milan.teacher.clip import Tokenizer, build_text, embed_classes, save_teacher
 from milan.teacher.frozen import Tower, build_tower
 from milan.training.foreign import check_weights, is_torchscript, read_foreign, require_file
+from milan.training.weights import load_state
 
 State = dict[str, Tensor]
 TEXT_SIZES = {"context_length", "vocab_size", "width", "heads", "layers"}  # all that OpenAI's text towers differ in
@@ -54,7 +55,7 @@ def fetch_teacher(source: Pretrained, folder: Path, wording: Wording | None = No
         tower = build_tower(config)
     print(f"teacher: {path}", flush=True)
     state = read_state(path, named=bool(source.sha256))
-    load_state(tower, timm_state(state, tower, path) if source.library == "timm" else image_state(state), path)
+    load(tower, timm_state(state, tower, path) if source.library == "timm" else image_state(state), path)
     save_teacher(folder, tower, config)
     text = text_tower(source, state, path, wording) if wording else None
     if text:
@@ -74,7 +75,7 @@ def text_tower(source: Pretrained, state: State, path: Path, wording: Wording) -
         given = {name: state[name] for name in model.state_dict() if name in state}
         check_weights(given, path)
         short = {name: t[:length] if name == "positional_embedding" and t.ndim else t for name, t in given.items()}
-        load_state(model, short, path)
+        load(model, short, path)
     except UserError as error:  # an image tower is all that a teacher needs
         print(f"No zero-shot accuracies and no text heat maps with this teacher: {error}", flush=True)
         return None
@@ -259,21 +260,8 @@ def timm_state(state: State, tower: Tower, path: Path) -> State:
     return {f"visual.{name}": tensor for name, tensor in state.items() if not name.startswith(("head.", "head_dist."))}
 
 
-def load_state(model: nn.Module, state: State, path: Path) -> None:
-    """Load, or refuse with the exact list of missing, unexpected and misshapen keys."""
-    wanted = model.state_dict()
+def load(model: nn.Module, state: State, path: Path) -> None:
+    """Load a release's weights as float32. Raises UserError where they do not fit or hold anything but finite numbers."""
     state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-    found = {
-        "missing": sorted(wanted.keys() - state.keys()),
-        "unexpected": sorted(state.keys() - wanted.keys()),
-        "misshapen": [
-            f"{name} is {list(state[name].shape)}, not {list(tensor.shape)}"
-            for name, tensor in wanted.items()
-            if name in state and state[name].shape != tensor.shape
-        ],
-    }
-    if any(found.values()):
-        lists = "; ".join(f"{word}: {', '.join(names)}" for word, names in found.items() if names)
-        raise UserError(f"{path} does not fit teacher.pretrained.model. {lists}.")
     check_weights(state, path)
-    model.load_state_dict(state, assign=True)  # the model may be without values
+    load_state(model, state, path, "Name the model of these weights as teacher.pretrained.model.")

@@ -92,7 +92,7 @@ def unlogged(point: dict) -> None:
 
 
 @dataclass(frozen=True)
-class Run:
+class FitSettings:
     """What a training run is given besides its model and data."""
 
     name: str
@@ -107,7 +107,7 @@ class Run:
 
 
 def fit(
-    model: nn.Module, dataset: Dataset, optimizer: torch.optim.Optimizer, run: Run, to_inputs: Callable[[dict], tuple]
+    model: nn.Module, dataset: Dataset, optimizer: torch.optim.Optimizer, run: FitSettings, to_inputs: Callable[[dict], tuple]
 ) -> list[dict]:
     """Train model, whose forward(*to_inputs(batch)) is the loss, and return the curve: a point every few steps
     {"step", "epoch", "loss", "lr"}. Continues from run.scratch when it holds a state.
@@ -117,7 +117,7 @@ def fit(
 
 
 class Loop:
-    def __init__(self, model, dataset, optimizer, run: Run, to_inputs):
+    def __init__(self, model, dataset, optimizer, run: FitSettings, to_inputs):
         self.model, self.optimizer, self.run, self.to_inputs = model, optimizer, run, to_inputs
         self.device = next(model.parameters()).device
         self.precision = distributed.resolve_precision(run.compute, self.device)

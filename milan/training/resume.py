@@ -11,7 +11,7 @@ import torch
 
 from milan.core.code import code_digest
 from milan.core.errors import UserError
-from milan.core.files import SCRATCH, fingerprint, write_whole
+from milan.core.files import SCRATCH, json_digest, write_whole
 
 
 class Scratch:
@@ -19,7 +19,7 @@ class Scratch:
 
     def __init__(self, name: str, recipe: str):
         """name: the stage's; recipe: its fingerprint. Edited code does not continue an older run's state."""
-        self.folder = SCRATCH / f"{name}-{fingerprint(recipe, code_digest())}"
+        self.folder = SCRATCH / f"{name}-{json_digest(recipe, code_digest())}"
 
     def saves(self) -> list[Path]:
         return sorted(self.folder.glob("state-*.pt"), reverse=True)

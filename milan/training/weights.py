@@ -1,11 +1,8 @@
-"""Weights as safetensors, those of strangers' files, and the resumable state of a training run.
-
-The state lives outside DVC's outs, in .scratch/<stage>-<fingerprint>/: DVC deletes outs before a run. A killed
-run with the same fingerprint continues from it and ends in the same bytes; another recipe starts afresh.
-"""
+"""Weights as safetensors with a digest of their values, and the one function that loads a state dict into a model."""
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -16,6 +13,8 @@ from torch import nn
 
 from milan.core.errors import UserError
 from milan.core.files import OTHER_DIGEST, damaged, write_whole
+
+OTHER_MODEL = "Were the pretrained weights made with another model section of params.yaml?"
 
 
 def save_weights(path: Path, weights: dict[str, torch.Tensor], **about: str | int) -> None:
@@ -53,12 +52,46 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def load_into(module: nn.Module, path: Path) -> None:
-    """Give a model of the recipe's sizes the weights that a stage wrote. Raises UserError when they are of other sizes."""
-    weights = load_weights(path)
-    try:
-        module.load_state_dict(weights)
-    except RuntimeError as error:
-        why = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"{path} was made by another recipe than params.yaml ({why}). Run `dvc repro`, which makes it anew."
-        ) from None
+    """Load the weights that a stage wrote into a model of the recipe's sizes. Raises UserError where they do not fit."""
+    advice = "It was made by another recipe than params.yaml: run `dvc repro`, which makes it anew."
+    load_state(module, load_weights(path), path, advice)
+
+
+def load_state(
+    module: nn.Module,
+    state: Mapping[str, torch.Tensor],
+    source: str | Path,
+    advice: str,
+    new: tuple[str, ...] = (),
+    unused: tuple[str, ...] = (),
+) -> None:
+    """Load a state dict, all of it, or raise UserError naming the keys that are missing, unexpected or misshapen.
+
+    source: where the state comes from, and advice: what to do, both for the error. Parameters whose name contains one of
+    `new` may be missing and keep their values; keys that begin with one of `unused` are passed over. A module on the meta
+    device takes the state's own tensors."""
+    given = {name: tensor for name, tensor in state.items() if not name.startswith(unused)}
+    expected = module.state_dict()
+    if problems := misfits(given, {name: tensor.shape for name, tensor in expected.items()}, new):
+        raise UserError(f"{source} does not fit the model. {problems}. {advice}")
+    module.load_state_dict(given, strict=False, assign=any(tensor.is_meta for tensor in expected.values()))
+
+
+def misfits(state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Size], new: tuple[str, ...] = ()) -> str:
+    """Name the missing, unexpected and misshapen keys of a state dict, the first ten of each kind; "" where it fits."""
+    problems = {
+        "missing": [name for name in expected if name not in state and not any(part in name for part in new)],
+        "unexpected": [name for name in state if name not in expected],
+        "misshapen": [
+            f"{name} is {list(state[name].shape)}, not {list(shape)}"
+            for name, shape in expected.items()
+            if name in state and state[name].shape != shape
+        ],
+    }
+    return "; ".join(f"{kind}: {listed(names)}" for kind, names in problems.items() if names)
+
+
+def listed(names: list[str], most: int = 10) -> str:
+    """Names with commas between them; of many the first few and the count of the others."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -21,7 +21,7 @@ import pytest
 
 from milan.tracking import tracker
 from tests.conftest import ROOT
-from tests.test_tracking import begun
+from tests.tracking.test_tracker import begun
 
 pytest.importorskip("moto", reason="the S3 server of these tests, moto[s3] of requirements.txt, is not installed")
 boto3 = pytest.importorskip("boto3", reason="boto3, which dvc[s3] of requirements.txt brings, is not installed")

@@ -21,7 +21,7 @@ SETTINGS = {
     "prepare_ade20k.val": 4,
     "teacher.epochs": 1,
     "extract_targets.views": 1,
-    "extract_targets.probe_images": 4,
+    "extract_targets.figure_images": 4,
     "pretrain.epochs": 1,
     "linear_eval.epochs": 1,
     "finetune.epochs": 1,

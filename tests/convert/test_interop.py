@@ -12,14 +12,14 @@ from safetensors.torch import load_file, save_file
 from milan.convert import interop, layouts
 from milan.core.errors import UserError
 from milan.method.model import MaskedPretraining
-from milan.params import Model, Recipe, Tower
+from milan.params import AblationRow, Model, TransformerSize
 
-SIZE = Model("tiny", 12, 4, Tower(24, 2, 3), Tower(16, 2, 2))
+SIZE = Model("tiny", 12, 4, TransformerSize(24, 2, 3), TransformerSize(16, 2, 2))
 
 
 def official(decoder: str = "prompt") -> dict[str, torch.Tensor]:
     """A whole pretraining checkpoint under official names, every value its own."""
-    model = MaskedPretraining(SIZE, Recipe("clip", decoder, "random"), 0.5, 20)
+    model = MaskedPretraining(SIZE, AblationRow("clip", decoder, "random"), 0.5, 20)
     generator = torch.Generator().manual_seed(0)
     names = {n.removeprefix("encoder.vit.").removeprefix("decoder."): t for n, t in model.state_dict().items()}
     return {name: torch.randn(tensor.shape, generator=generator) for name, tensor in names.items()}

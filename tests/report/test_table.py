@@ -26,7 +26,7 @@ def recipe(variants=("scratch", "mae", "milan"), seeds=(0, 1), **changes) -> Par
 
 def write(path: Path, **metrics) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**metrics, "fingerprint": "0"}))
+    path.write_text(json.dumps({**metrics, "recipe": "0"}))
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import torch
 
 from milan.method import masking
 from milan.method.model import MaskedPretraining, in_decoder_order, in_image_order
-from milan.params import Model, Recipe, Tower
+from milan.params import AblationRow, Model, TransformerSize
 from milan.training import distributed
 
 DRAWS = 20_000
@@ -125,8 +125,8 @@ def test_decoder_order_and_back():
 
 def tiny_model(decoder: str) -> MaskedPretraining:
     torch.manual_seed(0)
-    size = Model("tiny", 16, 4, Tower(24, 2, 3), Tower(16, 2, 2))
-    return MaskedPretraining(size, Recipe("clip", decoder, "random"), 0.75, 12).eval()
+    size = Model("tiny", 16, 4, TransformerSize(24, 2, 3), TransformerSize(16, 2, 2))
+    return MaskedPretraining(size, AblationRow("clip", decoder, "random"), 0.75, 12).eval()
 
 
 def drawn() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

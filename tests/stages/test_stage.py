@@ -347,7 +347,7 @@ def test_an_unknown_variant(desk):
     arguments = ["--variant", "milano", "--seed", "0", "--records", "records", "--teacher", "teacher", "--bank", "bank"]
     status, said = run_heavy("pretrain", *arguments, *MADE)
     assert status == 1, said
-    assert "'milano' has no recipe; did you mean 'milan'?" in refused(said, "outs/made", "metrics.json", "curve.csv")
+    assert "'milano' is no row of pretrain.ablation; did you mean 'milan'?" in refused(said, "outs/made", "metrics.json", "curve.csv")
 
 
 def test_a_fault_of_the_program_keeps_its_traceback(desk, monkeypatch):
@@ -393,30 +393,30 @@ def stage(tree: dict, **arguments) -> Stage:
     return found
 
 
-def test_a_fingerprint_follows_recipe_variation_and_inputs(workplace, tree):
+def test_a_recipe_digest_follows_recipe_variation_and_inputs(workplace, tree):
     Path("in").write_text("1")
     plain = dict(variant="milan", seed=0)
     one = stage(tree, **plain)
-    base = one.fingerprint(one.params.pretrain, inputs=[Path("in")])
-    assert stage(tree, **plain).fingerprint(one.params.pretrain, inputs=[Path("in")]) == base
+    base = one.recipe_digest(one.params.pretrain, inputs=[Path("in")])
+    assert stage(tree, **plain).recipe_digest(one.params.pretrain, inputs=[Path("in")]) == base
     others = {
-        stage(tree, **{**plain, "seed": 1}).fingerprint(one.params.pretrain, inputs=[Path("in")]),
-        stage(tree, **{**plain, "variant": "mae"}).fingerprint(one.params.pretrain, inputs=[Path("in")]),
-        one.fingerprint(one.params.finetune, inputs=[Path("in")]),
-        one.fingerprint(one.params.pretrain),
+        stage(tree, **{**plain, "seed": 1}).recipe_digest(one.params.pretrain, inputs=[Path("in")]),
+        stage(tree, **{**plain, "variant": "mae"}).recipe_digest(one.params.pretrain, inputs=[Path("in")]),
+        one.recipe_digest(one.params.finetune, inputs=[Path("in")]),
+        one.recipe_digest(one.params.pretrain),
     }
     Path("in").write_text("2")
-    others.add(one.fingerprint(one.params.pretrain, inputs=[Path("in")]))
+    others.add(one.recipe_digest(one.params.pretrain, inputs=[Path("in")]))
     assert len(others) == 5 and base not in others
     with pytest.raises(UserError, match="absent is missing"):
-        one.fingerprint(inputs=[Path("absent")])
+        one.recipe_digest(inputs=[Path("absent")])
 
 
 def test_metrics_and_curve_are_written_as_dvc_reads_them(workplace, tree):
     made = stage(tree, metrics=Path("m/m.json"), curve=Path("c/c.csv"), variant="milan", seed=3)
     made.write_metrics({"b/top1": 12.345678, "a/images": 5}, "f00d")
     made.write_curve([{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}])
-    assert Path("m/m.json").read_text() == '{\n "a/images": 5,\n "b/top1": 12.3457,\n "fingerprint": "f00d"\n}\n'
+    assert Path("m/m.json").read_text() == '{\n "a/images": 5,\n "b/top1": 12.3457,\n "recipe": "f00d"\n}\n'
     assert Path("c/c.csv").read_text() == "step,loss\n1,0.5\n2,0.25\n"
     made.write_curve([])
     assert Path("c/c.csv").read_text() == "step,epoch,loss,lr\n"
@@ -425,6 +425,6 @@ def test_metrics_and_curve_are_written_as_dvc_reads_them(workplace, tree):
 
 def test_the_recipe_lies_flat_for_mlflow(tree):
     found = flat(build(Params, tree, "params.yaml"))
-    assert found["pretrain.recipes.milan.masking"] == "semantic"
+    assert found["pretrain.ablation.milan.masking"] == "semantic"
     assert found["model.encoder.depth"] == tree["model"]["encoder"]["depth"]
     assert found["variants"] == tree["variants"] and found["teacher.pretrained"] is None

@@ -56,7 +56,7 @@ images = torch.zeros(2, 3, p.model.image_size, p.model.image_size)
 features, importance = ClipTower(model.visual)(images)
 encoder = Encoder(p.model)
 build_classifier(p.model, p.finetune, 20, encoder.vit.state_dict())(images)
-MaskedPretraining(p.model, p.pretrain.recipes["milan"], p.pretrain.mask_ratio, p.teacher.tiny.embed_dim)(
+MaskedPretraining(p.model, p.pretrain.ablation["milan"], p.pretrain.mask_ratio, p.teacher.tiny.embed_dim)(
     images, torch.zeros(2, p.model.n_patches), features, importance
 )
 stages.segment.build(p, p.prepare_ade20k.classes, encoder.vit.state_dict(), torch.device("cpu"))

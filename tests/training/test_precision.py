@@ -9,18 +9,18 @@ from torch import nn
 from milan.data import seeding
 from milan.method import masking
 from milan.method.model import MaskedPretraining
-from milan.params import Model, Recipe, Tower
+from milan.params import AblationRow, Model, TransformerSize
 from milan.training import distributed
 
-MODEL = Model("small", 48, 8, Tower(96, 4, 4), Tower(64, 3, 4))
+MODEL = Model("small", 48, 8, TransformerSize(96, 4, 4), TransformerSize(64, 3, 4))
 RECIPES = {
-    "milan": Recipe(target="clip", decoder="prompt", masking="semantic"),
-    "mae": Recipe(target="pixels", decoder="mae", masking="random"),
+    "milan": AblationRow(target="clip", decoder="prompt", masking="semantic"),
+    "mae": AblationRow(target="pixels", decoder="mae", masking="random"),
 }
 CPU = torch.device("cpu")
 
 
-def pretrain_once(recipe: Recipe, precision: str) -> dict[str, torch.Tensor]:
+def pretrain_once(recipe: AblationRow, precision: str) -> dict[str, torch.Tensor]:
     """Predictions, loss and every gradient of the first step."""
     distributed.choose_attention(precision, CPU)
     seeding.seed_globals(0, "precision")

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 
 from milan.data.records import Records
 from tests import layouts
-from tests.test_pipeline import clone_of, dvc
-from tests.test_pretrained import INTEGERS, program
+from tests.stages.test_pipeline import clone_of, dvc
+from tests.teacher.test_released import INTEGERS, program
 
 KINDS = [("JPEG", "RGB"), ("JPEG", "CMYK"), ("JPEG", "L"), ("PNG", "RGB")]  # all of them named .JPEG
 
@@ -36,7 +36,7 @@ def recipe(data, teacher) -> dict:
         "prepare_ade20k.expect": "null",
         "teacher.pretrained.file": teacher,
         "teacher.pretrained.sha256": hashlib.sha256(teacher.read_bytes()).hexdigest(),
-        "extract_targets.probe_images": 4,
+        "extract_targets.figure_images": 4,
         "model.encoder.depth": 4,
         "model.decoder.depth": 2,
         "segment.out_blocks": "[0,1,2,3]",
@@ -99,8 +99,8 @@ def test_from_the_tars_to_the_table(data, teacher, tmp_path):
     said = dvc(clone, "exp", "run", *options, "report")  # and what it needs: all but the pictures and the page
     assert said.count("Running stage") == len(yaml.safe_load((clone / "dvc.lock").read_text())["stages"]) == 10
     metrics = {path.stem: json.loads(path.read_text()) for path in (clone / "reports/metrics/paper").rglob("*.json")}
-    assert metrics["prepare_imagenet"] | {"fingerprint": 0} == {
-        "prepare_imagenet/train": 12, "prepare_imagenet/val": 6, "prepare_imagenet/classes": 3, "fingerprint": 0,
+    assert metrics["prepare_imagenet"] | {"recipe": 0} == {
+        "prepare_imagenet/train": 12, "prepare_imagenet/val": 6, "prepare_imagenet/classes": 3, "recipe": 0,
     }  # fmt: skip
     assert "MILAN | ViT-B/16 | 2 | 8 |" in (clone / "reports/table.md").read_text()
     assert json.loads((clone / "outs/paper/teacher/class_text.json").read_text())["names"] == layouts.IMAGENET_NAMES

@@ -11,27 +11,27 @@ from milan.core.errors import UserError
 from milan.data import records
 from milan.evaluation import zero_shot
 from milan.method.model import MaskedPretraining, load_pretrained
-from milan.params import Compute, LinearEval, Model, Recipe, Runtime, Tower
+from milan.params import AblationRow, Compute, LinearEval, Model, Runtime, TransformerSize
 from milan.teacher.class_text import Wording, save_class_text
 from milan.training.weights import save_weights
 from tests.conftest import write_split
-from tests.test_fit import launched
+from tests.training.test_loop import launched
 
 CPU = torch.device("cpu")
-SMALL = Model("small", 16, 8, Tower(16, 2, 2), Tower(16, 1, 2))  # 4 patches, 2 of them visible
+SMALL = Model("small", 16, 8, TransformerSize(16, 2, 2), TransformerSize(16, 1, 2))  # 4 patches, 2 of them visible
 TEXT = torch.eye(3, 4)  # of three classes
 LABELS = [2, 2, 0, 2]
 ROWS = {
-    "mae": Recipe("pixels", "mae", "random"),
-    "clip_target": Recipe("clip", "mae", "random"),
-    "milan": Recipe("clip", "prompt", "semantic"),
+    "mae": AblationRow("pixels", "mae", "random"),
+    "clip_target": AblationRow("clip", "mae", "random"),
+    "milan": AblationRow("clip", "prompt", "semantic"),
 }
 LINEAR = LinearEval(1, 0, 4, 2, 0.1, 0, 0, None, "adamw", 0.9, [0.5, 1.0], 0, 16)
 RECIPE = SimpleNamespace(
     model=SMALL,
     compute=Compute("cpu", 1, "fp32", True, False),
     runtime=Runtime(1, 1, 0, 0),
-    pretrain=SimpleNamespace(recipes=ROWS, mask_ratio=0.5),
+    pretrain=SimpleNamespace(ablation=ROWS, mask_ratio=0.5),
     linear_eval=LINEAR,
 )
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from milan.evaluation import evaluate
-from tests.test_fit import launched
+from tests.training.test_loop import launched
 
 
 def test_top_1_and_top_5_by_hand():

@@ -16,7 +16,7 @@ import pytest
 from milan.core.code import closure
 from milan.tracking import logger, sender, tracker
 from tests.conftest import ROOT
-from tests.test_dvc import STAGES
+from tests.stages.test_dvc import STAGES
 
 OUT_OF_REACH = "http://127.0.0.1:9"
 

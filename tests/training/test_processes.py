@@ -20,7 +20,20 @@ from milan.training import distributed, optim
 from milan.training.batch_norm import RunningStatistics
 from milan.training.loop import fit
 from stages import finetune, linear_eval, segment
-from tests.test_fit import BATCH, COMPUTE, SAMPLES, Points, assert_same, at, kill, launched, patient, rank_of, settings, train
+from tests.training.test_loop import (
+    BATCH,
+    COMPUTE,
+    SAMPLES,
+    Points,
+    assert_same,
+    at,
+    kill,
+    launched,
+    patient,
+    rank_of,
+    settings,
+    train,
+)
 
 # A run that one number of processes began and another ends.
 

@@ -127,4 +127,4 @@ def test_a_released_student_has_no_teacher_s_notebooks(tmp_path, monkeypatch, ca
     assert executed == ["1_results.ipynb"]
     assert "without 2_masking.ipynb, 3_features.ipynb" in capsys.readouterr().out
     with pytest.raises(UserError, match="needs the teacher"):
-        figures.Probe.read(SimpleNamespace(params=params))
+        figures.FigureImages.read(SimpleNamespace(params=params))

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import UperNetConfig
 from transformers.models.upernet.modeling_upernet import UperNetConvModule, UperNetFCNHead, UperNetHead
 
+from milan.core.errors import UserError
 from milan.method.pos_embed import interpolate_pos_embed
 from milan.segmentation.miou import confusion, reduce_zero_label, scores
 from milan.segmentation.segmenter import (
@@ -230,11 +231,12 @@ def test_load_encoder_names_what_does_not_fit():
     before = {name: value.clone() for name, value in segmenter.state_dict().items()}
     del weights["blocks.1.attn.qkv.bias"], weights["cls_token"]
     weights["blocks.2.mlp.fc1.weight"] = torch.zeros(3, 2)
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(UserError) as caught:
         load_encoder(segmenter, weights)
     assert str(caught.value) == (
-        "the encoder does not fit the segmenter; missing: cls_token, blocks.1.attn.qkv.bias; "
-        "unexpected: head.weight, head.bias; misshapen: blocks.2.mlp.fc1.weight (3, 2) for (128, 32)"
+        "The encoder does not fit the model. missing: cls_token, blocks.1.attn.qkv.bias; unexpected: head.weight, head.bias; "
+        "misshapen: blocks.2.mlp.fc1.weight is [3, 2], not [128, 32]. "
+        "Were the pretrained weights made with another model section of params.yaml?"
     )
     assert all(value.equal(before[name]) for name, value in segmenter.state_dict().items())
     load_encoder(segmenter, pretrained(num_classes=7), unused=("norm.", "head."))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DVC = [sys.executable, "-m", "dvc"]
 STAGE_WORDS = "Running stage"
 ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_WAIT_POLICY": "PASSIVE"}
@@ -20,7 +20,7 @@ ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory) -> Path:
-    """A clone after one smoke run, of MILAN alone (tests/test_variants.py has the others)."""
+    """A clone after one smoke run, of MILAN alone (tests/stages/test_variants.py has the others)."""
     folder = clone_of(tmp_path_factory.mktemp("clone") / "milan")
     first = dvc(folder, "exp", "run", "-S", "scale=smoke", "-S", "variants=[milan]")
     assert "Running stage 'figures'" in first

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from milan.core import files
 from milan.core.errors import UserError
-from milan.params import Tower
+from milan.params import TransformerSize
 from milan.training.resume import Scratch
 from milan.training.weights import load_into, load_weights, save_weights
 
@@ -116,9 +116,9 @@ def test_existing_parent(tmp_path):
 # A folder that is an out.
 
 
-def interrupted(target: Path, fingerprint: str) -> None:
-    with pytest.raises(KeyboardInterrupt), files.whole_folder(target, fingerprint) as folder:
-        (folder / "first").write_text(f"of {fingerprint}")
+def interrupted(target: Path, digest: str) -> None:
+    with pytest.raises(KeyboardInterrupt), files.whole_folder(target, digest) as folder:
+        (folder / "first").write_text(f"of {digest}")
         raise KeyboardInterrupt
 
 
@@ -181,13 +181,13 @@ def test_file_digest(tmp_path):
     assert files.file_digest(tmp_path / "x") == hashlib.sha256(data).hexdigest()
 
 
-def test_a_fingerprint_follows_from_its_parts():
-    assert files.fingerprint("a", [1, 2], {"x": 1, "y": 2}) == files.fingerprint("a", [1, 2], {"y": 2, "x": 1})
+def test_a_digest_follows_from_its_parts():
+    assert files.json_digest("a", [1, 2], {"x": 1, "y": 2}) == files.json_digest("a", [1, 2], {"y": 2, "x": 1})
     known = hashlib.sha256(json.dumps(["a", 1]).encode()).hexdigest()[:16]
-    assert files.fingerprint("a", 1) == known
+    assert files.json_digest("a", 1) == known
     assert (
         len(
-            {files.fingerprint(*parts) for parts in (("a", 1), ("a", 2), ("b", 1), ("a1",), (Tower(4, 1, 1),), (Tower(4, 2, 1),))}
+            {files.json_digest(*parts) for parts in (("a", 1), ("a", 2), ("b", 1), ("a1",), (TransformerSize(4, 1, 1),), (TransformerSize(4, 2, 1),))}
         )
         == 6
     )
@@ -201,21 +201,21 @@ def test_weights_of_another_recipe_are_refused_and_named(tmp_path):
     fitting = torch.nn.Linear(2, 3)
     load_into(fitting, tmp_path / "w")
     assert fitting.weight.tolist() == load_file(tmp_path / "w")["weight"].tolist()
-    with pytest.raises(UserError, match=r"w was made by another recipe than params.yaml \(.*size mismatch.*dvc repro"):
+    with pytest.raises(UserError, match=r"w does not fit the model. misshapen: weight is \[3, 2\], not \[4, 2\], bias .*made by another recipe.*dvc repro"):
         load_into(torch.nn.Linear(2, 4), tmp_path / "w")
 
 
 def test_equal_weights_give_equal_bytes_and_metadata_is_kept(tmp_path):
     one, two = torch.arange(6.0).view(2, 3), torch.ones(2)
-    save_weights(tmp_path / "a", {"x": one, "y": two}, fingerprint="f", seed=3)
-    save_weights(tmp_path / "b", {"y": two.clone(), "x": one.T.contiguous().T}, seed=3, fingerprint="f")
+    save_weights(tmp_path / "a", {"x": one, "y": two}, made="f", seed=3)
+    save_weights(tmp_path / "b", {"y": two.clone(), "x": one.T.contiguous().T}, seed=3, made="f")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     with safe_open(tmp_path / "b", "pt") as file:
         (about,) = map(json.loads, file.metadata().values())
         assert about.pop("sha256") == hashlib.sha256(
             b"x torch.float32 [2, 3] " + struct.pack("<6f", *range(6)) + b"y torch.float32 [2] " + struct.pack("<2f", 1, 1)
         ).hexdigest()
-        assert list(file.metadata()) == ["milan"] and about == {"fingerprint": "f", "seed": 3}
+        assert list(file.metadata()) == ["milan"] and about == {"made": "f", "seed": 3}
         assert file.get_tensor("x").tolist() == [[0, 1, 2], [3, 4, 5]]
 
 

@@ -25,12 +25,12 @@ from timm.models.vision_transformer import VisionTransformer
 
 from milan.core.errors import UserError
 from milan.evaluation.classifier import About, save_classifier
-from milan.params import Model, Tower
+from milan.params import Model, TransformerSize
 from milan.serve.classify import Classify
 from milan.tracking import logger, tracker
-from tests.test_tracking import write_spool
+from tests.tracking.test_tracker import write_spool
 
-MODEL = Model("small", 16, 8, Tower(16, 2, 2), Tower(16, 1, 2))
+MODEL = Model("small", 16, 8, TransformerSize(16, 2, 2), TransformerSize(16, 1, 2))
 CLASSES = ["ant", "bee", "cat", "dog", "emu", "fox"]
 START = {"kind": "start", "name": "finetune milan seed 0", "experiment": "milan-test", "pipeline": "1-1"}
 TAGS = {"stage": "finetune", "scale": "test", "git_revision": "abc", "variant": "milan", "seed": "0"}
@@ -46,7 +46,7 @@ def small_vit(seed: int) -> VisionTransformer:
 
 def weights(folder: Path, seed: int) -> Path:
     vit = small_vit(seed)
-    save_classifier(folder, vit, About(MODEL, "mean", 20, CLASSES), "recipe")
+    save_classifier(folder, vit, About(MODEL, "mean", 20, CLASSES))
     return folder
 
 
@@ -262,7 +262,7 @@ def test_a_classifier_that_does_not_fit_its_description_is_refused(tmp_path):
     folder = weights(tmp_path, 0)
     about = json.loads((folder / "classifier.json").read_text())
     (folder / "classifier.json").write_text(json.dumps({**about, "classes": CLASSES[:3]}))
-    with pytest.raises(UserError, match="(?s)do not fit each other.*head"):
+    with pytest.raises(UserError, match="(?s)does not fit the model.*head"):
         Classify(folder)
     (folder / "classifier.json").write_text(json.dumps({**about, "pooling": "max"}))
     with pytest.raises(UserError, match="classifier.json:pooling"):

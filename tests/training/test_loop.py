@@ -18,9 +18,9 @@ from milan.core.errors import PREEMPTED, UserError
 from milan.data import seeding
 from milan.method import masking
 from milan.method.model import MaskedPretraining
-from milan.params import Compute, Model, Recipe, Runtime, Tower, Training
+from milan.params import AblationRow, Compute, Model, Runtime, Training, TransformerSize
 from milan.training import distributed, optim
-from milan.training.loop import Order, Run, fit
+from milan.training.loop import FitSettings, Order, fit
 from milan.training.resume import Scratch
 from milan.training.weights import save_weights
 from tests.conftest import forked
@@ -123,20 +123,20 @@ class Regression(nn.Module):
 COMPUTE = Compute("cpu", 1, "fp32", True, False)
 
 
-def settings(scratch: Scratch | None = None, name: str = "tiny", **changes) -> Run:
+def settings(scratch: Scratch | None = None, name: str = "tiny", **changes) -> FitSettings:
     training = dict(
         epochs=EPOCHS, warmup_epochs=1, batch_size=BATCH, micro_batch=MICRO, lr=0.01, min_lr=0, weight_decay=0.05, clip_grad=1.0
     )
     scratch = scratch or Scratch(name, "recipe")
-    return Run(name, Training(**(training | changes)), COMPUTE, Runtime(1, 1, workers=0, save_seconds=0), seed=3, scratch=scratch)
+    return FitSettings(name, Training(**(training | changes)), COMPUTE, Runtime(1, 1, workers=0, save_seconds=0), seed=3, scratch=scratch)
 
 
-def patient(run: Run) -> Run:
+def patient(run: FitSettings) -> FitSettings:
     """The same run, of which nothing is due to be saved for an hour."""
     return dataclasses.replace(run, runtime=dataclasses.replace(run.runtime, save_seconds=3600))
 
 
-def train(data: Points, run: Run, out: Path | None = None) -> dict:
+def train(data: Points, run: FitSettings, out: Path | None = None) -> dict:
     """What a stage does: build, fit, save; weights as lists, to travel between processes."""
     distributed.set_up(run.compute)
     model = Regression()
@@ -256,7 +256,7 @@ def test_one_two_and_four_processes_agree(workplace, processes):
     assert other_draws["weights"] != alone["weights"]
 
 
-SMALL = Model("small", 16, 8, Tower(16, 2, 2), Tower(16, 1, 2))  # 4 patches, 2 of them visible
+SMALL = Model("small", 16, 8, TransformerSize(16, 2, 2), TransformerSize(16, 1, 2))  # 4 patches, 2 of them visible
 
 
 class Masked:
@@ -275,7 +275,7 @@ class Masked:
         }
 
 
-def pretrain(recipe: Recipe, run: Run) -> dict:
+def pretrain(recipe: AblationRow, run: FitSettings) -> dict:
     distributed.set_up(run.compute)
     seeding.seed_globals(0, "init")
     model = MaskedPretraining(SMALL, recipe, 0.5, 6 if recipe.target == "clip" else None)
@@ -285,7 +285,7 @@ def pretrain(recipe: Recipe, run: Run) -> dict:
 
 
 @pytest.mark.parametrize(
-    "recipe", [Recipe("pixels", "mae", "random"), Recipe("clip", "prompt", "semantic")], ids=["mae", "milan"]
+    "recipe", [AblationRow("pixels", "mae", "random"), AblationRow("clip", "prompt", "semantic")], ids=["mae", "milan"]
 )
 def test_pretraining_agrees_over_processes(workplace, recipe):
     options = dict(epochs=2, lr=1e-3)
@@ -501,7 +501,7 @@ def test_one_of_two_processes_killed_and_continued(workplace, victim):
     assert digest(workplace / "out") == digest(workplace / "undisturbed")
 
 
-def launched_in_a_child(data: Points, run: Run, out: Path) -> None:
+def launched_in_a_child(data: Points, run: FitSettings, out: Path) -> None:
     launched(2, train, data, run, out)
 
 

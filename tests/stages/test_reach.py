@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from milan.tracking import logger, store
-from tests.test_tracking import write_spool
+from tests.tracking.test_tracker import write_spool
 
 
 class Doorkeeper(BaseHTTPRequestHandler):

@@ -18,7 +18,7 @@ from PIL import Image
 
 from milan.tracking import logger
 from tests.conftest import ROOT
-from tests.test_tracking import write_spool
+from tests.tracking.test_tracker import write_spool
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no browser is installed (Debian: apt-get install chromium)")

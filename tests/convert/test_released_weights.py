@@ -8,11 +8,11 @@ from milan.core.errors import UserError
 from milan.core.files import read_checked
 from milan.core.typed import build
 from milan.method.model import MaskedPretraining
-from milan.params import Model, Params, Recipe
+from milan.params import AblationRow, Model, Params
 from milan.teacher.clip import load_teacher
 from stages import extract_targets, linear_eval, prepare_imagenet, pretrain, teacher
 from tests.conftest import change, run_main
-from tests.test_dvc import entry
+from tests.stages.test_dvc import entry
 
 SETTINGS = {
     "runtime.processes": 1,
@@ -57,7 +57,7 @@ def recipe(tree, workplace):
 
 def released(model: Model, seed: int = 0) -> dict[str, torch.Tensor]:
     """Encoder and decoder under official names, every value its own."""
-    whole = MaskedPretraining(model, Recipe("clip", "prompt", "semantic"), 0.75, 20).state_dict()
+    whole = MaskedPretraining(model, AblationRow("clip", "prompt", "semantic"), 0.75, 20).state_dict()
     generator = torch.Generator().manual_seed(seed)
     names = {name.removeprefix("encoder.vit.").removeprefix("decoder."): tensor.shape for name, tensor in whole.items()}
     return {name: torch.randn(shape, generator=generator) for name, shape in names.items()}
@@ -103,7 +103,7 @@ def test_a_released_checkpoint_is_evaluated_without_any_teacher(recipe, workplac
     assert 0 <= found["linear_eval/top1"] <= 100 and not any("zero_shot" in name for name in found)
 
     torch.save({"model": released(p.model, seed=1)}, "milan.pth")
-    assert up_to_pretrain(p, workplace)["fingerprint"] != first["fingerprint"]
+    assert up_to_pretrain(p, workplace)["recipe"] != first["recipe"]
 
 
 def test_a_checkpoint_that_is_absent_or_of_another_size_is_refused(recipe, workplace):

@@ -10,10 +10,10 @@ from milan.core.typed import build
 from milan.data import seeding
 from milan.evaluation.classifier import FinetuneLoss, build_classifier
 from milan.method.encoder import Encoder
-from milan.params import Finetune, Model, Params, Tower
+from milan.params import Finetune, Model, Params, TransformerSize
 from milan.training import optim
 
-MODEL = Model("small", 16, 8, Tower(16, 2, 2), Tower(16, 1, 2))
+MODEL = Model("small", 16, 8, TransformerSize(16, 2, 2), TransformerSize(16, 1, 2))
 CLASSES = 5
 
 
@@ -48,8 +48,8 @@ def test_an_encoder_that_lacks_a_weight_is_refused(recipe, encoder):
 
 
 def test_an_encoder_of_another_size_is_refused(recipe):
-    wider = Encoder(Model("wider", 16, 8, Tower(32, 2, 2), Tower(16, 1, 2))).vit.state_dict()
-    with pytest.raises(UserError, match="of another shape: blocks.0.attn.proj.bias.*model section"):
+    wider = Encoder(Model("wider", 16, 8, TransformerSize(32, 2, 2), TransformerSize(16, 1, 2))).vit.state_dict()
+    with pytest.raises(UserError, match="misshapen: cls_token is .*model section"):
         build_classifier(MODEL, recipe, CLASSES, wider)
 
 
@@ -98,7 +98,7 @@ def test_everything_is_trained_positions_included(recipe, encoder):
 
 def test_layer_decay_by_hand():
     """Depth 4, decay 0.8: embeddings 0.8^5, block i 0.8^(4 - i), head and last norm 1."""
-    vit = Encoder(Model("m", 16, 8, Tower(16, 4, 2), Tower(16, 1, 2))).vit
+    vit = Encoder(Model("m", 16, 8, TransformerSize(16, 4, 2), TransformerSize(16, 1, 2))).vit
     vit.pos_embed.requires_grad_(True)
     vit.reset_classifier(3)
     groups = optim.layer_decay_groups(vit, 0.05, 0.8, lambda name: optim.vit_layer_id(name, 4), 4)

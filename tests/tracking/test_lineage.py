@@ -16,7 +16,7 @@ from milan.report import compare
 from milan.stage import Stage
 from milan.tracking import logger, runs, tracker
 from tests.conftest import ROOT, write_split
-from tests.test_tracking import write_spool
+from tests.tracking.test_tracker import write_spool
 
 DATA = Path("outs/test/imagenet")
 ENCODER = Path("outs/test/pretrain/milan-0")
@@ -236,5 +236,5 @@ def test_a_path_that_no_run_made_is_said(store, monkeypatch):
 
 def test_runs_are_named_as_stages_name_them(tree):
     for name, args in {"pretrain@clip_target-3": {"variant": "clip_target", "seed": 3}, "report": {}}.items():
-        params = SimpleNamespace(pretrain=SimpleNamespace(recipes=["clip_target"]))
+        params = SimpleNamespace(pretrain=SimpleNamespace(ablation=["clip_target"]))
         assert runs.title(name) == Stage(name.split("@")[0], SimpleNamespace(**args), params).title

@@ -15,7 +15,7 @@ import torch
 from milan.core.errors import PREEMPTED, UserError
 from milan.training import distributed, follow, nodes
 from milan.training.nodes import NODES
-from tests.test_fit import Points, assert_same, launched, patient, rank_of, settings, train
+from tests.training.test_loop import Points, assert_same, launched, patient, rank_of, settings, train
 
 
 class Forked:
@@ -181,13 +181,13 @@ def test_missing_nodes_are_waited_for_and_then_said(follower, monkeypatch, capfd
         launched(1, whereabouts, "never ", nodes=3)
     said = f"1 of 2 other nodes are here ({os.uname().nodename})"
     assert said in str(error.value) and "python -m milan.training.follow" in str(error.value) and "runtime.nodes=2" in str(error.value)
-    assert "tests.test_fit: waiting for nodes: " in capfd.readouterr().err
+    assert "tests.training.test_loop: waiting for nodes: " in capfd.readouterr().err
     assert not list(Path().glob("never *")) and not list(NODES.glob("*/call.json"))
 
 
 def test_the_call_of_a_killed_head_is_not_answered(lan):
     """Its last sign of life is older than a living head's would be."""
-    call = nodes.Call("1-2", "tests.test_nodes", "whereabouts", "cpu", 1, 2, "127.0.0.1", 9)
+    call = nodes.Call("1-2", "tests.training.test_nodes", "whereabouts", "cpu", 1, 2, "127.0.0.1", 9)
     nodes.write_json(call.folder / "call.json", vars(call))
     mine = NODES / "follower-here-1"
     mine.touch()
