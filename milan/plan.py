@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from milan.core.errors import UserError
 from milan.core.files import refusals_said
+from milan.core.program import fail
 from milan.core.typed import build
 from milan.evaluation.classifier import build_classifier
 from milan.method.encoder import Encoder
@@ -30,7 +31,6 @@ from milan.method.model import MaskedPretraining
 from milan.method.target_bank import bank_bytes
 from milan.params import AblationRow, Params, Training, read_params
 from milan.segmentation import segmenter
-from milan.stage import fail
 from milan.teacher.clip import Tower, tiny_config
 from milan.teacher.frozen import build_tower
 from milan.teacher.released import describe

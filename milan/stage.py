@@ -1,22 +1,19 @@
 """What every stage script does the same way: arguments, recipe, tracking, metrics, errors."""
 
 import argparse
-import contextlib
 import csv
 import dataclasses
-import fcntl
 import io
 import os
 import signal
 import subprocess
-import sys
-import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from milan.core.errors import PREEMPTED, Preempted, UserError
 from milan.core.files import SCRATCH, dvc_hash, existing_parent, file_digest, json_digest, refusals_said, write_json, write_whole
+from milan.core.program import alone, fail
 from milan.core.typed import nearest
 from milan.params import Params, read_params
 from milan.tracking import machine, tracker
@@ -144,29 +141,10 @@ def refuse_what_cannot_be_written(stage: Stage) -> None:
             raise UserError(f"--{name} {path} is a {'file' if is_folder else 'folder'}. Remove it or give another path.")
 
 
-@contextlib.contextmanager
-def alone(title: str) -> Iterator[int]:
-    """One process a stage and variation: another one (a second `dvc repro`, a run whose terminal died) is waited for. Yields
-    the lock's file number, for a child to hold it too."""
-    SCRATCH.mkdir(exist_ok=True)
-    with open(SCRATCH / f"{title.replace(' ', '-')}.lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"{title} is already being run by another process; waiting for it to end.", file=sys.stderr, flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield lock.fileno()
-
-
 def present(path: Path) -> Path:
     if not path.exists():
         raise UserError(f"{path} is missing: an earlier stage makes it. Run `dvc repro`, which runs the stages in order.")
     return path
-
-
-def fail(text: str, status: int = 1) -> None:
-    print("\n" + textwrap.fill(f"error: {text}", 100, break_long_words=False, break_on_hyphens=False), file=sys.stderr)
-    sys.exit(status)
 
 
 def tracked(stage: Stage, main: Callable[[Stage], None]) -> None:

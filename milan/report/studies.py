@@ -20,13 +20,13 @@ import yaml
 
 from milan.core.errors import UserError
 from milan.core.files import SCRATCH, refusals_said, write_whole
+from milan.core.program import alone, fail
 from milan.core.redaction import discreet
 from milan.params import Params, read_params
 from milan.report import claims, costs, plots, sweep, table
 from milan.report.page import LINKS
 from milan.report.provenance import Run
 from milan.report.results import read_results
-from milan.stage import alone, fail
 
 CLONE = SCRATCH / "studies"
 STAGES = ("linear_eval", "finetune", "segment")  # and what they need

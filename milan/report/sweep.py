@@ -21,6 +21,7 @@ import yaml
 
 from milan.core.errors import UserError
 from milan.core.files import write_whole
+from milan.core.program import fail
 from milan.core.typed import nearest
 from milan.report import costs, plots
 from milan.report.costs import COSTS
@@ -28,7 +29,6 @@ from milan.report.plots import Figure, plt
 from milan.report.provenance import Run
 from milan.report.results import MEASURES, TITLES, ZERO_SHOT, method
 from milan.report.table import DASH, markdown_table
-from milan.stage import fail
 from milan.tracking.runs import of_recipe, parsed
 
 DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)

@@ -20,7 +20,7 @@ from pathlib import Path
 from milan.core.errors import UserError
 from milan.core.files import refusals_said
 from milan.core.parallel import end_with
-from milan.stage import fail
+from milan.core.program import fail
 from milan.training import nodes
 from milan.training.nodes import NODES, Call
 
