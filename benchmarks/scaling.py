@@ -23,6 +23,7 @@ from milan.data import transforms
 from milan.method.model import MaskedPretraining
 from milan.params import Compute, Model, Runtime, Training
 from milan.training import distributed, loop, optim
+from milan.training.device import autocast, resolve_precision, set_up
 from milan.training.resume import Scratch
 
 WARM = 3  # steps before the clock starts
@@ -59,7 +60,7 @@ class Clock:
         images = transforms.normalise(batch["image"])
         if self.teacher is None:
             return images, batch["noise"], batch["features"], batch["importance"]
-        with torch.inference_mode(), distributed.autocast(self.precision, self.device):
+        with torch.inference_mode(), autocast(self.precision, self.device):
             return images, batch["noise"], *self.teacher(images)
 
     def seconds(self) -> float:
@@ -81,8 +82,8 @@ class Place:
 
 def train(p: Place, model: Model, batch: int, steps: int, banked: bool, scratch: Scratch) -> dict:
     """Images a second of all processes together."""
-    device = distributed.set_up(p.compute)
-    precision, whole = distributed.resolve_precision(p.compute, device), batch * p.world
+    device = set_up(p.compute)
+    precision, whole = resolve_precision(p.compute, device), batch * p.world
     student = MaskedPretraining(model, MILAN, 0.75, FEATURES).to(device)
     optimizer = optim.adamw(optim.decay_groups(student, 0.05), (0.9, 0.95))
     clock = Clock(None if banked else our_teacher(model, precision, device), precision, device)

@@ -34,7 +34,7 @@ from milan.segmentation import segmenter
 from milan.teacher.clip import Tower, tiny_config
 from milan.teacher.frozen import build_tower
 from milan.teacher.released import describe
-from milan.training import distributed
+from milan.training.device import DTYPES, resolve_device, resolve_precision
 
 IMAGE_BYTES = 110_000  # of an ImageNet JPEG, in the mean
 SCENE_BYTES = 45_000  # of an ADE20K scene with its annotation, in the mean
@@ -235,8 +235,8 @@ def milan_row(p: Params) -> AblationRow:
 
 def rate_here(p: Params) -> float:
     """Half of the FLOP/s of a large matrix product in the recipe's precision on this machine."""
-    device = distributed.resolve_device(p.compute)
-    dtype = distributed.DTYPES[distributed.resolve_precision(p.compute, device)]
+    device = resolve_device(p.compute)
+    dtype = DTYPES[resolve_precision(p.compute, device)]
     n = 8192 if device.type == "cuda" else 1024
     a = torch.ones(n, n, device=device, dtype=dtype)
     times = []

@@ -24,6 +24,7 @@ from milan.stage import Stage, run
 from milan.teacher.clip import Tower
 from milan.teacher.frozen import load_tower, look
 from milan.training import distributed
+from milan.training.device import set_up
 from milan.training.weights import save_weights
 
 
@@ -47,7 +48,7 @@ def nothing(p: Params, folder: Path) -> dict:
 
 
 def extract(p: Params, records: Path, teacher: Path, folder: Path) -> dict:
-    device, x = distributed.set_up(p.compute), p.extract_targets
+    device, x = set_up(p.compute), p.extract_targets
     tower = load_tower(teacher, p.compute, device)
     train = Records(records, "train")
     if x.views:

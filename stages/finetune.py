@@ -20,6 +20,7 @@ from milan.evaluation.samples import LabelledSamples, balanced_subset
 from milan.params import Params
 from milan.stage import Stage, run
 from milan.training import distributed, optim
+from milan.training.device import autocast, resolve_precision, set_up
 from milan.training.loop import FitSettings, fit
 from milan.training.resume import Scratch
 from milan.training.weights import load_weights
@@ -41,7 +42,7 @@ def main(stage: Stage) -> None:
 
 
 def train(p: Params, a: Namespace, scratch: Scratch, stage: Stage, recipe: str) -> dict:
-    device, x = distributed.set_up(p.compute), p.finetune
+    device, x = set_up(p.compute), p.finetune
     records = Records(a.records, "train")
     classes = len(records.classes)
     seeding.seed_globals(a.seed, "finetune init")
@@ -74,10 +75,10 @@ def inputs(erasing: float, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def assess(p: Params, vit: torch.nn.Module, val: Records, device: torch.device) -> dict:
-    precision = distributed.resolve_precision(p.compute, device)
+    precision = resolve_precision(p.compute, device)
 
     def logits(images: torch.Tensor) -> torch.Tensor:
-        with distributed.autocast(precision, device):
+        with autocast(precision, device):
             return vit(images)
 
     centre = CentreSamples(val, p.finetune.resize, p.model.image_size)

@@ -24,6 +24,7 @@ from milan.method.encoder import load_encoder
 from milan.params import Params
 from milan.stage import Stage, run
 from milan.training import distributed, optim
+from milan.training.device import autocast, resolve_precision, set_up
 from milan.training.loop import FitSettings, fit
 from milan.training.resume import Scratch
 from milan.training.weights import save_weights
@@ -44,7 +45,7 @@ def main(stage: Stage) -> None:
 
 
 def train(p: Params, a: Namespace, scratch: Scratch, stage: Stage, recipe: str) -> dict:
-    device, x = distributed.set_up(p.compute), p.linear_eval
+    device, x = set_up(p.compute), p.linear_eval
     encode = frozen_encoder(p, a.weights, device)
     records = Records(a.records, "train")
     seeding.seed_globals(a.seed, "linear_eval init")
@@ -63,11 +64,11 @@ def train(p: Params, a: Namespace, scratch: Scratch, stage: Stage, recipe: str) 
 def frozen_encoder(p: Params, weights: Path, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
     """Normalised images (B, 3, S, S) -> class-token features (B, D), without gradient."""
     encoder = load_encoder(weights / "encoder.safetensors", p.model).to(device).eval()
-    precision = distributed.resolve_precision(p.compute, device)
+    precision = resolve_precision(p.compute, device)
 
     @torch.no_grad()
     def encode(images: torch.Tensor) -> torch.Tensor:
-        with distributed.autocast(precision, device):
+        with autocast(precision, device):
             return encoder(images)[:, 0].float()
 
     return encode

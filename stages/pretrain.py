@@ -22,6 +22,7 @@ from milan.method.target_bank import Bank
 from milan.params import Params
 from milan.stage import Stage, run
 from milan.training import distributed, optim
+from milan.training.device import set_up
 from milan.training.loop import FitSettings, fit
 from milan.training.resume import Scratch
 from milan.training.weights import save_weights
@@ -60,7 +61,7 @@ def given_encoder(p: Params, seed: int) -> dict[str, torch.Tensor]:
 
 
 def train(p: Params, a: Namespace, scratch: Scratch, stage: Stage, about: dict) -> dict:
-    device, row = distributed.set_up(p.compute), p.pretrain.ablation[a.variant]
+    device, row = set_up(p.compute), p.pretrain.ablation[a.variant]
     bank, teacher, width = targets_for(p, a, device)
     seeding.seed_globals(a.seed, "pretrain init")
     model = MaskedPretraining(p.model, row, p.pretrain.mask_ratio, width).to(device)

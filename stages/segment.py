@@ -20,6 +20,7 @@ from milan.params import Params
 from milan.segmentation import miou, scenes, segmenter
 from milan.stage import Stage, run
 from milan.training import distributed, optim
+from milan.training.device import autocast, resolve_precision, set_up
 from milan.training.loop import FitSettings, fit
 from milan.training.resume import Scratch
 from milan.training.weights import load_weights, save_weights
@@ -49,7 +50,7 @@ def main(stage: Stage) -> None:
 
 
 def train(p: Params, a: Namespace, scratch: Scratch, stage: Stage, recipe: str) -> dict:
-    device, x = distributed.set_up(p.compute), p.segment
+    device, x = set_up(p.compute), p.segment
     records = Records(a.scenes, "train")
     seeding.seed_globals(a.seed, "segment init")
     model = build(p, len(records.manifest["classes"]), load_weights(a.weights / "encoder.safetensors"), device)
@@ -107,12 +108,12 @@ def say_what_batch_norm_sees(batch_size: int, micro_batch: int) -> None:
 
 def assess(p: Params, model: segmenter.Segmenter, val: Records, device: torch.device) -> dict:
     """Slide-window inference at the recipe's scale, compared at the scenes' own size; exact over processes."""
-    classes, precision = len(val.manifest["classes"]), distributed.resolve_precision(p.compute, device)
+    classes, precision = len(val.manifest["classes"]), resolve_precision(p.compute, device)
     counts = torch.zeros(classes, classes, dtype=torch.int64)
     mine = range(distributed.rank(), len(val), distributed.world_size())
     for index in track(mine, "segmenting", len(mine)) if distributed.rank() == 0 else mine:
         image, labels = scenes.scene(val[index], classes)
-        with distributed.autocast(precision, device):
+        with autocast(precision, device):
             logits = scene_logits(p, model, image.to(device), classes)
         logits = nn.functional.interpolate(logits, size=labels.shape, mode="bilinear", align_corners=False)
         counts += miou.confusion(logits.argmax(dim=1)[0].cpu(), labels, classes)

@@ -27,6 +27,7 @@ from milan.teacher.clip import Tokenizer, build_tiny, embed_classes, save_no_tea
 from milan.teacher.released import fetch_teacher
 from milan.teacher.wording import wording_of
 from milan.training import distributed, optim
+from milan.training.device import set_up
 from milan.training.loop import FitSettings, fit
 from milan.training.resume import Scratch
 
@@ -45,7 +46,7 @@ def main(stage: Stage) -> None:
             print("pretrain.weights is set: no teacher is needed.", flush=True)
             save_no_teacher(folder)
         else:
-            fetch_teacher(p.teacher.pretrained, folder, wording_of(read_manifest(a.records)), distributed.set_up(p.compute))
+            fetch_teacher(p.teacher.pretrained, folder, wording_of(read_manifest(a.records)), set_up(p.compute))
     stage.write_curve(result["curve"])
     stage.write_metrics(result["metrics"], recipe)
     if not p.no_teacher:
@@ -54,7 +55,7 @@ def main(stage: Stage) -> None:
 
 
 def train(p: Params, records: Path, folder: Path, scratch: Scratch, tracker) -> dict:
-    device, t = distributed.set_up(p.compute), p.teacher
+    device, t = set_up(p.compute), p.teacher
     pairs = Records(records, "pairs")
     tokenizer = Tokenizer.of_corpus(pairs.column("caption"), t.tiny.context_length)
     seeding.seed_globals(t.seed, "teacher init")

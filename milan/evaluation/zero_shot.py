@@ -16,7 +16,7 @@ from milan.method import masking
 from milan.method.model import MaskedPretraining, load_pretrained
 from milan.params import Params
 from milan.teacher.class_text import read_class_text
-from milan.training import distributed
+from milan.training.device import autocast, resolve_precision
 
 SEEN = ("zero_shot", "zero_shot_masked")  # the whole image; the share that pretraining left visible
 
@@ -35,10 +35,10 @@ def accuracies(p: Params, variant: str, seed: int, weights: Path, teacher: Path,
     if text is None or recipe.target != "clip" or not (weights / "decoder.safetensors").exists():
         return {}
     model = load_pretrained(weights, p.model, recipe, p.pretrain.mask_ratio, text.embeddings.shape[1]).to(device).eval()
-    precision = distributed.resolve_precision(p.compute, device)
+    precision = resolve_precision(p.compute, device)
 
     def predict(images: Tensor, index: Tensor) -> Tensor:
-        with distributed.autocast(precision, device):
+        with autocast(precision, device):
             return class_tokens(model, images, noise_of(seed, index, model.n_patches).to(device))
 
     x = p.linear_eval

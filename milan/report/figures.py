@@ -24,7 +24,7 @@ from milan.report import plots
 from milan.report.plots import plt
 from milan.segmentation import miou, segmenter
 from milan.segmentation.scenes import resize_scene, scene
-from milan.training import distributed
+from milan.training.device import autocast, resolve_precision, set_up
 from milan.training.weights import load_into, load_weights
 
 FOLDERS = "MILAN_FIGURES"  # set by the figures stage: {"params", "outs", "metrics", "curves", "published", "figures"}
@@ -50,7 +50,7 @@ class Project:
         usual = {"outs": f"outs/{p.scale}", "metrics": f"reports/metrics/{p.scale}", "curves": f"reports/curves/{p.scale}"}
         usual |= {"published": p.report.published, "figures": "reports/figures"}
         project = cls(p, {name: Path(given.get(name, path)) for name, path in usual.items()})
-        project.device = distributed.set_up(p.compute)
+        project.device = set_up(p.compute)
         return project
 
     def save(self, figure: Figure, name: str) -> Image:
@@ -191,13 +191,13 @@ def neighbours(features: Tensor, k: int) -> Tensor:
 def segment(project: Project, variant: str, scenes: list[tuple[Tensor, Tensor]], classes: int) -> list[Tensor]:
     """Predicted labels (H, W) of each (image, labels), as the segment stage judges them."""
     model, found = project.trained_segmenter(variant, classes), []
-    precision = distributed.resolve_precision(project.params.compute, project.device)
+    precision = resolve_precision(project.params.compute, project.device)
     for _, alike in groupby(scenes, key=lambda scene: scene[0].shape):
         for some in chunks(alike, 50):
             images = torch.stack(
                 [resize_scene(image, None, project.params.segment.resize, 1.0)[0] for image, _ in some]
             )
-            with distributed.autocast(precision, project.device):
+            with autocast(precision, project.device):
                 logits = scene_logits(project, model, transforms.normalise(images.to(project.device)), classes)
             found += upsampled(logits, some[0][1].shape).argmax(dim=1).cpu()
     return found

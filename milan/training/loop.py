@@ -23,6 +23,7 @@ from milan.data import seeding
 from milan.params import Compute, Runtime, Training
 from milan.training import distributed, optim
 from milan.training.batch_norm import RunningStatistics
+from milan.training.device import autocast, resolve_precision
 from milan.training.resume import Scratch
 
 CURVE_POINTS = 100
@@ -120,7 +121,7 @@ class Loop:
     def __init__(self, model, dataset, optimizer, run: FitSettings, to_inputs):
         self.model, self.optimizer, self.run, self.to_inputs = model, optimizer, run, to_inputs
         self.device = next(model.parameters()).device
-        self.precision = distributed.resolve_precision(run.compute, self.device)
+        self.precision = resolve_precision(run.compute, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         t = run.training
         self.order = Order(len(dataset), t.batch_size, run.micro_batch or t.micro_batch, t.epochs, run.seed)
@@ -204,7 +205,7 @@ class Loop:
             last = micro == self.accumulation - 1
             wait = contextlib.nullcontext() if last or self.world == 1 else self.forward.no_sync()
             with wait:
-                with distributed.autocast(self.precision, self.device):
+                with autocast(self.precision, self.device):
                     loss = self.forward(*inputs)
                 self.scaler.scale(loss / self.accumulation).backward()
             self.running.note()

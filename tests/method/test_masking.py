@@ -6,7 +6,7 @@ import torch
 from milan.method import masking
 from milan.method.model import MaskedPretraining, in_decoder_order, in_image_order
 from milan.params import AblationRow, Model, TransformerSize
-from milan.training import distributed
+from milan.training.device import choose_attention
 
 DRAWS = 20_000
 
@@ -183,11 +183,11 @@ def test_attention_written_out_is_the_fused_one(decoder):
     fused, before = [], tiny_model(decoder).predict(*drawn())
     try:
         for precision in ("bf16", "fp32"):
-            distributed.choose_attention(precision, cpu)
+            choose_attention(precision, cpu)
             model = tiny_model(decoder)
             attentions = [block.attn for block in [*model.encoder.vit.blocks, *model.decoder.decoder_blocks]]
             fused.append({getattr(a, "fused_attn", getattr(a, "fused", None)) for a in attentions})
             torch.testing.assert_close(model.predict(*drawn()), before, atol=1e-5, rtol=1e-5)
     finally:
-        distributed.choose_attention("fp32", cpu)
+        choose_attention("fp32", cpu)
     assert fused == [{False}, {True}]

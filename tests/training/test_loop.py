@@ -20,6 +20,7 @@ from milan.method import masking
 from milan.method.model import MaskedPretraining
 from milan.params import AblationRow, Compute, Model, Runtime, Training, TransformerSize
 from milan.training import distributed, optim
+from milan.training.device import set_up
 from milan.training.loop import FitSettings, Order, fit
 from milan.training.resume import Scratch
 from milan.training.weights import save_weights
@@ -138,7 +139,7 @@ def patient(run: FitSettings) -> FitSettings:
 
 def train(data: Points, run: FitSettings, out: Path | None = None) -> dict:
     """What a stage does: build, fit, save; weights as lists, to travel between processes."""
-    distributed.set_up(run.compute)
+    set_up(run.compute)
     model = Regression()
     optimizer = optim.adamw(optim.decay_groups(model, run.training.weight_decay), (0.9, 0.95))
     curve = fit(model, data, optimizer, run, lambda batch: (batch["x"], batch["y"]))
@@ -276,7 +277,7 @@ class Masked:
 
 
 def pretrain(recipe: AblationRow, run: FitSettings) -> dict:
-    distributed.set_up(run.compute)
+    set_up(run.compute)
     seeding.seed_globals(0, "init")
     model = MaskedPretraining(SMALL, recipe, 0.5, 6 if recipe.target == "clip" else None)
     optimizer = optim.adamw(optim.decay_groups(model, 0.05), (0.9, 0.95))
