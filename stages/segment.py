@@ -22,7 +22,7 @@ from milan.stage import Stage, run
 from milan.training import distributed, optim
 from milan.training.device import autocast, resolve_precision, set_up
 from milan.training.loop import FitSettings, fit
-from milan.training.resume import Scratch
+from milan.training.resume import SavedState
 from milan.training.weights import load_weights, save_weights
 
 
@@ -38,18 +38,16 @@ class SegmentLoss(nn.Module):
 def main(stage: Stage) -> None:
     p, a = stage.params, stage.args
     stage.tracker.reads(Records(a.scenes, "train"), Records(a.scenes, "val"))
-    recipe = stage.recipe_digest(
-        p.segment, p.model, p.compute, inputs=[a.scenes / "manifest.json", a.weights / "encoder.safetensors"]
-    )
-    scratch = Scratch(f"segment-{a.variant}-{a.seed}", recipe)
-    result = distributed.launch(train, p, a, scratch, stage, recipe)
+    inputs = {"scenes": a.scenes / "manifest.json", "encoder": a.weights / "encoder.safetensors"}
+    identity = stage.identify({"segment": p.segment, "model": p.model, "compute": p.compute}, **inputs)
+    saved = stage.keep(SavedState(stage.slug, identity, stage.code))
+    result = distributed.launch(train, p, a, saved, stage)
     stage.write_curve(result["curve"])
-    stage.write_metrics(result["metrics"], recipe)
+    stage.write_metrics(result["metrics"], identity)
     stage.tracker.model(a.out, f"segmenter-{a.variant}-{a.seed}")
-    scratch.clean()
 
 
-def train(p: Params, a: Namespace, scratch: Scratch, stage: Stage, recipe: str) -> dict:
+def train(p: Params, a: Namespace, saved: SavedState, stage: Stage) -> dict:
     device, x = set_up(p.compute), p.segment
     records = Records(a.scenes, "train")
     seeding.seed_globals(a.seed, "segment init")
@@ -64,7 +62,7 @@ def train(p: Params, a: Namespace, scratch: Scratch, stage: Stage, recipe: str) 
     data = scenes.SceneSamples(records, a.seed, len(records.manifest["classes"]), **crop)
     ids = segmenter.encoder_layer_ids(model)
     groups = optim.layer_decay_groups(model, x.weight_decay, x.layer_decay, ids.__getitem__, p.model.encoder.depth)
-    settings = FitSettings(stage.title, x, p.compute, p.runtime, a.seed, scratch, stage.tracker.point, optim.poly_lr_at)
+    settings = FitSettings(stage.title, x, p.compute, p.runtime, a.seed, saved, stage.tracker.point, optim.poly_lr_at)
     loss = SegmentLoss(model)
     curve = fit(loss, data, optim.adamw(groups, x.betas), settings, lambda b: (transforms.normalise(b["image"]), b["label"]))
     if distributed.rank() == 0:

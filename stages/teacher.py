@@ -29,32 +29,32 @@ from milan.teacher.wording import wording_of
 from milan.training import distributed, optim
 from milan.training.device import set_up
 from milan.training.loop import FitSettings, fit
-from milan.training.resume import Scratch
+from milan.training.resume import SavedState
 
 
 def main(stage: Stage) -> None:
     p, a = stage.params, stage.args
-    sections = [p.teacher, p.model.image_size, p.model.patch_size, p.compute, *(["none"] if p.no_teacher else [])]
-    recipe = stage.recipe_digest(*sections, inputs=[a.records / "manifest.json"])
-    scratch = Scratch(stage.name, recipe)
+    sizes = {"image_size": p.model.image_size, "patch_size": p.model.patch_size}
+    sections = {"teacher": p.teacher, "model": sizes, "compute": p.compute, "no_teacher": p.no_teacher}
+    identity = stage.identify(sections, records=a.records / "manifest.json")
     result = {"curve": [], "metrics": {}}
-    with whole_folder(a.out, recipe) as folder:
+    with whole_folder(a.out, stage.folder_digest(identity)) as folder:
         if p.teacher.tiny:
             stage.tracker.reads(*(Records(a.records, split) for split in ("pairs", "train", "val")))
-            result = distributed.launch(train, p, a.records, folder, scratch, stage.tracker)
+            saved = stage.keep(SavedState(stage.slug, identity, stage.code))
+            result = distributed.launch(train, p, a.records, folder, saved, stage.tracker)
         elif p.no_teacher:
             print("pretrain.weights is set: no teacher is needed.", flush=True)
             save_no_teacher(folder)
         else:
             fetch_teacher(p.teacher.pretrained, folder, wording_of(read_manifest(a.records)), set_up(p.compute))
     stage.write_curve(result["curve"])
-    stage.write_metrics(result["metrics"], recipe)
+    stage.write_metrics(result["metrics"], identity)
     if not p.no_teacher:
         stage.tracker.model(a.out, "teacher")
-    scratch.clean()
 
 
-def train(p: Params, records: Path, folder: Path, scratch: Scratch, tracker) -> dict:
+def train(p: Params, records: Path, folder: Path, saved: SavedState, tracker) -> dict:
     device, t = set_up(p.compute), p.teacher
     pairs = Records(records, "pairs")
     tokenizer = Tokenizer.of_corpus(pairs.column("caption"), t.tiny.context_length)
@@ -68,7 +68,7 @@ def train(p: Params, records: Path, folder: Path, scratch: Scratch, tracker) -> 
         contrast.Contrast(model),
         samples,
         optimizer,
-        FitSettings("teacher", t, p.compute, p.runtime, t.seed, scratch, tracker.point, micro_batch=share),
+        FitSettings("teacher", t, p.compute, p.runtime, t.seed, saved, tracker.point, micro_batch=share),
         lambda batch: (transforms.normalise(batch["image"]), batch["tokens"]),
     )
     if distributed.rank() == 0:

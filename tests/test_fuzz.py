@@ -173,7 +173,7 @@ def test_record_shards(tmp_path):
         found = records.Records(tmp_path, "train")
         assert len([found[k] for k in range(len(found))]) == len(found.column("image")) == found.about()["images"]
         assert all(isinstance(row["image"], bytes) and row.get("label", 0) in (0, 1, 2) for row in (found[k] for k in range(10)))
-        provenance.read_data(tmp_path)
+        provenance.read_data(tmp_path, None)
 
     shard = (tmp_path / "train-0.arrow").read_bytes()
     count = campaign("a shard", damages(shard), lambda data: attempt(saved(tmp_path / "train-0.arrow", data)), 4)
