@@ -56,6 +56,6 @@ def noise_of(seed: int, index: Tensor, n_patches: int) -> Tensor:
 def class_tokens(model: MaskedPretraining, images: Tensor, noise: Tensor) -> Tensor:
     """images (B, 3, H, W) normalised, noise (B, N) -> (B, 2, D) float32: the decoder's class token, of whole images and of
     the n_visible patches that the noise keeps."""
-    whole = masking.whole(len(images), model.n_patches).to(images.device)
+    whole = masking.all_patches(len(images), model.n_patches).to(images.device)
     seen = (whole, masking.sample_visible(noise, model.n_visible))
     return torch.stack([model.predict(images, v, masking.complement(v, model.n_patches))[:, 0].float() for v in seen], dim=1)
