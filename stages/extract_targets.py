@@ -148,4 +148,5 @@ def object_shares(importance: torch.Tensor, cover: torch.Tensor) -> dict[str, fl
 
 
 if __name__ == "__main__":
-    run("extract_targets", main, __doc__, records=Path, teacher=Path, out=Path, metrics=Path)
+    with distributed.torchrun():
+        run("extract_targets", main, __doc__, records=Path, teacher=Path, out=Path, metrics=Path)

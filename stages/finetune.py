@@ -91,4 +91,5 @@ def assess(p: Params, vit: torch.nn.Module, val: Records, device: torch.device) 
 
 if __name__ == "__main__":
     paths = dict.fromkeys(("records", "weights", "out", "metrics", "curve", "confusion"), Path)
-    run("finetune", main, __doc__, variant=str, seed=int, **paths)
+    with distributed.torchrun():
+        run("finetune", main, __doc__, variant=str, seed=int, **paths)

@@ -109,16 +109,17 @@ def assess(p: Params, train: Records, val: Records, encode: Callable, head: Line
 
 
 if __name__ == "__main__":
-    run(
-        "linear_eval",
-        main,
-        __doc__,
-        variant=str,
-        seed=int,
-        records=Path,
-        weights=Path,
-        teacher=Path,
-        out=Path,
-        metrics=Path,
-        curve=Path,
-    )
+    with distributed.torchrun():
+        run(
+            "linear_eval",
+            main,
+            __doc__,
+            variant=str,
+            seed=int,
+            records=Path,
+            weights=Path,
+            teacher=Path,
+            out=Path,
+            metrics=Path,
+            curve=Path,
+        )

@@ -108,16 +108,17 @@ def targets_for(p: Params, a: Namespace, device: torch.device) -> tuple[Bank | N
 
 
 if __name__ == "__main__":
-    run(
-        "pretrain",
-        main,
-        __doc__,
-        variant=str,
-        seed=int,
-        records=Path,
-        teacher=Path,
-        bank=Path,
-        out=Path,
-        metrics=Path,
-        curve=Path,
-    )
+    with distributed.torchrun():
+        run(
+            "pretrain",
+            main,
+            __doc__,
+            variant=str,
+            seed=int,
+            records=Path,
+            teacher=Path,
+            bank=Path,
+            out=Path,
+            metrics=Path,
+            curve=Path,
+        )

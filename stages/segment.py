@@ -128,4 +128,5 @@ def scene_logits(p: Params, model: segmenter.Segmenter, image: Tensor, classes: 
 
 
 if __name__ == "__main__":
-    run("segment", main, __doc__, variant=str, seed=int, scenes=Path, weights=Path, out=Path, metrics=Path, curve=Path)
+    with distributed.torchrun():
+        run("segment", main, __doc__, variant=str, seed=int, scenes=Path, weights=Path, out=Path, metrics=Path, curve=Path)

@@ -97,4 +97,5 @@ def assess(model, text: torch.Tensor, p: Params, records: Path, device: torch.de
 
 
 if __name__ == "__main__":
-    run("teacher", main, __doc__, records=Path, out=Path, metrics=Path, curve=Path)
+    with distributed.torchrun():
+        run("teacher", main, __doc__, records=Path, out=Path, metrics=Path, curve=Path)
