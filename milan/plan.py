@@ -31,9 +31,10 @@ from milan.method.model import MaskedPretraining
 from milan.method.target_bank import bank_bytes
 from milan.params import AblationRow, Params, Training, read_params
 from milan.segmentation import segmenter
-from milan.teacher.clip import Tower, tiny_config
+from milan.teacher.clip import tiny_config
 from milan.teacher.frozen import build_tower
 from milan.teacher.released import describe
+from milan.teacher.towers import Tower
 from milan.training.device import DTYPES, resolve_device, resolve_precision
 
 IMAGE_BYTES = 110_000  # of an ImageNet JPEG, in the mean

@@ -91,10 +91,11 @@ def targets_for(p: Params, a: Namespace, device: torch.device) -> tuple[Bank | N
     if p.extract_targets.views:
         bank = Bank(a.bank)
         return bank, None, bank.feature_dim
-    from milan.teacher.frozen import load_tower, look  # here, because open_clip takes seconds to load
+    from milan.teacher.frozen import compute_targets, load_tower  # here, because open_clip takes seconds to load
 
     tower = load_tower(a.teacher, p.compute, device)
-    return None, lambda images: look(tower, images, p.compute, p.extract_targets.normalisation, p.model.grid), tower.feature_dim
+    settings = (p.compute, p.extract_targets.normalisation, p.model.grid)
+    return None, lambda images: compute_targets(tower, images, *settings), tower.feature_dim
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from milan.method import model as pretraining
 from milan.method.encoder import build_vit
 from milan.method.pos_embed import interpolate_pos_embed, sincos_pos_embed
 from milan.teacher import released
-from milan.teacher.clip import ClipTower
+from milan.teacher.towers import ClipTower
 from milan.training import optim
 from tests.golden import SAMPLED, SAMPLES, Case
 
