@@ -24,7 +24,7 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
 from milan.core.errors import UserError
-from milan.evaluation.classifier import About, save_classifier
+from milan.evaluation.classifier import ClassifierInfo, save_classifier
 from milan.params import Model, TransformerSize
 from milan.serve.classify import Classify
 from milan.tracking import logger, tracker
@@ -46,7 +46,7 @@ def small_vit(seed: int) -> VisionTransformer:
 
 def weights(folder: Path, seed: int) -> Path:
     vit = small_vit(seed)
-    save_classifier(folder, vit, About(MODEL, "mean", 20, CLASSES))
+    save_classifier(folder, vit, ClassifierInfo(MODEL, "mean", 20, CLASSES))
     return folder
 
 
