@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from benchmarks import measure
 from benchmarks.step import our_teacher
 from milan.method import masking
-from milan.training import distributed
+from milan.training.device import autocast
 
 MASK_RATIO = 0.75
 
@@ -79,7 +79,7 @@ class Case:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        with distributed.autocast(self.precision, self.device):
+        with autocast(self.precision, self.device):
             return self.call(images)
 
 

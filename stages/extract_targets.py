@@ -24,19 +24,22 @@ from milan.stage import Stage, run
 from milan.teacher.clip import Tower
 from milan.teacher.frozen import load_tower, look
 from milan.training import distributed
+from milan.training.device import set_up
 from milan.training.weights import save_weights
 
 
 def main(stage: Stage) -> None:
     p, a = stage.params, stage.args
-    inputs = [a.records / "manifest.json", a.teacher / ("teacher.json" if p.no_teacher else "teacher.safetensors")]
-    sizes = [p.model.image_size, p.model.patch_size]
-    recipe = stage.recipe_digest(p.extract_targets, *sizes, p.compute, p.pretrain.crop_scale, inputs=inputs)
+    inputs = {"records": a.records / "manifest.json"}
+    inputs["teacher"] = a.teacher / ("teacher.json" if p.no_teacher else "teacher.safetensors")
+    sizes = {"image_size": p.model.image_size, "patch_size": p.model.patch_size}
+    sections = {"extract_targets": p.extract_targets, "model": sizes, "compute": p.compute}
+    identity = stage.identify({**sections, "pretrain.crop_scale": p.pretrain.crop_scale}, **inputs)
     if not p.no_teacher:
         stage.tracker.reads(Records(a.records, "train"), Records(a.records, "val"))
-    with whole_folder(a.out, recipe) as folder:
+    with whole_folder(a.out, stage.folder_digest(identity)) as folder:
         result = nothing(p, folder) if p.no_teacher else distributed.launch(extract, p, a.records, a.teacher, folder)
-    stage.write_metrics(result, recipe)
+    stage.write_metrics(result, identity)
 
 
 def nothing(p: Params, folder: Path) -> dict:
@@ -47,7 +50,7 @@ def nothing(p: Params, folder: Path) -> dict:
 
 
 def extract(p: Params, records: Path, teacher: Path, folder: Path) -> dict:
-    device, x = distributed.set_up(p.compute), p.extract_targets
+    device, x = set_up(p.compute), p.extract_targets
     tower = load_tower(teacher, p.compute, device)
     train = Records(records, "train")
     if x.views:

@@ -14,45 +14,44 @@ import torch
 from milan.data import seeding, transforms
 from milan.data.evaluation_view import CentreSamples
 from milan.data.records import Records
-from milan.evaluation import augmentation, evaluate
-from milan.evaluation.classifier import About, FinetuneLoss, build_classifier, save_classifier
+from milan.evaluation import augmentation, inference, scores
+from milan.evaluation.classifier import ClassifierInfo, FinetuneLoss, build_classifier, save_classifier
 from milan.evaluation.samples import LabelledSamples, balanced_subset
 from milan.params import Params
 from milan.stage import Stage, run
 from milan.training import distributed, optim
+from milan.training.device import autocast, resolve_precision, set_up
 from milan.training.loop import FitSettings, fit
-from milan.training.resume import Scratch
+from milan.training.resume import SavedState
 from milan.training.weights import load_weights
 
 
 def main(stage: Stage) -> None:
     p, a = stage.params, stage.args
     stage.tracker.reads(Records(a.records, "train"), Records(a.records, "val"))
-    recipe = stage.recipe_digest(
-        p.finetune, p.model, p.compute, inputs=[a.records / "manifest.json", a.weights / "encoder.safetensors"]
-    )
-    scratch = Scratch(f"finetune-{a.variant}-{a.seed}", recipe)
-    result = distributed.launch(train, p, a, scratch, stage, recipe)
+    inputs = {"records": a.records / "manifest.json", "encoder": a.weights / "encoder.safetensors"}
+    identity = stage.identify({"finetune": p.finetune, "model": p.model, "compute": p.compute}, **inputs)
+    saved = stage.keep(SavedState(stage.slug, identity, stage.code))
+    result = distributed.launch(train, p, a, saved, stage)
     stage.write_curve(result["curve"])
     stage.write_confusion(result["confusion"])
-    stage.write_metrics(result["metrics"], recipe)
+    stage.write_metrics(result["metrics"], identity)
     stage.tracker.classifier(a.out, f"classifier-{a.variant}-{a.seed}", f"milan-{p.scale}-classifier", a.variant)
-    scratch.clean()
 
 
-def train(p: Params, a: Namespace, scratch: Scratch, stage: Stage, recipe: str) -> dict:
-    device, x = distributed.set_up(p.compute), p.finetune
+def train(p: Params, a: Namespace, saved: SavedState, stage: Stage) -> dict:
+    device, x = set_up(p.compute), p.finetune
     records = Records(a.records, "train")
     classes = len(records.classes)
     seeding.seed_globals(a.seed, "finetune init")
     vit = build_classifier(p.model, x, classes, load_weights(a.weights / "encoder.safetensors")).to(device)
     optimizer = optim.adamw(layer_groups(vit, x), x.betas)
-    settings = FitSettings(stage.title, x, p.compute, p.runtime, a.seed, scratch, stage.tracker.point)
+    settings = FitSettings(stage.title, x, p.compute, p.runtime, a.seed, saved, stage.tracker.point)
     curve = fit(
         FinetuneLoss(vit, x, classes), samples(p, records, a.seed), optimizer, settings, partial(inputs, x.random_erasing)
     )
     if distributed.rank() == 0:
-        save_classifier(a.out, vit, About(p.model, x.pooling, x.resize, records.manifest["classes"]))
+        save_classifier(a.out, vit, ClassifierInfo(p.model, x.pooling, x.resize, records.manifest["classes"]))
     return {"curve": curve, **assess(p, vit, Records(a.records, "val"), device)}
 
 
@@ -74,18 +73,18 @@ def inputs(erasing: float, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def assess(p: Params, vit: torch.nn.Module, val: Records, device: torch.device) -> dict:
-    precision = distributed.resolve_precision(p.compute, device)
+    precision = resolve_precision(p.compute, device)
 
     def logits(images: torch.Tensor) -> torch.Tensor:
-        with distributed.autocast(precision, device):
+        with autocast(precision, device):
             return vit(images)
 
     centre = CentreSamples(val, p.finetune.resize, p.model.image_size)
-    found, labels = evaluate.outputs(logits, centre, 256, device, "fine-tuned", p.runtime.workers)
-    pairs = evaluate.confused(found.argmax(dim=1), labels)
+    found, labels = inference.model_outputs(logits, centre, 256, device, "fine-tuned", p.runtime.workers)
+    pairs = scores.confusion_pairs(found.argmax(dim=1), labels)
     names = val.manifest["classes"]
     return {
-        "metrics": dict(evaluate.accuracy(found, labels, "finetune")),
+        "metrics": dict(scores.accuracy(found, labels, "finetune")),
         "confusion": [(names[actual], names[predicted]) for actual, predicted in pairs.tolist()],
     }
 

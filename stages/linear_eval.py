@@ -17,40 +17,42 @@ from torch.utils.data import Dataset
 from milan.data import seeding, transforms
 from milan.data.evaluation_view import CentreSamples
 from milan.data.records import Records
-from milan.evaluation import augmentation, evaluate, zero_shot
+from milan.evaluation import augmentation, inference, scores, zero_shot
 from milan.evaluation.linear import FeatureViews, LinearHead, ProbeLoss
-from milan.evaluation.samples import LabelledSamples, OneView
+from milan.evaluation.samples import EpochView, LabelledSamples
 from milan.method.encoder import load_encoder
 from milan.params import Params
 from milan.stage import Stage, run
 from milan.training import distributed, optim
+from milan.training.device import autocast, resolve_precision, set_up
 from milan.training.loop import FitSettings, fit
-from milan.training.resume import Scratch
+from milan.training.resume import SavedState
 from milan.training.weights import save_weights
 
 
 def main(stage: Stage) -> None:
     p, a = stage.params, stage.args
     stage.tracker.reads(Records(a.records, "train"), Records(a.records, "val"))
-    inputs = [a.records / "manifest.json", a.weights / "encoder.safetensors", *zero_shot.files(a.weights, a.teacher)]
-    sections = [p.linear_eval, p.model, p.compute, p.pretrain.ablation[a.variant], p.pretrain.mask_ratio]
-    recipe = stage.recipe_digest(*sections, inputs=inputs)
-    scratch = Scratch(f"linear_eval-{a.variant}-{a.seed}", recipe)
-    result = distributed.launch(train, p, a, scratch, stage, recipe)
+    sections = {"linear_eval": p.linear_eval, "model": p.model, "compute": p.compute}
+    sections["pretrain"] = {"row": p.pretrain.ablation[a.variant], "mask_ratio": p.pretrain.mask_ratio}
+    inputs = {path.name: path for path in zero_shot.input_files(a.weights, a.teacher)}
+    inputs |= {"records": a.records / "manifest.json", "encoder": a.weights / "encoder.safetensors"}
+    identity = stage.identify(sections, **inputs)
+    saved = stage.keep(SavedState(stage.slug, identity, stage.code))
+    result = distributed.launch(train, p, a, saved, stage)
     stage.write_curve(result["curve"])
-    stage.write_metrics(result["metrics"], recipe)
+    stage.write_metrics(result["metrics"], identity)
     stage.tracker.model(a.out, f"head-{a.variant}-{a.seed}")
-    scratch.clean()
 
 
-def train(p: Params, a: Namespace, scratch: Scratch, stage: Stage, recipe: str) -> dict:
-    device, x = distributed.set_up(p.compute), p.linear_eval
+def train(p: Params, a: Namespace, saved: SavedState, stage: Stage) -> dict:
+    device, x = set_up(p.compute), p.linear_eval
     encode = frozen_encoder(p, a.weights, device)
     records = Records(a.records, "train")
     seeding.seed_globals(a.seed, "linear_eval init")
     head = LinearHead(p.model.encoder.embed_dim, len(records.classes)).to(device)
     samples, inputs = training_data(p, a.seed, records, encode, device)
-    settings = FitSettings(stage.title, x, p.compute, p.runtime, a.seed, scratch, stage.tracker.point)
+    settings = FitSettings(stage.title, x, p.compute, p.runtime, a.seed, saved, stage.tracker.point)
     curve = fit(ProbeLoss(head), samples, optimizer_of(p, head), settings, inputs)
     if distributed.rank() == 0:
         save_weights(a.out / "head.safetensors", head.state_dict())
@@ -63,11 +65,11 @@ def train(p: Params, a: Namespace, scratch: Scratch, stage: Stage, recipe: str) 
 def frozen_encoder(p: Params, weights: Path, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
     """Normalised images (B, 3, S, S) -> class-token features (B, D), without gradient."""
     encoder = load_encoder(weights / "encoder.safetensors", p.model).to(device).eval()
-    precision = distributed.resolve_precision(p.compute, device)
+    precision = resolve_precision(p.compute, device)
 
     @torch.no_grad()
     def encode(images: torch.Tensor) -> torch.Tensor:
-        with distributed.autocast(precision, device):
+        with autocast(precision, device):
             return encoder(images)[:, 0].float()
 
     return encode
@@ -80,7 +82,7 @@ def training_data(p: Params, seed: int, records: Records, encode: Callable, devi
     if x.views == 0:
         return crops, lambda batch: (encode(transforms.normalise(batch["image"])), batch["label"])
     views = [
-        evaluate.outputs(encode, OneView(crops, v), x.micro_batch, device, "features", p.runtime.workers) for v in range(x.views)
+        inference.model_outputs(encode, EpochView(crops, v), x.micro_batch, device, "features", p.runtime.workers) for v in range(x.views)
     ]
     return FeatureViews([features for features, _ in views], views[0][1]), lambda batch: (batch["features"], batch["label"])
 
@@ -96,14 +98,14 @@ def assess(p: Params, train: Records, val: Records, encode: Callable, head: Line
     """Top-1 and top-5 of the linear layer, and of nearest neighbours on the same features."""
     x = p.linear_eval
     features = [
-        evaluate.outputs(
+        inference.model_outputs(
             encode, CentreSamples(records, x.resize, p.model.image_size), x.micro_batch, device, "features", p.runtime.workers
         )
         for records in (train, val)
     ]
     logits = torch.cat([head(part.to(device)).cpu() for part in features[1][0].split(x.micro_batch)])
-    found = evaluate.accuracy(logits, features[1][1], "linear_eval")
-    return {**dict(found), "linear_eval/knn_top1": evaluate.knn_top1(*features[0], *features[1], device)}
+    found = scores.accuracy(logits, features[1][1], "linear_eval")
+    return {**dict(found), "linear_eval/knn_top1": scores.knn_top1(*features[0], *features[1], device)}
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ def main(stage: Stage) -> None:
     a, p = stage.args, stage.params
     results = read_results(a.metrics, a.published, p)
     lock = provenance.read_lock(a.lock, p)
-    data = [provenance.read_data(folder) for folder in (a.imagenet, a.ade20k)]
+    data = [provenance.read_data(a.imagenet, p.data.imagenet), provenance.read_data(a.ade20k, p.data.ade20k)]
     trail = provenance.origins(lock, runs_known(stage))
     bars = page.picture(present(a.plots / "bars.png"), "Our variants", page.BARS)
     here = {"revision": git_revision(), "hardware": machine.hardware(p.compute.device)}

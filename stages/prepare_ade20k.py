@@ -12,7 +12,6 @@ from pathlib import Path
 from milan.core.errors import UserError
 from milan.core.files import SCRATCH, whole_folder
 from milan.core.progress import Progress
-from milan.core.redaction import discreet
 from milan.data import records
 from milan.ingest import ade20k, imagenet
 from milan.ingest.packing import Packing, has_labels
@@ -25,14 +24,15 @@ SPLITS = {"train": "training", "val": "validation"}
 
 def main(stage: Stage) -> None:
     p, root = stage.params.prepare_ade20k, stage.params.data.ade20k
-    recipe = stage.recipe_digest(p, root)
-    drawn = SCRATCH / f"scenes-{recipe}"
+    identity = stage.identify({"prepare_ade20k": p, "data.ade20k": root})
+    made_from = stage.folder_digest(identity)
+    drawn = SCRATCH / f"scenes-{made_from}"
     if root is None:
         draw(drawn, p)
-    with whole_folder(stage.args.out, recipe) as folder:
+    with whole_folder(stage.args.out, made_from) as folder:
         manifest = pack(Path(root or drawn), folder, stage.params, root)
     shutil.rmtree(drawn, ignore_errors=True)
-    stage.write_metrics({f"prepare_ade20k/{name}": split["images"] for name, split in manifest["splits"].items()}, recipe)
+    stage.write_metrics({f"prepare_ade20k/{name}": split["images"] for name, split in manifest["splits"].items()}, identity)
 
 
 def draw(root: Path, p: PrepareAde20k) -> None:
@@ -57,7 +57,7 @@ def pack(root: Path, folder: Path, params: Params, given: str | None) -> dict:
     imagenet.refuse_too_few({"segment": (params.segment.batch_size, len(items["train"]))}, params.world)
     classes = ade20k.scene_classes(places, p.classes)
     splits = Packing(folder, p.shard_images, os.cpu_count(), classes=p.classes).pack(items)
-    manifest = records.write_manifest(folder, splits=splits, classes=classes, source=discreet(given or "the built-in world"))
+    manifest = records.write_manifest(folder, splits=splits, classes=classes)
     refuse_unlabelled(folder, root)
     records.drop_unlisted(folder)
     return manifest

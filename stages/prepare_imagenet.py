@@ -24,7 +24,6 @@ from pathlib import Path
 from milan.core.errors import UserError
 from milan.core.files import SCRATCH, whole_folder
 from milan.core.progress import Progress
-from milan.core.redaction import discreet
 from milan.data import records
 from milan.ingest import imagenet
 from milan.ingest.packing import Packing
@@ -35,15 +34,16 @@ from milan.stage import Stage, run
 
 def main(stage: Stage) -> None:
     p, root = stage.params.prepare_imagenet, stage.params.data.imagenet
-    recipe = stage.recipe_digest(p, root)
-    drawn = SCRATCH / f"world-{recipe}"
+    identity = stage.identify({"prepare_imagenet": p, "data.imagenet": root})
+    made_from = stage.folder_digest(identity)
+    drawn = SCRATCH / f"world-{made_from}"
     if root is None:
         draw(drawn, p)
-    with whole_folder(stage.args.out, recipe) as folder:
+    with whole_folder(stage.args.out, made_from) as folder:
         manifest = pack(Path(root or drawn), folder, stage.params, root)
     shutil.rmtree(drawn, ignore_errors=True)
     splits = {f"prepare_imagenet/{name}": split["images"] for name, split in manifest["splits"].items()}
-    stage.write_metrics({**splits, "prepare_imagenet/classes": len(manifest["classes"])}, recipe)
+    stage.write_metrics({**splits, "prepare_imagenet/classes": len(manifest["classes"])}, identity)
 
 
 def draw(root: Path, p: PrepareImagenet) -> None:
@@ -73,9 +73,7 @@ def pack(root: Path, folder: Path, params: Params, given: str | None) -> dict:
     imagenet.refuse_too_few(needs(params, len(images.train), len(pairs), bool(images.classes)), params.world)
     packing = Packing(folder, p.shard_images, os.cpu_count(), p.short_side)
     splits = packing.pack({"train": images.train, "val": images.val, **({"pairs": pairs} if pairs else {})})
-    manifest = records.write_manifest(
-        folder, splits=splits, wnids=images.wnids, classes=images.classes, source=discreet(given or "the built-in world")
-    )
+    manifest = records.write_manifest(folder, splits=splits, wnids=images.wnids, classes=images.classes)
     records.drop_unlisted(folder)
     return manifest
 

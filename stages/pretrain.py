@@ -13,8 +13,10 @@ from pathlib import Path
 import torch
 
 from milan.convert import interop
+from milan.core.identity import Identity
 from milan.data import seeding, transforms
 from milan.data.records import Records
+from milan.method import target_bank
 from milan.method.encoder import Encoder
 from milan.method.model import MaskedPretraining
 from milan.method.samples import PretrainSamples
@@ -22,33 +24,42 @@ from milan.method.target_bank import Bank
 from milan.params import Params
 from milan.stage import Stage, run
 from milan.training import distributed, optim
+from milan.training.device import set_up
 from milan.training.loop import FitSettings, fit
-from milan.training.resume import Scratch
+from milan.training.resume import SavedState
 from milan.training.weights import save_weights
 
 
 def main(stage: Stage) -> None:
     p, a = stage.params, stage.args
-    recipe = stage.recipe_digest(p.pretrain, p.model, p.compute, p.extract_targets, inputs=inputs(p, a))
-    scratch = Scratch(f"pretrain-{a.variant}-{a.seed}", recipe)
+    identity = identify(stage)
     about = {"variant": a.variant, "seed": a.seed, "model": p.model.name}
     if p.pretrain.weights or p.pretrain.ablation[a.variant].target == "none":
         save_weights(a.out / "encoder.safetensors", given_encoder(p, a.seed), **about)
         curve = []
     else:
         stage.tracker.reads(Records(a.records, "train"))
-        curve = distributed.launch(train, p, a, scratch, stage, about)["curve"]
+        saved = stage.keep(SavedState(stage.slug, identity, stage.code))
+        curve = distributed.launch(train, p, a, saved, stage, about)["curve"]
     stage.write_curve(curve)
-    stage.write_metrics({"pretrain/loss": curve[-1]["loss"]} if curve else {}, recipe)
+    stage.write_metrics({"pretrain/loss": curve[-1]["loss"]} if curve else {}, identity)
     stage.tracker.model(a.out, f"{a.variant}-{a.seed}")
-    scratch.clean()
 
 
-def inputs(p: Params, a: Namespace) -> list[Path]:
-    """The files that the result follows from."""
-    given = [Path(p.pretrain.weights)] if p.pretrain.weights and Path(p.pretrain.weights).is_file() else []
-    teacher = a.teacher / ("teacher.json" if p.no_teacher else "teacher.safetensors")
-    return [a.records / "manifest.json", teacher, a.bank / "bank.json", *given]
+def identify(stage: Stage) -> Identity:
+    """Return what the encoder follows from: this variant's row and not the others, the bank's content and not how it is cut
+    into shards."""
+    params, args = stage.params, stage.args
+    settings = {name: value for name, value in vars(params.pretrain).items() if name not in ("ablation", "weights")}
+    row, targets = params.pretrain.ablation[args.variant], params.extract_targets
+    sections = {"pretrain": {**settings, "row": row}, "model": params.model, "compute": params.compute}
+    sections["extract_targets"] = {"views": targets.views, "normalisation": targets.normalisation}
+    inputs = {"records": args.records / "manifest.json"}
+    if params.pretrain.weights:
+        inputs["weights"] = Path(params.pretrain.weights)
+    elif row.target == "clip":
+        inputs |= {"teacher": args.teacher / "teacher.safetensors", "bank": target_bank.content_digest(args.bank)}
+    return stage.identify(sections, **inputs)
 
 
 def given_encoder(p: Params, seed: int) -> dict[str, torch.Tensor]:
@@ -59,8 +70,8 @@ def given_encoder(p: Params, seed: int) -> dict[str, torch.Tensor]:
     return Encoder(p.model).vit.state_dict()
 
 
-def train(p: Params, a: Namespace, scratch: Scratch, stage: Stage, about: dict) -> dict:
-    device, row = distributed.set_up(p.compute), p.pretrain.ablation[a.variant]
+def train(p: Params, a: Namespace, saved: SavedState, stage: Stage, about: dict) -> dict:
+    device, row = set_up(p.compute), p.pretrain.ablation[a.variant]
     bank, teacher, width = targets_for(p, a, device)
     seeding.seed_globals(a.seed, "pretrain init")
     model = MaskedPretraining(p.model, row, p.pretrain.mask_ratio, width).to(device)
@@ -68,7 +79,7 @@ def train(p: Params, a: Namespace, scratch: Scratch, stage: Stage, about: dict) 
         Records(a.records, "train"), a.seed, p.model.image_size, p.model.n_patches, p.pretrain.crop_scale, bank
     )
     optimizer = optim.adamw(optim.decay_groups(model, p.pretrain.weight_decay), p.pretrain.betas)
-    settings = FitSettings(stage.title, p.pretrain, p.compute, p.runtime, a.seed, scratch, stage.tracker.point)
+    settings = FitSettings(stage.title, p.pretrain, p.compute, p.runtime, a.seed, saved, stage.tracker.point)
 
     def to_inputs(batch: dict) -> tuple:
         images = transforms.normalise(batch["image"])

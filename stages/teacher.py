@@ -16,7 +16,7 @@ from milan.core.files import whole_folder
 from milan.data import seeding, transforms
 from milan.data.evaluation_view import CentreSamples
 from milan.data.records import Records, read_manifest
-from milan.evaluation import evaluate
+from milan.evaluation import inference, scores
 from milan.evaluation.linear import probe_top1
 from milan.ingest.world import drawing
 from milan.params import Params
@@ -27,34 +27,35 @@ from milan.teacher.clip import Tokenizer, build_tiny, embed_classes, save_no_tea
 from milan.teacher.released import fetch_teacher
 from milan.teacher.wording import wording_of
 from milan.training import distributed, optim
+from milan.training.device import set_up
 from milan.training.loop import FitSettings, fit
-from milan.training.resume import Scratch
+from milan.training.resume import SavedState
 
 
 def main(stage: Stage) -> None:
     p, a = stage.params, stage.args
-    sections = [p.teacher, p.model.image_size, p.model.patch_size, p.compute, *(["none"] if p.no_teacher else [])]
-    recipe = stage.recipe_digest(*sections, inputs=[a.records / "manifest.json"])
-    scratch = Scratch(stage.name, recipe)
+    sizes = {"image_size": p.model.image_size, "patch_size": p.model.patch_size}
+    sections = {"teacher": p.teacher, "model": sizes, "compute": p.compute, "no_teacher": p.no_teacher}
+    identity = stage.identify(sections, records=a.records / "manifest.json")
     result = {"curve": [], "metrics": {}}
-    with whole_folder(a.out, recipe) as folder:
+    with whole_folder(a.out, stage.folder_digest(identity)) as folder:
         if p.teacher.tiny:
             stage.tracker.reads(*(Records(a.records, split) for split in ("pairs", "train", "val")))
-            result = distributed.launch(train, p, a.records, folder, scratch, stage.tracker)
+            saved = stage.keep(SavedState(stage.slug, identity, stage.code))
+            result = distributed.launch(train, p, a.records, folder, saved, stage.tracker)
         elif p.no_teacher:
             print("pretrain.weights is set: no teacher is needed.", flush=True)
             save_no_teacher(folder)
         else:
-            fetch_teacher(p.teacher.pretrained, folder, wording_of(read_manifest(a.records)), distributed.set_up(p.compute))
+            fetch_teacher(p.teacher.pretrained, folder, wording_of(read_manifest(a.records)), set_up(p.compute))
     stage.write_curve(result["curve"])
-    stage.write_metrics(result["metrics"], recipe)
+    stage.write_metrics(result["metrics"], identity)
     if not p.no_teacher:
         stage.tracker.model(a.out, "teacher")
-    scratch.clean()
 
 
-def train(p: Params, records: Path, folder: Path, scratch: Scratch, tracker) -> dict:
-    device, t = distributed.set_up(p.compute), p.teacher
+def train(p: Params, records: Path, folder: Path, saved: SavedState, tracker) -> dict:
+    device, t = set_up(p.compute), p.teacher
     pairs = Records(records, "pairs")
     tokenizer = Tokenizer.of_corpus(pairs.column("caption"), t.tiny.context_length)
     seeding.seed_globals(t.seed, "teacher init")
@@ -67,7 +68,7 @@ def train(p: Params, records: Path, folder: Path, scratch: Scratch, tracker) -> 
         contrast.Contrast(model),
         samples,
         optimizer,
-        FitSettings("teacher", t, p.compute, p.runtime, t.seed, scratch, tracker.point, micro_batch=share),
+        FitSettings("teacher", t, p.compute, p.runtime, t.seed, saved, tracker.point, micro_batch=share),
         lambda batch: (transforms.normalise(batch["image"]), batch["tokens"]),
     )
     if distributed.rank() == 0:
@@ -85,13 +86,13 @@ def train(p: Params, records: Path, folder: Path, scratch: Scratch, tracker) -> 
 def assess(model, text: torch.Tensor, p: Params, records: Path, device: torch.device) -> dict:
     """Zero-shot, by the classes' texts (K, D), and linear-probe accuracy of the teacher itself."""
     train, val = (CentreSamples(Records(records, split), p.linear_eval.resize, p.model.image_size) for split in ("train", "val"))
-    features = [evaluate.outputs(model.encode_image, d, 256, device, "teacher features") for d in (train, val)]
+    features = [inference.model_outputs(model.encode_image, d, 256, device, "teacher features") for d in (train, val)]
     unit = torch.nn.functional.normalize(features[1][0], dim=1)
-    zero_shot = dict(evaluate.accuracy(unit @ text.T, features[1][1], "teacher/zero_shot"))
+    zero_shot = dict(scores.accuracy(unit @ text.T, features[1][1], "teacher/zero_shot"))
     return {
         "teacher/zero_shot_top1": zero_shot["teacher/zero_shot/top1"],
         "teacher/linear_top1": probe_top1(*features[0], *features[1]),
-        "teacher/knn_top1": evaluate.knn_top1(*features[0], *features[1], device),
+        "teacher/knn_top1": scores.knn_top1(*features[0], *features[1], device),
     }
 
 

@@ -20,9 +20,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # `make test` runs three processe
 import torch  # noqa: E402
 import yaml  # noqa: E402
 
+from milan.core.identity import Identity  # noqa: E402
 from milan.data import records  # noqa: E402
 from milan.params import Params  # noqa: E402
 from milan.stage import Stage  # noqa: E402
+from milan.training.resume import SavedState  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 SLOWEST = ("test_pipeline.py", "test_rehearsal.py")
@@ -86,6 +88,11 @@ def workplace(tmp_path, monkeypatch, one_thread) -> Path:
     """An empty folder to work in; .scratch and whatever else is relative lands there."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def saved_state(name: str = "stage", recipe: str = "recipe", code: dict[str, str] | None = None) -> SavedState:
+    """Where the state of a training of this recipe is kept."""
+    return SavedState(name, Identity({"recipe": recipe}), code or {"milan/a.py": "1"})
 
 
 def forked(function: Callable, *arguments) -> int:

@@ -29,7 +29,7 @@ from milan.convert import interop
 from milan.core.errors import UserError
 from milan.core.typed import arithmetic, build
 from milan.data import records, transforms
-from milan.evaluation.classifier import About, load_classifier, save_classifier
+from milan.evaluation.classifier import ClassifierInfo, load_classifier, save_classifier
 from milan.ingest import archives, labels, packing
 from milan.ingest.archives import File
 from milan.method import target_bank
@@ -173,7 +173,7 @@ def test_record_shards(tmp_path):
         found = records.Records(tmp_path, "train")
         assert len([found[k] for k in range(len(found))]) == len(found.column("image")) == found.about()["images"]
         assert all(isinstance(row["image"], bytes) and row.get("label", 0) in (0, 1, 2) for row in (found[k] for k in range(10)))
-        provenance.read_data(tmp_path)
+        provenance.read_data(tmp_path, None)
 
     shard = (tmp_path / "train-0.arrow").read_bytes()
     count = campaign("a shard", damages(shard), lambda data: attempt(saved(tmp_path / "train-0.arrow", data)), 4)
@@ -230,7 +230,7 @@ def test_teachers(tmp_path, committed_tree):
 
 def test_classifiers(tmp_path):
     vit = build_vit(MODEL, num_classes=3, global_pool="avg")
-    save_classifier(tmp_path, vit, About(MODEL, "mean", 16, ["a", "b", "c"]))
+    save_classifier(tmp_path, vit, ClassifierInfo(MODEL, "mean", 16, ["a", "b", "c"]))
     about = json.loads((tmp_path / "classifier.json").read_text())
 
     def attempt(tree) -> None:

@@ -19,7 +19,7 @@ from milan.core.files import read_checked, write_checked
 from milan.core.progress import track
 from milan.params import Model, TinyClip
 from milan.teacher.class_text import Wording
-from milan.training.distributed import DTYPES
+from milan.training.device import DTYPES
 from milan.training.weights import load_state, load_weights, save_weights
 
 NO_TEXT = CLIPTextCfg(context_length=1, vocab_size=1, width=1, heads=1, layers=1)

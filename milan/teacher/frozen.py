@@ -25,7 +25,7 @@ from milan.teacher.clip import (
     misfits_said,
     read_config,
 )
-from milan.training.distributed import autocast, resolve_precision
+from milan.training.device import autocast, resolve_precision
 from milan.training.weights import load_state, load_weights
 
 

@@ -11,23 +11,21 @@ import socket
 import sys
 import tempfile
 import traceback
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from timm.layers import set_fused_attn
 
 from milan.core.errors import PREEMPTED, Preempted, UserError
 from milan.core.parallel import end_with
-from milan.params import Compute, Params
+from milan.params import Params
 from milan.training import nodes
+from milan.training.device import resolve_device
 
 PR_SET_PDEATHSIG = 1  # prctl(2): the signal that a process gets when its parent dies
 STOP_SECONDS = 300  # between the signal that asks a process to save and end, and the one that ends it
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def rank() -> int:
@@ -36,52 +34,6 @@ def rank() -> int:
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def resolve_device(compute: Compute) -> torch.device:
-    """The device of this process: cuda:<local rank> or cpu."""
-    kind = compute.device
-    if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UserError("compute.device is cuda, but torch sees no GPU here. Use `-S compute.device=auto` or check the driver.")
-    return torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device("cpu")
-
-
-def resolve_precision(compute: Compute, device: torch.device) -> str:
-    """fp32, bf16 or fp16; auto takes bf16 where the hardware computes in it."""
-    if compute.precision != "auto":
-        return compute.precision
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    capable = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-    return "bf16" if capable else "fp32"
-
-
-def autocast(precision: str, device: torch.device):
-    return torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "fp32")
-
-
-def set_up(compute: Compute) -> torch.device:
-    """Threads, determinism and device of this process; called at the start of every process."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch|open_clip")
-    torch.set_num_threads(compute.threads)
-    device = resolve_device(compute)
-    choose_attention(resolve_precision(compute, device), device)
-    if compute.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # a twentieth of a small model's step; no kernel reads it
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-    return device
-
-
-def choose_attention(precision: str, device: torch.device) -> None:
-    """Whether models built from here on use torch's fused attention (timm's switch, which our decoder follows): on a
-    CPU its backward pass in bf16 takes three to nine times as long as the products written out (benchmarks/step.py)."""
-    set_fused_attn(not (device.type == "cpu" and precision == "bf16"))
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from milan.teacher import contrast
 from milan.teacher.clip import build_tiny
 from milan.training import distributed, optim
 from milan.training.batch_norm import RunningStatistics
+from milan.training.device import set_up
 from milan.training.loop import fit
 from stages import finetune, linear_eval, segment
 from tests.training.test_loop import (
@@ -138,7 +139,7 @@ def of_teacher(p: Params) -> tuple:
 
 def few_steps(made: Callable[[Params], tuple], p: Params, **changes) -> dict:
     """Three steps of a stage's model; the contrast takes its share of the batch at once, as in the stage."""
-    distributed.set_up(COMPUTE)
+    set_up(COMPUTE)
     seeding.seed_globals(0, "init")
     model, optimizer, inputs = made(p)
     share = {"micro_batch": BATCH // distributed.world_size()} if made is of_teacher else {}
