@@ -3,7 +3,7 @@
     python -m milan.report.readme
 
 Sources: reports/table.csv (the report stage), the seeds study at scale demo_gpu, the verdicts of both seeds studies, and
-the cost of the paper's recipe (`make plan SCALE=paper TFLOPS=300 > reports/plan/paper.txt`).
+the cost of the paper's recipe (`python -m milan.plan --scale paper --tflops 300 > reports/plan/paper.txt`).
 """
 
 from pathlib import Path
@@ -79,7 +79,7 @@ def verdicts() -> str:
         verdict = pd.read_csv(present(folder / "claims.csv")).verdict
         supported, refuted = (verdict == "supported").sum(), (verdict == "not supported").sum()
         counts.append(f"`{scale}` supports {supported} of {len(verdict)} and refutes {refuted} ([table]({folder}/table.md))")
-    return f"The paper's claims, judged by rule over three seeds (claim by measure): {', '.join(counts)}."
+    return f"The paper's claims, judged by rule over three seeds, each claim in each measure: {', '.join(counts)}."
 
 
 def replace(text: str, content: str) -> str:
