@@ -25,6 +25,7 @@ from milan.params import Params
 from milan.stage import Stage, run
 from milan.training import distributed, optim
 from milan.training.device import set_up
+from milan.training.foreign import require_file
 from milan.training.loop import FitSettings, fit
 from milan.training.resume import SavedState
 from milan.training.weights import save_weights
@@ -56,7 +57,7 @@ def identify(stage: Stage) -> Identity:
     sections["extract_targets"] = {"views": targets.views, "normalisation": targets.normalisation}
     inputs = {"records": args.records / "manifest.json"}
     if params.pretrain.weights:
-        inputs["weights"] = Path(params.pretrain.weights)
+        require_file(inputs.setdefault("weights", Path(params.pretrain.weights)))
     elif row.target == "clip":
         inputs |= {"teacher": args.teacher / "teacher.safetensors", "bank": target_bank.content_digest(args.bank)}
     return stage.identify(sections, **inputs)
