@@ -89,7 +89,7 @@ def our_teacher(model: Model, precision: str, device: torch.device) -> nn.Module
     try:
         from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 
-        from milan.teacher.clip import ClipTower
+        from milan.teacher.towers import ClipTower
     except ImportError:
         print("open_clip is not installed: `ours online` runs with the plain teacher")
         return plain.Teacher(model, FEATURES).to(device).eval()

@@ -35,7 +35,8 @@ def tower(name: str, weights: Path | None, device: torch.device) -> tuple[nn.Mod
     if weights is None:
         torch.manual_seed(0)
         return our_teacher(measure.MODELS[name], "fp32", device), measure.MODELS[name].image_size
-    from milan.teacher.clip import ClipTower, load_teacher
+    from milan.teacher.clip import load_teacher
+    from milan.teacher.towers import ClipTower
 
     visual = load_teacher(weights)[0].visual
     return ClipTower(visual).to(device), visual.image_size[0]

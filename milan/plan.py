@@ -30,10 +30,11 @@ from milan.method.encoder import Encoder
 from milan.method.model import MaskedPretraining
 from milan.method.target_bank import bank_bytes
 from milan.params import AblationRow, Params, Training, read_params
-from milan.segmentation import segmenter
-from milan.teacher.clip import Tower, tiny_config
+from milan.segmentation import upernet
+from milan.teacher.clip import tiny_config
 from milan.teacher.frozen import build_tower
 from milan.teacher.released import describe
+from milan.teacher.towers import Tower
 from milan.training.device import DTYPES, resolve_device, resolve_precision
 
 IMAGE_BYTES = 110_000  # of an ImageNet JPEG, in the mean
@@ -183,7 +184,7 @@ def segment_cost(p: Params) -> Cost:
     s, m = p.segment, p.model
     sizes = (s.crop_size, m.patch_size, m.encoder.embed_dim, m.encoder.depth, m.encoder.num_heads)
     heads = (p.prepare_ade20k.classes, s.channels, s.aux_channels, s.out_blocks)
-    model = unmade(lambda: segmenter.Segmenter(*sizes, *heads, norm="batch")).train()
+    model = unmade(lambda: upernet.Segmenter(*sizes, *heads, norm="batch")).train()
     images = torch.randn(2, 3, s.crop_size, s.crop_size)
     return cost(model, lambda: model(images), 2)
 

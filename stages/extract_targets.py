@@ -21,8 +21,8 @@ from milan.method import target_bank
 from milan.method.samples import BankViews
 from milan.params import Params
 from milan.stage import Stage, run
-from milan.teacher.clip import Tower
-from milan.teacher.frozen import load_tower, look
+from milan.teacher.frozen import compute_targets, load_tower
+from milan.teacher.towers import Tower
 from milan.training import distributed
 from milan.training.device import set_up
 from milan.training.weights import save_weights
@@ -86,7 +86,8 @@ def shard_arrays(p: Params, views: BankViews, tower: Tower, device: torch.device
     parts: dict[str, list] = {name: [] for name in target_bank.ARRAYS}
     loader = torch.utils.data.DataLoader(views, batch_size=p.extract_targets.batch_size, num_workers=p.runtime.workers)
     for batch in loader:
-        features, importance = look(tower, batch["image"].to(device), p.compute, p.extract_targets.normalisation, p.model.grid)
+        images = batch["image"].to(device)
+        features, importance = compute_targets(tower, images, p.compute, p.extract_targets.normalisation, p.model.grid)
         parts["features"].append(features.half().cpu().numpy())
         parts["importance"].append(importance.cpu().numpy())
         parts["boxes"].append(batch["box"].numpy())
@@ -101,7 +102,8 @@ def write_figure_images(p: Params, val: Records, tower: Tower, path: Path, devic
     chosen = torch.linspace(0, len(val) - 1, n).long().unique().tolist()
     samples = CentreSamples(val, p.linear_eval.resize, p.model.image_size)
     images = torch.stack([samples[i]["image"] for i in chosen])
-    features, importance = look(tower, images.to(device), p.compute, p.extract_targets.normalisation, p.model.grid)
+    settings = (p.compute, p.extract_targets.normalisation, p.model.grid)
+    features, importance = compute_targets(tower, images.to(device), *settings)
     found = {
         "images": images,
         "features": features.half(),
@@ -132,7 +134,8 @@ def importance_on_objects(p: Params, val: Records, tower: Tower, device: torch.d
     whole = (transforms.decode_annotation(val[i]["mask"]).unsqueeze(0) for i in known)
     masks = torch.stack([transforms.centre(mask, p.linear_eval.resize, p.model.image_size) for mask in whole])
     cover = torch.nn.functional.adaptive_avg_pool2d((masks > 127).float(), p.model.grid).flatten(1)
-    importance = look(tower, images.to(device), p.compute, p.extract_targets.normalisation, p.model.grid)[1].cpu()
+    settings = (p.compute, p.extract_targets.normalisation, p.model.grid)
+    importance = compute_targets(tower, images.to(device), *settings)[1].cpu()
     return object_shares(importance, cover)
 
 

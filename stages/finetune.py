@@ -14,8 +14,8 @@ import torch
 from milan.data import seeding, transforms
 from milan.data.evaluation_view import CentreSamples
 from milan.data.records import Records
-from milan.evaluation import augmentation, evaluate
-from milan.evaluation.classifier import About, FinetuneLoss, build_classifier, save_classifier
+from milan.evaluation import augmentation, inference, scores
+from milan.evaluation.classifier import ClassifierInfo, FinetuneLoss, build_classifier, save_classifier
 from milan.evaluation.samples import LabelledSamples, balanced_subset
 from milan.params import Params
 from milan.stage import Stage, run
@@ -51,7 +51,7 @@ def train(p: Params, a: Namespace, saved: SavedState, stage: Stage) -> dict:
         FinetuneLoss(vit, x, classes), samples(p, records, a.seed), optimizer, settings, partial(inputs, x.random_erasing)
     )
     if distributed.rank() == 0:
-        save_classifier(a.out, vit, About(p.model, x.pooling, x.resize, records.manifest["classes"]))
+        save_classifier(a.out, vit, ClassifierInfo(p.model, x.pooling, x.resize, records.manifest["classes"]))
     return {"curve": curve, **assess(p, vit, Records(a.records, "val"), device)}
 
 
@@ -80,11 +80,11 @@ def assess(p: Params, vit: torch.nn.Module, val: Records, device: torch.device) 
             return vit(images)
 
     centre = CentreSamples(val, p.finetune.resize, p.model.image_size)
-    found, labels = evaluate.outputs(logits, centre, 256, device, "fine-tuned", p.runtime.workers)
-    pairs = evaluate.confused(found.argmax(dim=1), labels)
+    found, labels = inference.model_outputs(logits, centre, 256, device, "fine-tuned", p.runtime.workers)
+    pairs = scores.confusion_pairs(found.argmax(dim=1), labels)
     names = val.manifest["classes"]
     return {
-        "metrics": dict(evaluate.accuracy(found, labels, "finetune")),
+        "metrics": dict(scores.accuracy(found, labels, "finetune")),
         "confusion": [(names[actual], names[predicted]) for actual, predicted in pairs.tolist()],
     }
 

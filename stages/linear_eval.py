@@ -17,9 +17,9 @@ from torch.utils.data import Dataset
 from milan.data import seeding, transforms
 from milan.data.evaluation_view import CentreSamples
 from milan.data.records import Records
-from milan.evaluation import augmentation, evaluate, zero_shot
+from milan.evaluation import augmentation, inference, scores, zero_shot
 from milan.evaluation.linear import FeatureViews, LinearHead, ProbeLoss
-from milan.evaluation.samples import LabelledSamples, OneView
+from milan.evaluation.samples import EpochView, LabelledSamples
 from milan.method.encoder import load_encoder
 from milan.params import Params
 from milan.stage import Stage, run
@@ -35,7 +35,7 @@ def main(stage: Stage) -> None:
     stage.tracker.reads(Records(a.records, "train"), Records(a.records, "val"))
     sections = {"linear_eval": p.linear_eval, "model": p.model, "compute": p.compute}
     sections["pretrain"] = {"row": p.pretrain.ablation[a.variant], "mask_ratio": p.pretrain.mask_ratio}
-    inputs = {path.name: path for path in zero_shot.files(a.weights, a.teacher)}
+    inputs = {path.name: path for path in zero_shot.input_files(a.weights, a.teacher)}
     inputs |= {"records": a.records / "manifest.json", "encoder": a.weights / "encoder.safetensors"}
     identity = stage.identify(sections, **inputs)
     saved = stage.keep(SavedState(stage.slug, identity, stage.code))
@@ -82,7 +82,7 @@ def training_data(p: Params, seed: int, records: Records, encode: Callable, devi
     if x.views == 0:
         return crops, lambda batch: (encode(transforms.normalise(batch["image"])), batch["label"])
     views = [
-        evaluate.outputs(encode, OneView(crops, v), x.micro_batch, device, "features", p.runtime.workers) for v in range(x.views)
+        inference.model_outputs(encode, EpochView(crops, v), x.micro_batch, device, "features", p.runtime.workers) for v in range(x.views)
     ]
     return FeatureViews([features for features, _ in views], views[0][1]), lambda batch: (batch["features"], batch["label"])
 
@@ -98,14 +98,14 @@ def assess(p: Params, train: Records, val: Records, encode: Callable, head: Line
     """Top-1 and top-5 of the linear layer, and of nearest neighbours on the same features."""
     x = p.linear_eval
     features = [
-        evaluate.outputs(
+        inference.model_outputs(
             encode, CentreSamples(records, x.resize, p.model.image_size), x.micro_batch, device, "features", p.runtime.workers
         )
         for records in (train, val)
     ]
     logits = torch.cat([head(part.to(device)).cpu() for part in features[1][0].split(x.micro_batch)])
-    found = evaluate.accuracy(logits, features[1][1], "linear_eval")
-    return {**dict(found), "linear_eval/knn_top1": evaluate.knn_top1(*features[0], *features[1], device)}
+    found = scores.accuracy(logits, features[1][1], "linear_eval")
+    return {**dict(found), "linear_eval/knn_top1": scores.knn_top1(*features[0], *features[1], device)}
 
 
 if __name__ == "__main__":

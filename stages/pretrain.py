@@ -25,6 +25,7 @@ from milan.params import Params
 from milan.stage import Stage, run
 from milan.training import distributed, optim
 from milan.training.device import set_up
+from milan.training.foreign import require_file
 from milan.training.loop import FitSettings, fit
 from milan.training.resume import SavedState
 from milan.training.weights import save_weights
@@ -56,7 +57,7 @@ def identify(stage: Stage) -> Identity:
     sections["extract_targets"] = {"views": targets.views, "normalisation": targets.normalisation}
     inputs = {"records": args.records / "manifest.json"}
     if params.pretrain.weights:
-        inputs["weights"] = Path(params.pretrain.weights)
+        require_file(inputs.setdefault("weights", Path(params.pretrain.weights)))
     elif row.target == "clip":
         inputs |= {"teacher": args.teacher / "teacher.safetensors", "bank": target_bank.content_digest(args.bank)}
     return stage.identify(sections, **inputs)
@@ -101,10 +102,11 @@ def targets_for(p: Params, a: Namespace, device: torch.device) -> tuple[Bank | N
     if p.extract_targets.views:
         bank = Bank(a.bank)
         return bank, None, bank.feature_dim
-    from milan.teacher.frozen import load_tower, look  # here, because open_clip takes seconds to load
+    from milan.teacher.frozen import compute_targets, load_tower  # here, because open_clip takes seconds to load
 
     tower = load_tower(a.teacher, p.compute, device)
-    return None, lambda images: look(tower, images, p.compute, p.extract_targets.normalisation, p.model.grid), tower.feature_dim
+    settings = (p.compute, p.extract_targets.normalisation, p.model.grid)
+    return None, lambda images: compute_targets(tower, images, *settings), tower.feature_dim
 
 
 if __name__ == "__main__":

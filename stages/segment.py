@@ -17,7 +17,7 @@ from milan.core.progress import track
 from milan.data import seeding, transforms
 from milan.data.records import Records
 from milan.params import Params
-from milan.segmentation import miou, scenes, segmenter
+from milan.segmentation import inference, miou, scenes, upernet
 from milan.stage import Stage, run
 from milan.training import distributed, optim
 from milan.training.device import autocast, resolve_precision, set_up
@@ -27,12 +27,12 @@ from milan.training.weights import load_weights, save_weights
 
 
 class SegmentLoss(nn.Module):
-    def __init__(self, model: segmenter.Segmenter):
+    def __init__(self, model: upernet.Segmenter):
         super().__init__()
         self.model = model
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        return segmenter.segmentation_loss(*self.model(images), labels)
+        return upernet.segmentation_loss(*self.model(images), labels)
 
 
 def main(stage: Stage) -> None:
@@ -60,7 +60,7 @@ def train(p: Params, a: Namespace, saved: SavedState, stage: Stage) -> dict:
         "photometric": x.photometric,
     }
     data = scenes.SceneSamples(records, a.seed, len(records.manifest["classes"]), **crop)
-    ids = segmenter.encoder_layer_ids(model)
+    ids = upernet.encoder_layer_ids(model)
     groups = optim.layer_decay_groups(model, x.weight_decay, x.layer_decay, ids.__getitem__, p.model.encoder.depth)
     settings = FitSettings(stage.title, x, p.compute, p.runtime, a.seed, saved, stage.tracker.point, optim.poly_lr_at)
     loss = SegmentLoss(model)
@@ -70,12 +70,12 @@ def train(p: Params, a: Namespace, saved: SavedState, stage: Stage) -> dict:
     return {"curve": curve, "metrics": assess(p, model, Records(a.scenes, "val"), device)}
 
 
-def build(p: Params, classes: int, encoder: dict[str, Tensor], device: torch.device) -> segmenter.Segmenter:
+def build(p: Params, classes: int, encoder: dict[str, Tensor], device: torch.device) -> upernet.Segmenter:
     x, e = p.segment, p.model.encoder
     norm = "sync" if device.type == "cuda" else "batch"
     if norm == "sync":
         say_what_batch_norm_sees(x.batch_size, x.micro_batch)
-    model = segmenter.Segmenter(
+    model = upernet.Segmenter(
         x.crop_size,
         p.model.patch_size,
         e.embed_dim,
@@ -88,7 +88,7 @@ def build(p: Params, classes: int, encoder: dict[str, Tensor], device: torch.dev
         x.drop_path,
         norm=norm,
     )
-    segmenter.load_encoder(model, encoder)
+    upernet.load_encoder(model, encoder)
     return model.to(device, memory_format=torch.channels_last)  # its convolutions are a quarter faster so
 
 
@@ -104,25 +104,25 @@ def say_what_batch_norm_sees(batch_size: int, micro_batch: int) -> None:
         )
 
 
-def assess(p: Params, model: segmenter.Segmenter, val: Records, device: torch.device) -> dict:
+def assess(p: Params, model: upernet.Segmenter, val: Records, device: torch.device) -> dict:
     """Slide-window inference at the recipe's scale, compared at the scenes' own size; exact over processes."""
     classes, precision = len(val.manifest["classes"]), resolve_precision(p.compute, device)
     counts = torch.zeros(classes, classes, dtype=torch.int64)
     mine = range(distributed.rank(), len(val), distributed.world_size())
     for index in track(mine, "segmenting", len(mine)) if distributed.rank() == 0 else mine:
-        image, labels = scenes.scene(val[index], classes)
+        image, labels = scenes.decode_scene(val[index], classes)
         with autocast(precision, device):
             logits = scene_logits(p, model, image.to(device), classes)
-        logits = nn.functional.interpolate(logits, size=labels.shape, mode="bilinear", align_corners=False)
-        counts += miou.confusion(logits.argmax(dim=1)[0].cpu(), labels, classes)
+        predicted = upernet.resize_maps(logits, labels.shape).argmax(dim=1)[0]
+        counts += miou.confusion(predicted.cpu(), labels, classes)
     scores = miou.scores(distributed.total(counts))
     return {f"segment/{name}": value for name, value in scores.items() if name != "class_iou"}
 
 
-def scene_logits(p: Params, model: segmenter.Segmenter, image: Tensor, classes: int) -> Tensor:
+def scene_logits(p: Params, model: upernet.Segmenter, image: Tensor, classes: int) -> Tensor:
     """uint8 (3, H, W) -> logits (1, C, h, w) at the recipe's test scale."""
     resized, _ = scenes.resize_scene(image, None, p.segment.resize, 1.0)
-    return segmenter.slide_logits(
+    return inference.slide_logits(
         model, transforms.normalise(resized.unsqueeze(0)), p.segment.crop_size, p.segment.stride, classes
     )
 

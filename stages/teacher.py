@@ -16,7 +16,7 @@ from milan.core.files import whole_folder
 from milan.data import seeding, transforms
 from milan.data.evaluation_view import CentreSamples
 from milan.data.records import Records, read_manifest
-from milan.evaluation import evaluate
+from milan.evaluation import inference, scores
 from milan.evaluation.linear import probe_top1
 from milan.ingest.world import drawing
 from milan.params import Params
@@ -86,13 +86,13 @@ def train(p: Params, records: Path, folder: Path, saved: SavedState, tracker) ->
 def assess(model, text: torch.Tensor, p: Params, records: Path, device: torch.device) -> dict:
     """Zero-shot, by the classes' texts (K, D), and linear-probe accuracy of the teacher itself."""
     train, val = (CentreSamples(Records(records, split), p.linear_eval.resize, p.model.image_size) for split in ("train", "val"))
-    features = [evaluate.outputs(model.encode_image, d, 256, device, "teacher features") for d in (train, val)]
+    features = [inference.model_outputs(model.encode_image, d, 256, device, "teacher features") for d in (train, val)]
     unit = torch.nn.functional.normalize(features[1][0], dim=1)
-    zero_shot = dict(evaluate.accuracy(unit @ text.T, features[1][1], "teacher/zero_shot"))
+    zero_shot = dict(scores.accuracy(unit @ text.T, features[1][1], "teacher/zero_shot"))
     return {
         "teacher/zero_shot_top1": zero_shot["teacher/zero_shot/top1"],
         "teacher/linear_top1": probe_top1(*features[0], *features[1]),
-        "teacher/knn_top1": evaluate.knn_top1(*features[0], *features[1], device),
+        "teacher/knn_top1": scores.knn_top1(*features[0], *features[1], device),
     }
 
 

@@ -29,7 +29,7 @@ from milan.convert import interop
 from milan.core.errors import UserError
 from milan.core.typed import arithmetic, build
 from milan.data import records, transforms
-from milan.evaluation.classifier import About, load_classifier, save_classifier
+from milan.evaluation.classifier import ClassifierInfo, load_classifier, save_classifier
 from milan.ingest import archives, labels, packing
 from milan.ingest.archives import File
 from milan.method import target_bank
@@ -230,7 +230,7 @@ def test_teachers(tmp_path, committed_tree):
 
 def test_classifiers(tmp_path):
     vit = build_vit(MODEL, num_classes=3, global_pool="avg")
-    save_classifier(tmp_path, vit, About(MODEL, "mean", 16, ["a", "b", "c"]))
+    save_classifier(tmp_path, vit, ClassifierInfo(MODEL, "mean", 16, ["a", "b", "c"]))
     about = json.loads((tmp_path / "classifier.json").read_text())
 
     def attempt(tree) -> None:

@@ -15,7 +15,8 @@ from milan.core.errors import UserError
 from milan.core.typed import build
 from milan.method.model import MaskedPretraining
 from milan.params import Params, Pretrained, read_params
-from milan.teacher.clip import ClipTower, build_tiny
+from milan.teacher.clip import build_tiny
+from milan.teacher.towers import ClipTower
 from tests.conftest import change
 
 

@@ -173,7 +173,7 @@ READERS = {
     "a released checkpoint .pt": lambda path: interop.read_encoder(named(path, "a.pt"), MODEL),
     "a released checkpoint .safetensors": lambda path: interop.read_encoder(named(path, "a.safetensors"), MODEL),
     "a checkpoint to convert": lambda path: interop.convert(named(path, "a.pth"), path.with_name("b.safetensors"), "timm"),
-    "a decoder": lambda path: interop.decoder_of(named(path, "a.pth")),
+    "a decoder": lambda path: interop.read_decoder(named(path, "a.pth")),
     "a teacher .pt": lambda path: as_teacher(named(path, "a.pt")),
     "a teacher .safetensors": lambda path: as_teacher(named(path, "a.safetensors")),
     "weights of a stage": load_weights,

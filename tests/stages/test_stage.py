@@ -322,7 +322,7 @@ def test_weights_that_do_not_fit(desk):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("place, kept", [("training.optim.adamw", []), ("evaluation.evaluate.knn_top1", ["state-000000003.pt"])])
+@pytest.mark.parametrize("place, kept", [("training.optim.adamw", []), ("evaluation.scores.knn_top1", ["state-000000003.pt"])])
 def test_a_preemption_outside_training(desk, tree, monkeypatch, processes, place, kept):
     """SIGTERM to the stage before its first step, or in the evaluation after its third: 75, no metrics, the steps kept."""
     arguments = pretrained_folder(desk)

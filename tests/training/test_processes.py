@@ -47,7 +47,7 @@ def test_a_stopped_run_is_continued_by_another_number_of_processes(workplace, be
     harm = at(1, 3, lambda: rank_of(before - 1) and kill(15))
     with pytest.raises(Preempted):
         launched(before, train, Points(harm), run)
-    state = run.scratch.load()
+    state = run.saved.load()
     assert 0 < state["step"] < 12 and len(state["curve"]) == state["step"]
     met = []
     result = launched(after, train, Points(lambda epoch, index: met.append((epoch, index))), run)
