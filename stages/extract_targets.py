@@ -20,12 +20,14 @@ from milan.data.records import Records
 from milan.method import target_bank
 from milan.method.samples import BankViews
 from milan.params import Params
-from milan.stage import Stage, run
+from milan.stage import Kind, Stage, run
 from milan.teacher.frozen import compute_targets, load_tower
 from milan.teacher.towers import Tower
 from milan.training import distributed
 from milan.training.device import set_up
 from milan.training.weights import save_weights
+
+KIND = Kind(reads=("records", "teacher"), folders=("out",), files=("metrics",))
 
 
 def main(stage: Stage) -> None:
@@ -152,4 +154,4 @@ def object_shares(importance: torch.Tensor, cover: torch.Tensor) -> dict[str, fl
 
 if __name__ == "__main__":
     with distributed.torchrun():
-        run("extract_targets", main, __doc__, records=Path, teacher=Path, out=Path, metrics=Path)
+        run("extract_targets", main, __doc__, KIND)

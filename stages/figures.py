@@ -24,10 +24,11 @@ from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 from milan.core.errors import UserError
 from milan.core.files import SCRATCH, whole_folder, write_whole
-from milan.stage import Stage, run
+from milan.stage import Kind, Stage, run
 
 FOLDERS = "MILAN_FIGURES"  # where milan.report.figures looks for its folders
 OF_THE_TEACHER = ("2_masking.ipynb", "3_features.ipynb")
+KIND = Kind(reads=("notebooks", "outs", "metrics", "curves", "published"), folders=("out",))
 
 
 class OwnPython(KernelSpecManager):
@@ -104,4 +105,4 @@ def last_line(text: str) -> str:
 
 
 if __name__ == "__main__":
-    run("figures", main, __doc__, notebooks=Path, outs=Path, metrics=Path, curves=Path, published=Path, out=Path)
+    run("figures", main, __doc__, KIND)

@@ -7,7 +7,6 @@ ViT-B/16 on ImageNet.
 
 from argparse import Namespace
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -18,12 +17,16 @@ from milan.evaluation import augmentation, inference, scores
 from milan.evaluation.classifier import ClassifierInfo, FinetuneLoss, build_classifier, save_classifier
 from milan.evaluation.samples import LabelledSamples, balanced_subset
 from milan.params import Params
-from milan.stage import Stage, run
+from milan.stage import Kind, Stage, run
 from milan.training import distributed, optim
 from milan.training.device import autocast, resolve_precision, set_up
 from milan.training.loop import FitSettings, fit
 from milan.training.resume import SavedState
 from milan.training.weights import load_weights
+
+KIND = Kind(
+    varies=True, reads=("records", "weights"), folders=("out",), files=("metrics", "curve", "confusion"), evaluates="weights"
+)
 
 
 def main(stage: Stage) -> None:
@@ -90,6 +93,5 @@ def assess(p: Params, vit: torch.nn.Module, val: Records, device: torch.device) 
 
 
 if __name__ == "__main__":
-    paths = dict.fromkeys(("records", "weights", "out", "metrics", "curve", "confusion"), Path)
     with distributed.torchrun():
-        run("finetune", main, __doc__, variant=str, seed=int, **paths)
+        run("finetune", main, __doc__, KIND)

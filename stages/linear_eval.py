@@ -22,12 +22,16 @@ from milan.evaluation.linear import FeatureViews, LinearHead, ProbeLoss
 from milan.evaluation.samples import EpochView, LabelledSamples
 from milan.method.encoder import load_encoder
 from milan.params import Params
-from milan.stage import Stage, run
+from milan.stage import Kind, Stage, run
 from milan.training import distributed, optim
 from milan.training.device import autocast, resolve_precision, set_up
 from milan.training.loop import FitSettings, fit
 from milan.training.resume import SavedState
 from milan.training.weights import save_weights
+
+KIND = Kind(
+    varies=True, reads=("records", "weights", "teacher"), folders=("out",), files=("metrics", "curve"), evaluates="weights"
+)
 
 
 def main(stage: Stage) -> None:
@@ -110,16 +114,4 @@ def assess(p: Params, train: Records, val: Records, encode: Callable, head: Line
 
 if __name__ == "__main__":
     with distributed.torchrun():
-        run(
-            "linear_eval",
-            main,
-            __doc__,
-            variant=str,
-            seed=int,
-            records=Path,
-            weights=Path,
-            teacher=Path,
-            out=Path,
-            metrics=Path,
-            curve=Path,
-        )
+        run("linear_eval", main, __doc__, KIND)

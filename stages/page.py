@@ -8,14 +8,19 @@ Hours, hardware and git revision come from MLflow, from the runs that made what 
 to run: the page is in git and no out of DVC's, and dvc.lock stays as it is. Costs a few seconds. Expect a page of about 1 MB.
 """
 
-from pathlib import Path
 
 from milan.core.files import write_whole
 from milan.core.redaction import discreet
 from milan.report import page, provenance
 from milan.report.results import read_results
-from milan.stage import Stage, git_revision, present, run
+from milan.stage import Kind, Stage, git_revision, present, run
 from milan.tracking import machine
+
+KIND = Kind(
+    
+    reads=("metrics", "published", "plots", "figures", "notebooks", "imagenet", "ade20k", "lock"), files=("out",), last=True
+
+)
 
 
 def main(stage: Stage) -> None:
@@ -47,5 +52,4 @@ def runs_known(stage: Stage) -> list[provenance.Run]:
 
 
 if __name__ == "__main__":
-    paths = ("metrics", "published", "plots", "figures", "notebooks", "imagenet", "ade20k", "lock", "out")
-    run("page", main, __doc__, **dict.fromkeys(paths, Path))
+    run("page", main, __doc__, KIND)

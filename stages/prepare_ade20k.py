@@ -17,9 +17,10 @@ from milan.ingest import ade20k, imagenet
 from milan.ingest.packing import Packing, has_labels
 from milan.ingest.world import drawing, writing
 from milan.params import Params, PrepareAde20k
-from milan.stage import Stage, run
+from milan.stage import Kind, Stage, run
 
 SPLITS = {"train": "training", "val": "validation"}
+KIND = Kind(folders=("out",), files=("metrics",))
 
 
 def main(stage: Stage) -> None:
@@ -74,4 +75,4 @@ def refuse_unlabelled(folder: Path, root: Path) -> None:
 
 
 if __name__ == "__main__":
-    run("prepare_ade20k", main, __doc__, out=Path, metrics=Path)
+    run("prepare_ade20k", main, __doc__, KIND)

@@ -29,7 +29,9 @@ from milan.ingest import imagenet
 from milan.ingest.packing import Packing
 from milan.ingest.world import drawing, writing
 from milan.params import Params, PrepareImagenet
-from milan.stage import Stage, run
+from milan.stage import Kind, Stage, run
+
+KIND = Kind(folders=("out",), files=("metrics",))
 
 
 def main(stage: Stage) -> None:
@@ -107,4 +109,4 @@ def needs(p: Params, train: int, pairs: int, labelled: bool) -> dict[str, tuple[
 
 
 if __name__ == "__main__":
-    run("prepare_imagenet", main, __doc__, out=Path, metrics=Path)
+    run("prepare_imagenet", main, __doc__, KIND)

@@ -22,13 +22,15 @@ from milan.method.model import MaskedPretraining
 from milan.method.samples import PretrainSamples
 from milan.method.target_bank import Bank
 from milan.params import Params
-from milan.stage import Stage, run
+from milan.stage import Kind, Stage, run
 from milan.training import distributed, optim
 from milan.training.device import set_up
 from milan.training.foreign import require_file
 from milan.training.loop import FitSettings, fit
 from milan.training.resume import SavedState
 from milan.training.weights import save_weights
+
+KIND = Kind(varies=True, reads=("records", "teacher", "bank"), folders=("out",), files=("metrics", "curve"))
 
 
 def main(stage: Stage) -> None:
@@ -111,16 +113,4 @@ def targets_for(p: Params, a: Namespace, device: torch.device) -> tuple[Bank | N
 
 if __name__ == "__main__":
     with distributed.torchrun():
-        run(
-            "pretrain",
-            main,
-            __doc__,
-            variant=str,
-            seed=int,
-            records=Path,
-            teacher=Path,
-            bank=Path,
-            out=Path,
-            metrics=Path,
-            curve=Path,
-        )
+        run("pretrain", main, __doc__, KIND)

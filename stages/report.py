@@ -7,12 +7,13 @@ Writes table.md, table.csv, table.tex and claims.csv, plots/bars.png and plots/c
 well above MAE and no pretraining in linear evaluation; the table states what order there is.
 """
 
-from pathlib import Path
 
 from milan.core.files import write_whole
 from milan.report import claims, plots, table
 from milan.report.results import read_results
-from milan.stage import Stage, run
+from milan.stage import Kind, Stage, run
+
+KIND = Kind(reads=("metrics", "curves", "published"), folders=("out",))
 
 
 def main(stage: Stage) -> None:
@@ -28,4 +29,4 @@ def main(stage: Stage) -> None:
 
 
 if __name__ == "__main__":
-    run("report", main, __doc__, metrics=Path, curves=Path, published=Path, out=Path)
+    run("report", main, __doc__, KIND)

@@ -8,7 +8,6 @@ segment.micro_batch to 16 / GPUs (the run says so). On CPUs it sees one process'
 """
 
 from argparse import Namespace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +17,14 @@ from milan.data import seeding, transforms
 from milan.data.records import Records
 from milan.params import Params
 from milan.segmentation import inference, miou, scenes, upernet
-from milan.stage import Stage, run
+from milan.stage import Kind, Stage, run
 from milan.training import distributed, optim
 from milan.training.device import autocast, resolve_precision, set_up
 from milan.training.loop import FitSettings, fit
 from milan.training.resume import SavedState
 from milan.training.weights import load_weights, save_weights
+
+KIND = Kind(varies=True, reads=("scenes", "weights"), folders=("out",), files=("metrics", "curve"), evaluates="weights")
 
 
 class SegmentLoss(nn.Module):
@@ -129,4 +130,4 @@ def scene_logits(p: Params, model: upernet.Segmenter, image: Tensor, classes: in
 
 if __name__ == "__main__":
     with distributed.torchrun():
-        run("segment", main, __doc__, variant=str, seed=int, scenes=Path, weights=Path, out=Path, metrics=Path, curve=Path)
+        run("segment", main, __doc__, KIND)

@@ -20,7 +20,7 @@ from milan.evaluation import inference, scores
 from milan.evaluation.linear import probe_top1
 from milan.ingest.world import drawing
 from milan.params import Params
-from milan.stage import Stage, run
+from milan.stage import Kind, Stage, run
 from milan.teacher import contrast
 from milan.teacher.class_text import Wording, save_class_text
 from milan.teacher.clip import Tokenizer, build_tiny, embed_classes, save_no_teacher, save_teacher, tiny_config
@@ -30,6 +30,8 @@ from milan.training import distributed, optim
 from milan.training.device import set_up
 from milan.training.loop import FitSettings, fit
 from milan.training.resume import SavedState
+
+KIND = Kind(reads=("records",), folders=("out",), files=("metrics", "curve"))
 
 
 def main(stage: Stage) -> None:
@@ -98,4 +100,4 @@ def assess(model, text: torch.Tensor, p: Params, records: Path, device: torch.de
 
 if __name__ == "__main__":
     with distributed.torchrun():
-        run("teacher", main, __doc__, records=Path, out=Path, metrics=Path, curve=Path)
+        run("teacher", main, __doc__, KIND)
