@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Protocol
 
 from milan.core.code import changed_files, stage_code
-from milan.core.errors import PREEMPTED, Preempted, UserError
+from milan.core.errors import PREEMPTED, Preempted, UserError, nearest
 from milan.core.files import SCRATCH, dvc_hash, existing_parent, json_digest, refusals_said, write_json, write_whole
 from milan.core.identity import Identity, flatten, identify, present
 from milan.core.program import alone, fail
-from milan.core.typed import nearest
 from milan.params import Params, read_params
 from milan.tracking import machine, tracker
 
