@@ -27,7 +27,7 @@ from PIL import Image
 
 from milan.convert import interop
 from milan.core.errors import UserError
-from milan.core.typed import arithmetic, build
+from milan.core.validation import arithmetic, validate
 from milan.data import records, transforms
 from milan.evaluation.classifier import ClassifierInfo, load_classifier, save_classifier
 from milan.ingest import archives, labels, packing
@@ -138,7 +138,7 @@ def agrees(built, given) -> bool:
 
 def test_recipes(committed_tree):
     def attempt(tree) -> None:
-        assert agrees(dataclasses.asdict(build(Params, tree, "params.yaml")), tree)
+        assert agrees(dataclasses.asdict(validate(Params, tree, "params.yaml")), tree)
 
     near = st.sampled_from([1, 2, 4, 8, 0.5, 0.001, True, None, "milan"])
     inputs = changes(committed_tree) | changes(committed_tree, near) | changes(committed_tree, near)
@@ -153,7 +153,10 @@ def test_recipe_files(tmp_path):
 
 def test_sums():
     def attempt(text: str) -> None:
-        value = arithmetic(text, "here")
+        try:
+            value = arithmetic(text)
+        except ValueError as error:
+            raise UserError(str(error)) from None
         assert value == eval(text, {"__builtins__": {}}), text  # of digits and signs alone
 
     count = campaign("a sum", st.text("0123456789.e+-*/() ", max_size=12), attempt, 8)
@@ -217,7 +220,7 @@ def test_teachers(tmp_path, committed_tree):
     tiny = TinyClip(**sizes, text_width=16, text_heads=1, text_layers=1, context_length=5)
     clip.save_teacher(tmp_path, clip.build_tiny(tiny, 16, 8, 3), clip.tiny_config(tiny, MODEL, [1, 2, 3]))
     about = json.loads((tmp_path / "teacher.json").read_text())
-    compute = build(Params, committed_tree, "params.yaml").compute
+    compute = validate(Params, committed_tree, "params.yaml").compute
 
     def attempt(tree) -> None:
         saved(tmp_path / "teacher.json", tree)
@@ -417,7 +420,7 @@ def test_locks(tmp_path, committed_tree, monkeypatch):
     monkeypatch.chdir(tmp_path)
     item = {"path": "a", "md5": "b"}
     lock = {"stages": {"pretrain@milan-0": {"cmd": "x", "deps": [item], "outs": [item]}}}
-    params = build(Params, committed_tree, "params.yaml")
+    params = validate(Params, committed_tree, "params.yaml")
     plain = st.recursive(
         st.none() | st.integers(0, 9) | st.text("ab", max_size=3),
         lambda some: st.lists(some, max_size=3) | st.dictionaries(st.text("ab", max_size=3), some, max_size=3),

@@ -30,7 +30,7 @@ from milan import stage
 from milan.convert import interop
 from milan.core.errors import UserError
 from milan.core.redaction import discreet
-from milan.core.typed import build
+from milan.core.validation import validate
 from milan.data import records
 from milan.data.records import Records
 from milan.evaluation.classifier import load_classifier
@@ -167,7 +167,7 @@ def as_teacher(path: Path) -> None:
     fetch_teacher(Pretrained("open_clip", "ViT-B-32", None, str(path), None), path.parent / "teacher")
 
 
-MODEL = build(Params, yaml.safe_load((ROOT / "params.yaml").read_text()), "params.yaml").model
+MODEL = validate(Params, yaml.safe_load((ROOT / "params.yaml").read_text()), "params.yaml").model
 READERS = {
     "a released checkpoint .pth": lambda path: interop.read_encoder(named(path, "a.pth"), MODEL),
     "a released checkpoint .pt": lambda path: interop.read_encoder(named(path, "a.pt"), MODEL),
@@ -464,7 +464,7 @@ def test_a_run_tells_nothing_of_its_user(secretive, tree, monkeypatch):
     records.write_manifest(secretive / "alice", splits={"train": {"images": 0, "shards": []}}, classes=[], source="x")
     monkeypatch.setattr(tracker, "subprocess", SimpleNamespace(Popen=lambda *_, **__: None, DEVNULL=None))
     out = secretive / "alice" / "out.json"
-    here = stage.Stage("teacher", argparse.Namespace(out=out, metrics=out, seed=0), build(Params, tree, "params.yaml"))
+    here = stage.Stage("teacher", argparse.Namespace(out=out, metrics=out, seed=0), validate(Params, tree, "params.yaml"))
 
     def main(here: stage.Stage) -> None:
         here.tracker.reads(Records(secretive / "alice", "train"))
@@ -501,6 +501,6 @@ def test_a_manifest_and_the_page_tell_nothing(secretive, tree, monkeypatch):
     tree["prepare_imagenet"]["pairs"] = 0
     folder = secretive / "records"
     folder.mkdir()
-    prepare_imagenet.pack(root, folder, build(Params, tree, "params.yaml"), "/home/alice/images")
+    prepare_imagenet.pack(root, folder, validate(Params, tree, "params.yaml"), "/home/alice/images")
     assert "alice" not in "".join(path.read_bytes().decode(errors="replace") for path in folder.iterdir())
     assert provenance.read_data(folder, "/home/alice/images").source == "~/images"

@@ -19,10 +19,9 @@ from typing import NamedTuple
 import pandas as pd
 import yaml
 
-from milan.core.errors import UserError
+from milan.core.errors import UserError, nearest
 from milan.core.files import write_whole
 from milan.core.program import fail
-from milan.core.typed import nearest
 from milan.report import costs, plots
 from milan.report.costs import COSTS
 from milan.report.plots import Figure, plt

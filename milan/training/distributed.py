@@ -60,7 +60,7 @@ def launch(function: Callable[..., dict], params: Params, *arguments) -> dict:
     RuntimeError with its traceback, a lost process as a UserError, and Preempted after a signal."""
     if started_by_torchrun():
         return launch_from_rank_0(function, params, arguments)
-    if params.world == 1:
+    if params.world_size == 1:
         return function(params, *arguments)
     return launch_here(function, params, arguments)
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from milan.core.errors import UserError
 from milan.core.identity import Identity, flatten, identify
-from milan.core.typed import build
+from milan.core.validation import validate
 from milan.data import records
 from milan.method.encoder import Encoder
 from milan.params import Params
@@ -94,7 +94,7 @@ def test_an_unknown_params_key(desk, tree):
 def test_a_negative_epoch_count_stops_a_stage_that_does_not_train(desk, tree):
     change(tree, "pretrain.epochs", -3)
     write_recipe(tree)
-    assert "pretrain:epochs: -3.0 must be above 0" in run_light("prepare_ade20k", *PREPARE)
+    assert "pretrain.epochs: -3 must be above 0" in run_light("prepare_ade20k", *PREPARE)
 
 
 def test_a_missing_recipe(desk):
@@ -183,7 +183,7 @@ def test_without_labels_what_needs_them_says_what_runs(desk, tree, name):
     found = {split: records.Records("records", split) for split in ("train", "val", "pairs")}
     assert {split: len(some) for split, some in found.items()} == {"train": 9, "val": 1, "pairs": 2}
     assert set(found["train"][0]) == {"image", "name"} and found["train"].manifest["classes"] == []
-    encoder = Encoder(build(Params, tree, "params.yaml").model).vit.state_dict()
+    encoder = Encoder(validate(Params, tree, "params.yaml").model).vit.state_dict()
     save_weights(desk / "weights" / "encoder.safetensors", encoder)
     given = ["--variant", "milan", "--seed", "0", "--records", "records", "--weights", "weights", *MADE]
     own = {"linear_eval": ["--teacher", "teacher"], "finetune": ["--confusion", "confusion.csv"]}
@@ -326,7 +326,7 @@ def test_weights_that_do_not_fit(desk):
 def test_a_preemption_outside_training(desk, tree, monkeypatch, processes, place, kept):
     """SIGTERM to the stage before its first step, or in the evaluation after its third: 75, no metrics, the steps kept."""
     arguments = pretrained_folder(desk)
-    save_weights(desk / "weights" / "encoder.safetensors", Encoder(build(Params, tree, "p").model).vit.state_dict())
+    save_weights(desk / "weights" / "encoder.safetensors", Encoder(validate(Params, tree, "p").model).vit.state_dict())
     tree["runtime"]["processes"] = processes
     for name in ("pretrain", "linear_eval", "finetune", "segment"):
         tree[name]["batch_size"] = 4
@@ -399,7 +399,7 @@ def test_a_half_packed_set_is_continued_only_by_the_code_that_began_it(workplace
     monkeypatch.setattr(prepare_imagenet, "pack", pack)
     monkeypatch.setattr(prepare_imagenet, "draw", lambda root, _: root.mkdir(parents=True, exist_ok=True))
     for code in ("1", "2" if edited else "1"):
-        made = Stage("prepare_imagenet", Namespace(out=Path("outs/data")), build(Params, tree, "params.yaml"))
+        made = Stage("prepare_imagenet", Namespace(out=Path("outs/data")), validate(Params, tree, "params.yaml"))
         made.code = {"milan/ingest/packing.py": code}
         with pytest.raises(KeyboardInterrupt):
             prepare_imagenet.main(made)
@@ -419,7 +419,7 @@ def test_pretraining_is_of_its_own_row_and_of_the_bank_s_content(workplace, tree
 
     def digest() -> str:
         given = Namespace(variant="milan", seed=0, records=manifest.parent, teacher=weights.parent, bank=Path("bank"))
-        return pretrain.identify(Stage("pretrain", given, build(Params, tree, "params.yaml"))).digest
+        return pretrain.identify(Stage("pretrain", given, validate(Params, tree, "params.yaml"))).digest
 
     base = digest()
     change(tree, "pretrain.ablation.mine", {"target": "clip", "decoder": "mae", "masking": "semantic"})
@@ -442,7 +442,7 @@ def test_pretraining_is_of_its_own_row_and_of_the_bank_s_content(workplace, tree
 
 
 def stage(tree: dict, **arguments) -> Stage:
-    found = Stage("pretrain", Namespace(**arguments), build(Params, tree, "params.yaml"))
+    found = Stage("pretrain", Namespace(**arguments), validate(Params, tree, "params.yaml"))
     found.tracker = Tracker(Path("spool.jsonl"))
     return found
 
@@ -469,10 +469,10 @@ def test_a_recipe_digest_follows_recipe_variation_and_inputs(workplace, tree):
 
 
 def test_what_differs_is_named_by_its_key(tree):
-    before = identify({"pretrain": build(Params, tree, "p").pretrain}, {"records": "d1"})
+    before = identify({"pretrain": validate(Params, tree, "p").pretrain}, {"records": "d1"})
     change(tree, "pretrain.lr", 0.5)
     change(tree, "pretrain.epochs", 3)
-    after = identify({"pretrain": build(Params, tree, "p").pretrain}, {"records": "d2"})
+    after = identify({"pretrain": validate(Params, tree, "p").pretrain}, {"records": "d2"})
     assert after.differences(before.values) == (
         f"input records is d2, was d1; pretrain.epochs is 3.0, was {before.values['pretrain.epochs']}; "
         f"pretrain.lr is 0.5, was {before.values['pretrain.lr']}"
@@ -492,7 +492,7 @@ def test_metrics_and_curve_are_written_as_dvc_reads_them(workplace, tree):
 
 
 def test_the_recipe_lies_flat_for_mlflow(tree):
-    found = flatten(build(Params, tree, "params.yaml"))
+    found = flatten(validate(Params, tree, "params.yaml"))
     assert found["pretrain.ablation.milan.masking"] == "semantic"
     assert found["model.encoder.depth"] == tree["model"]["encoder"]["depth"]
     assert found["variants"] == tree["variants"] and found["teacher.pretrained"] is None

@@ -123,7 +123,7 @@ def settings(saved: SavedState | None = None, name: str = "tiny", **changes) -> 
         epochs=EPOCHS, warmup_epochs=1, batch_size=BATCH, micro_batch=MICRO, lr=0.01, min_lr=0, weight_decay=0.05, clip_grad=1.0
     )
     saved = saved or saved_state(name)
-    return FitSettings(name, Training(**(training | changes)), COMPUTE, Runtime(1, 1, workers=0, save_seconds=0), seed=3, saved=saved)
+    return FitSettings(name, Training(**(training | changes)), COMPUTE, Runtime(1, workers=0, save_seconds=0), seed=3, saved=saved)
 
 
 def patient(run: FitSettings) -> FitSettings:
@@ -239,7 +239,7 @@ def without_recipe(p: SimpleNamespace, function: Callable[..., dict], *arguments
 
 
 def launched(processes: int, function: Callable[..., dict], *arguments) -> dict:
-    p = SimpleNamespace(compute=COMPUTE, runtime=Runtime(processes, 1, 0, 0), world=processes)
+    p = SimpleNamespace(compute=COMPUTE, runtime=Runtime(processes, 0, 0), world_size=processes)
     return distributed.launch(without_recipe, p, function, *arguments)
 
 
