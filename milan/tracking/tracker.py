@@ -108,7 +108,11 @@ def warn_of_undelivered() -> None:
 
 
 def pipeline_execution() -> str:
-    """The same words for all stages of one `dvc repro`: the DVC process that is our ancestor."""
+    """Return the same words for all stages of one `dvc repro`: MILAN_PIPELINE, or the DVC process that is an ancestor.
+
+    Slurm's srun starts processes that have no such ancestor: docs/slurm.sh sets MILAN_PIPELINE."""
+    if given := os.environ.get("MILAN_PIPELINE"):
+        return given
     for parent in psutil.Process().parents():
         with contextlib.suppress(psutil.Error):  # another user's process does not tell its command
             if "dvc" in [Path(word).name for word in parent.cmdline()[:3]]:
