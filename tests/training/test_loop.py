@@ -77,7 +77,7 @@ def test_what_does_not_fill_a_batch_waits_for_the_next_epoch():
 
 
 def test_a_data_set_smaller_than_a_batch_is_said():
-    with pytest.raises(UserError, match="global batch of 8.*the data set has 7"):
+    with pytest.raises(UserError, match="A batch of 8.*the data set has 7"):
         Order(7, 8, 2, 1, seed=0)
 
 
