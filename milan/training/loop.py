@@ -231,7 +231,7 @@ class Loop:
     # The loss and the curve
 
     def ends_point(self) -> bool:
-        """Whether the current step is the last of a point of the curve."""
+        """Return whether the current step is the last of a point of the curve."""
         total = self.order.total_steps
         return self.step % math.ceil(total / CURVE_POINTS) == 0 or self.step == total
 
