@@ -112,10 +112,10 @@ def damages(data: bytes, head: int | None = None) -> st.SearchStrategy:
     """The file cut short, or with one to four bytes changed (in its first `head`)."""
 
     def flipped(flips: list) -> bytes:
-        found = bytearray(data)
+        damaged = bytearray(data)
         for place, value in flips:
-            found[place] = value
-        return bytes(found)
+            damaged[place] = value
+        return bytes(damaged)
 
     flips = st.lists(st.tuples(st.integers(0, (head or len(data)) - 1), st.integers(0, 255)), min_size=1, max_size=4)
     return st.one_of(flips.map(flipped), flips.map(flipped), st.integers(0, len(data) - 1).map(lambda n: data[:n]))
@@ -170,9 +170,9 @@ def test_record_shards(tmp_path):
     manifest = json.loads((tmp_path / "manifest.json").read_text())
 
     def attempt(*_) -> None:
-        found = records.Records(tmp_path, "train")
-        assert len([found[k] for k in range(len(found))]) == len(found.column("image")) == found.about()["images"]
-        assert all(isinstance(row["image"], bytes) and row.get("label", 0) in (0, 1, 2) for row in (found[k] for k in range(10)))
+        split = records.Records(tmp_path, "train")
+        assert len([split[k] for k in range(len(split))]) == len(split.column("image")) == split.about()["images"]
+        assert all(isinstance(row["image"], bytes) and row.get("label", 0) in (0, 1, 2) for row in (split[k] for k in range(10)))
         provenance.read_data(tmp_path, None)
 
     shard = (tmp_path / "train-0.arrow").read_bytes()
@@ -251,9 +251,9 @@ def test_weights(tmp_path):
     interop.convert(plain, safe, "timm")
 
     def attempt(path: Path) -> None:
-        found = interop.read_encoder(path, MODEL)
-        assert {name: tensor.shape for name, tensor in found.items()} == {name: tensor.shape for name, tensor in state.items()}
-        assert all(tensor.isfinite().all() for tensor in found.values())
+        weights = interop.read_encoder(path, MODEL)
+        assert {name: tensor.shape for name, tensor in weights.items()} == {name: tensor.shape for name, tensor in state.items()}
+        assert all(tensor.isfinite().all() for tensor in weights.values())
 
     data = safe.read_bytes()
     header = 8 + int.from_bytes(data[:8], "little")
@@ -404,8 +404,8 @@ def test_published_tables(tmp_path):
 
     def attempt(tree: list) -> None:
         text = "\n".join(",".join(line) for line in tree)
-        found = results.read_published(saved(tmp_path / "p.csv", text.encode(errors="replace")))
-        assert len(table.published_rows(found, "published", str)) <= len(found)
+        published = results.read_published(saved(tmp_path / "p.csv", text.encode(errors="replace")))
+        assert len(table.published_rows(published, "published", str)) <= len(published)
 
     inputs = st.builds(
         changed, st.just(cells), st.sampled_from([p for p in places(cells) if len(p) == 2]), words, st.just("replace")

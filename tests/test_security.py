@@ -317,7 +317,7 @@ UNSAFE = r"""(pickle|cPickle|dill|cloudpickle|joblib|marshal)\.(loads?|Unpickler
 
 def dangers(code: str) -> list[str]:
     """The calls in a program that would run what a file says, or write where it says."""
-    found = []
+    calls = []
     for node in ast.walk(ast.parse(code)):
         if not isinstance(node, ast.Call):
             continue
@@ -326,24 +326,24 @@ def dangers(code: str) -> list[str]:
         unsafe = re.fullmatch(UNSAFE.replace("\n", ""), name) or said.get("shell") or said.get("allow_pickle")
         unstated = name in SAFE and said.get(SAFE[name][0]) is not SAFE[name][1]
         if unsafe or unstated or (name == "yaml.load" and SAFE_LOADER not in code):
-            found.append(ast.unparse(node))
-    return found
+            calls.append(ast.unparse(node))
+    return calls
 
 
 def programs() -> dict[str, str]:
     """The code of the library, the stages, the benchmarks and the notebooks."""
-    found = {path: path.read_text() for folder in ("milan", "stages", "benchmarks") for path in (ROOT / folder).rglob("*.py")}
+    texts = {path: path.read_text() for folder in ("milan", "stages", "benchmarks") for path in (ROOT / folder).rglob("*.py")}
     for path in (ROOT / "notebooks").glob("*.ipynb"):
         cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
-        found[path] = "\n".join("".join(cell["source"]) for cell in cells)
-    return {path.relative_to(ROOT).as_posix(): text for path, text in found.items()}
+        texts[path] = "\n".join("".join(cell["source"]) for cell in cells)
+    return {path.relative_to(ROOT).as_posix(): text for path, text in texts.items()}
 
 
 def test_no_code_runs_what_a_file_says():
     """But one: a TorchScript archive that the recipe names by its digest (milan/teacher/released.py)."""
     assert len(programs()) > 60
-    found = {name: calls for name, text in programs().items() if (calls := dangers(text))}
-    assert found == {"milan/teacher/released.py": ["torch.jit.load(path, map_location='cpu')"]}
+    dangerous = {name: calls for name, text in programs().items() if (calls := dangers(text))}
+    assert dangerous == {"milan/teacher/released.py": ["torch.jit.load(path, map_location='cpu')"]}
 
 
 @pytest.mark.parametrize(
@@ -384,18 +384,18 @@ def commands() -> list[tuple[str, list[str]]]:
         *(ROOT / "milan").rglob("*.py"),
         *ROOT.glob("stages/*.py"),
     ]
-    found = []
+    servers = []
     for path in places:
         text = re.sub(r"\\\n\s*", "", path.read_text())
         for line in re.findall(r"mlflow (?:ui|server|models serve|gateway)\b [^`\n]*--[^`\n]*", text):
-            found.append((path.name, shlex.split(line.split("#")[0].replace('"', " "))))
-    return found
+            servers.append((path.name, shlex.split(line.split("#")[0].replace('"', " "))))
+    return servers
 
 
 def test_every_server_binds_to_this_machine():
-    found = commands()
-    assert {name for name, _ in found} >= {"README.md", "Makefile", "stores.md", "serving.md"} and len(found) >= 6
-    for name, words in found:
+    servers = commands()
+    assert {name for name, _ in servers} >= {"README.md", "Makefile", "stores.md", "serving.md"} and len(servers) >= 6
+    for name, words in servers:
         assert "--host" in words and words[words.index("--host") + 1] == "127.0.0.1", (name, words)
         assert "0.0.0.0" not in words
 

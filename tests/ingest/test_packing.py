@@ -36,8 +36,8 @@ def rows_of(folder: Path, items: list[dict], processes: int = 1, **options) -> l
     folder.mkdir(exist_ok=True)
     packed = Packing(folder, shard_images=5, processes=processes, **options).pack({"train": items})
     records.write_manifest(folder, splits=packed, classes=[])
-    found = records.Records(folder, "train")
-    return [found[i] for i in range(len(found))]
+    split = records.Records(folder, "train")
+    return [split[i] for i in range(len(split))]
 
 
 def refusal(folder: Path, **splits: list[dict]) -> str:
@@ -258,9 +258,9 @@ def test_a_removed_file_shifts_what_follows_and_leaves_no_shard_too_many(tmp_pat
     refusal(tmp_path / "out", train=given)
     left = given[:7] + given[9 + 1 :]
     read.clear()
-    found = pack(tmp_path / "out", left, classes=11)
+    files = pack(tmp_path / "out", left, classes=11)
     assert read == [*names(range(6, 7)), "10.jpg"]
-    assert found == pack(tmp_path / "whole", left) and len(found) == 1 + 3
+    assert files == pack(tmp_path / "whole", left) and len(files) == 1 + 3
 
 
 @pytest.mark.parametrize("change", ["bytes", "time", "name", "label", "shrink", "cut shard", "no shard"])
@@ -283,9 +283,9 @@ def test_a_shard_of_other_items_or_settings_is_not_reused(tmp_path, given, read,
     else:
         options |= {"short_side": 8}
     read.clear()
-    found = pack(tmp_path / "out", given, **options)
+    files = pack(tmp_path / "out", given, **options)
     assert len(read) == 3
-    assert found == pack(tmp_path / "whole", given, **options)
+    assert files == pack(tmp_path / "whole", given, **options)
 
 
 def killed_after(folder: Path, items: list[dict], shards: int) -> None:

@@ -56,9 +56,9 @@ def bank(tmp_path) -> Bank:
 def test_every_view_of_every_image_comes_back(bank):
     for image in range(IMAGES):
         for view in range(VIEWS):
-            found, features, importance = bank[view, image]
+            crop, features, importance = bank[view, image]
             *place, flip = box(image, view)
-            assert found == (*place, bool(flip)) and isinstance(found[-1], bool)
+            assert crop == (*place, bool(flip)) and isinstance(crop[-1], bool)
             assert features.tolist() == [[sentinel(image, view, t, c) for c in range(D)] for t in range(1 + N)]
             assert importance.tolist() == pytest.approx([image + view / 10 + t / 100 for t in range(N)], abs=1e-6)
     assert (bank.views, bank.feature_dim, features.dtype, importance.dtype) == (VIEWS, D, torch.float16, torch.float32)

@@ -180,9 +180,9 @@ def test_without_labels_what_needs_them_says_what_runs(desk, tree, name):
     change(tree, "data.imagenet", str(desk / "images"))
     write_recipe(tree)
     subprocess.run([sys.executable, "-m", "stages.prepare_imagenet", "--out", "records", "--metrics", "m.json"], check=True, timeout=100)
-    found = {split: records.Records("records", split) for split in ("train", "val", "pairs")}
-    assert {split: len(some) for split, some in found.items()} == {"train": 9, "val": 1, "pairs": 2}
-    assert set(found["train"][0]) == {"image", "name"} and found["train"].manifest["classes"] == []
+    splits = {split: records.Records("records", split) for split in ("train", "val", "pairs")}
+    assert {split: len(some) for split, some in splits.items()} == {"train": 9, "val": 1, "pairs": 2}
+    assert set(splits["train"][0]) == {"image", "name"} and splits["train"].manifest["classes"] == []
     encoder = Encoder(build(Params, tree, "params.yaml").model).vit.state_dict()
     save_weights(desk / "weights" / "encoder.safetensors", encoder)
     given = ["--variant", "milan", "--seed", "0", "--records", "records", "--weights", "weights", *MADE]
@@ -292,8 +292,8 @@ def test_a_place_that_takes_no_result_is_said_before_the_work(desk, monkeypatch,
     monkeypatch.setattr("milan.stage.tracked", lambda *_: pytest.fail("it worked before it looked"))
     status, said = run_heavy("prepare_imagenet", *PREPARE, *arguments)
     assert status == 1, said
-    found = refused(said, "outs/data", "metrics.json")
-    assert [word for word in words if word not in found] == [] and Path("note").read_text() == "mine", said
+    message = refused(said, "outs/data", "metrics.json")
+    assert [word for word in words if word not in message] == [] and Path("note").read_text() == "mine", said
 
 
 def test_a_scratch_that_is_a_file(desk):
@@ -370,8 +370,8 @@ def test_ctrl_c_and_a_full_disk(desk, monkeypatch, error, status, word):
         raise error
 
     monkeypatch.setattr("milan.ingest.world.writing.write_imagenet", fail)
-    found, said = run_heavy("prepare_imagenet", *PREPARE)
-    assert found == status
+    ended, said = run_heavy("prepare_imagenet", *PREPARE)
+    assert ended == status
     assert word in refused(said, "outs/data", "metrics.json")
 
 
@@ -442,9 +442,9 @@ def test_pretraining_is_of_its_own_row_and_of_the_bank_s_content(workplace, tree
 
 
 def stage(tree: dict, **arguments) -> Stage:
-    found = Stage("pretrain", Namespace(**arguments), build(Params, tree, "params.yaml"))
-    found.tracker = Tracker(Path("spool.jsonl"))
-    return found
+    made = Stage("pretrain", Namespace(**arguments), build(Params, tree, "params.yaml"))
+    made.tracker = Tracker(Path("spool.jsonl"))
+    return made
 
 
 def test_a_recipe_digest_follows_recipe_variation_and_inputs(workplace, tree):
@@ -492,7 +492,7 @@ def test_metrics_and_curve_are_written_as_dvc_reads_them(workplace, tree):
 
 
 def test_the_recipe_lies_flat_for_mlflow(tree):
-    found = flatten(build(Params, tree, "params.yaml"))
-    assert found["pretrain.ablation.milan.masking"] == "semantic"
-    assert found["model.encoder.depth"] == tree["model"]["encoder"]["depth"]
-    assert found["variants"] == tree["variants"] and found["teacher.pretrained"] is None
+    flat = flatten(build(Params, tree, "params.yaml"))
+    assert flat["pretrain.ablation.milan.masking"] == "semantic"
+    assert flat["model.encoder.depth"] == tree["model"]["encoder"]["depth"]
+    assert flat["variants"] == tree["variants"] and flat["teacher.pretrained"] is None

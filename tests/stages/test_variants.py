@@ -54,13 +54,13 @@ def test_every_variant_gets_its_row(p, workplace):
     run(prepare_ade20k, p, scenes.name)
     run(teacher, p, teached.name, records=records)
     run(extract_targets, p, bank.name, records=records, teacher=teached)
-    found, encoders = {}, {}
+    metrics, encoders = {}, {}
     for variant in p.variants:
         own = {"variant": variant, "seed": 0, "weights": Path("outs/pretrain", f"{variant}-0")}
-        found[variant] = run(pretrain, p, f"pretrain/{variant}-0", records=records, teacher=teached, bank=bank, **own)
-        found[variant] |= run(linear_eval, p, f"linear_eval/{variant}-0", records=records, teacher=teached, **own)
-        found[variant] |= run(finetune, p, f"finetune/{variant}-0", records=records, confusion=Path("confusion.csv"), **own)
-        found[variant] |= run(segment, p, f"segment/{variant}-0", scenes=scenes, **own)
+        metrics[variant] = run(pretrain, p, f"pretrain/{variant}-0", records=records, teacher=teached, bank=bank, **own)
+        metrics[variant] |= run(linear_eval, p, f"linear_eval/{variant}-0", records=records, teacher=teached, **own)
+        metrics[variant] |= run(finetune, p, f"finetune/{variant}-0", records=records, confusion=Path("confusion.csv"), **own)
+        metrics[variant] |= run(segment, p, f"segment/{variant}-0", scenes=scenes, **own)
         encoders[variant] = load_file(own["weights"] / "encoder.safetensors")
 
     # What each predicts: nothing, a patch's pixels, the teacher's features.
@@ -69,8 +69,8 @@ def test_every_variant_gets_its_row(p, workplace):
     widths = {v: load_file(path)["decoder_pred.weight"].shape[0] for v, path in decoders.items() if path.exists()}
     features = p.teacher.tiny.embed_dim
     assert widths == {"mae": 3 * 8**2, "clip_target": features, "prompt_decoder": features, "milan": features}
-    assert {v for v in p.variants if "linear_eval/zero_shot_top1" in found[v]} == {"clip_target", "prompt_decoder", "milan"}
-    assert "pretrain/loss" not in found["scratch"] and all(0 < found[v]["pretrain/loss"] < 4 for v in widths)
+    assert {v for v in p.variants if "linear_eval/zero_shot_top1" in metrics[v]} == {"clip_target", "prompt_decoder", "milan"}
+    assert "pretrain/loss" not in metrics["scratch"] and all(0 < metrics[v]["pretrain/loss"] < 4 for v in widths)
     # All began with the same encoder, and each learned something of its own.
     first = [encoders[variant]["blocks.0.attn.qkv.weight"] for variant in p.variants]
     assert all(not torch.equal(a, b) for i, a in enumerate(first) for b in first[:i])

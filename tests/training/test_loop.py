@@ -190,7 +190,7 @@ def test_a_longer_run_s_curve_has_at_most_a_hundred_points(workplace):
 def test_the_first_steps_are_adamw_s_by_the_book(workplace):
     """One micro-batch a step, no dropout in the way: torch's own loop over the same samples gives the same weights."""
     run = settings(epochs=1, warmup_epochs=0, micro_batch=BATCH, clip_grad=None)
-    found = train(Points(), run)
+    ours = train(Points(), run)
     model = Regression()
     model.train()
     reference = torch.optim.AdamW(
@@ -212,9 +212,9 @@ def test_the_first_steps_are_adamw_s_by_the_book(workplace):
         reference.zero_grad()
         loss.backward()
         reference.step()
-        assert found["curve"][step]["loss"] == pytest.approx(loss.item(), rel=1e-6)
+        assert ours["curve"][step]["loss"] == pytest.approx(loss.item(), rel=1e-6)
     for name, tensor in model.state_dict().items():
-        torch.testing.assert_close(torch.tensor(found["weights"][name]), tensor, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(torch.tensor(ours["weights"][name]), tensor, atol=1e-6, rtol=1e-5)
 
 
 # Any number of processes.

@@ -43,8 +43,8 @@ def test_any_flipped_byte_of_weights_is_found_and_the_file_named(tmp_path):
     for place in range(len(whole)):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
         try:
-            found = load_weights(path)
-            assert found.keys() == weights.keys() and all(found[name].equal(weights[name]) for name in weights)
+            loaded = load_weights(path)
+            assert loaded.keys() == weights.keys() and all(loaded[name].equal(weights[name]) for name in weights)
             assert whole[place : place + 1] in b"seed3" or not whole[place : place + 1].strip()  # what is said about them
         except UserError as error:
             assert str(path) in str(error) and "is damaged" in str(error)
