@@ -104,7 +104,11 @@ class FitSettings:
 
 
 def fit(
-    model: nn.Module, dataset: Dataset, optimizer: torch.optim.Optimizer, settings: FitSettings, to_inputs: Callable[[dict], tuple]
+    model: nn.Module,
+    dataset: Dataset,
+    optimizer: torch.optim.Optimizer,
+    settings: FitSettings,
+    to_inputs: Callable[[dict], tuple],
 ) -> list[dict]:
     """Train a model and return the curve: at most CURVE_POINTS points {"step", "epoch", "loss", "lr"}.
 
