@@ -116,6 +116,65 @@ def test_only_workspaces_of_killed_runs_of_the_study_are_removed(workplace):
     assert [path.name for path in workplace.glob("tmp-*")] == ["tmp-mine"]
 
 
+EVALUATE = """
+import json, os, signal, sys
+from pathlib import Path
+import psutil, yaml
+recipe = yaml.safe_load(open("params.yaml"))
+project = Path.cwd().parents[4]
+with open(project / "ran", "a") as file:
+    print(recipe["pretrain"]["mask_ratio"], file=file)
+if recipe["pretrain"]["mask_ratio"] == 0.9 and not (project / "killed").exists():
+    (project / "killed").touch()
+    for process in psutil.Process().parents():
+        if "dvc" in process.cmdline()[:3]:
+            process.kill()
+    sys.exit(1)
+for path, name in [word.split(":") for word in sys.argv[1:]]:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    known = json.loads(Path(path).read_text()) if Path(path).exists() else {}
+    Path(path).write_text(json.dumps({**known, name: 100 * recipe["pretrain"]["mask_ratio"]}))
+"""
+
+
+@pytest.fixture
+def tiny(repository, monkeypatch) -> Path:
+    """A pipeline of one stage under DVC and Hydra; the first run at 0.9 kills DVC."""
+    files = [(f"reports/metrics/tiny/{stage}/milan-0.json", name) for stage, name in MEASURES.values()]
+    words, paths = [f"{path}:{name}" for path, name in files], sorted({path for path, _ in files})
+    stage = {"cmd": f"python evaluate.py {' '.join(words)}", "deps": ["evaluate.py"], "params": ["pretrain", "scale"]}
+    pipeline = {"stages": {"evaluate": {**stage, "metrics": [{path: {"cache": False}} for path in paths]}}}
+    recipe = {"scale": "tiny", "variants": ["milan"], "seeds": [0], "pretrain": {"mask_ratio": 0.75}}
+    Path("conf").mkdir()
+    for path, content in {"dvc.yaml": pipeline, "conf/config.yaml": recipe, "params.yaml": recipe}.items():
+        Path(path).write_text(yaml.safe_dump(content))
+    Path("evaluate.py").write_text(EVALUATE)
+    sweep.dvc("init", "--quiet")
+    sweep.dvc("config", "hydra.enabled", "true")
+    for command in (["add", "-A"], ["commit", "-qm", "tiny"]):
+        subprocess.run(["git", *command], check=True)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(studies, "EVALUATIONS", ("evaluate",))
+    return repository
+
+
+def test_a_killed_study_continues_and_leaves_the_workspace_alone(tiny):
+    study = studies.chosen(["mask_ratio"], "0.5,0.9")["mask_ratio"]
+    Path("params.yaml").write_text("mine: 1\n")
+    with pytest.raises(UserError, match=r"mask_ratio-0\.9 .* ended with status -9"):
+        studies.run("mask_ratio", study, [], Path("out"), lock=0)
+    assert len(list(Path(".dvc/tmp/exps/standalone").glob("tmp*"))) == 1
+    for _ in range(2):
+        studies.run("mask_ratio", study, [], Path("out"), lock=0)
+    assert Path("ran").read_text().split() == ["0.5", "0.9", "0.9"], "each finished point ran once"
+    assert not list(Path(".dvc/tmp/exps/standalone").glob("tmp*"))
+    assert sweep.git("status", "--porcelain", "-uno") == " M params.yaml\n" and Path("params.yaml").read_text() == "mine: 1\n"
+    text = Path("out/mask_ratio/table.md").read_text()
+    assert "| 0.5 | 50.0 |" in text and "| 0.9 | 90.0 |" in text
+    assert yaml.safe_load(Path("out/mask_ratio/mask_ratio-0.9/params.yaml").read_text())["pretrain"] == {"mask_ratio": 0.9}
+    assert "evaluate" in yaml.safe_load(Path("out/mask_ratio/mask_ratio-0.9/dvc.lock").read_text())["stages"]
+
+
 def test_the_next_driver_waits_for_what_a_killed_one_started(workplace):
     """The lock is held by the process that got its number, after the driver is gone."""
     end, start = os.pipe()

@@ -181,28 +181,24 @@ def state(recipe: dict, revision: str, timestamp: str, metrics: dict) -> dict:
 def shown(tree, workplace, monkeypatch) -> dict:
     """The commit's entry of `dvc exp show --json`, with experiments made at 2, 1, and one that still runs."""
     change(tree, "variants", ["milan"])
-    before = commit_lock("schema: '2.0'\nstages: {teacher: {cmd: t}, pretrain@mae-0: {cmd: m}}")
+    Path("dvc.lock").write_text("schema: '2.0'\nstages: {teacher: {cmd: t}, pretrain@mae-0: {cmd: m}}")
+    revision = commit("a lock")
     metrics = {
         "reports/metrics/demo/finetune/milan-0.json": {"data": {"finetune/top1": 12.5}},
         "reports/metrics/demo/segment/milan-0.json": {"error": {"type": "FileNotFoundError", "msg": "not made"}},
     }
     experiments = [
-        {"name": name, "revs": [state(tree, before, time, metrics)], "executor": executor}
+        {"name": name, "revs": [state(tree, revision, time, metrics)], "executor": executor}
         for name, time, executor in (
             ("new", "2026-11-27T10:19:10", {"state": "success"}),
             ("running", "2026-11-27T10:19:10", {"state": "running"}),
             ("old", "2026-11-27T10:18:10", None),
         )
     ]
-    commit = {**state(tree, before, "2026-11-27T10:15:03", {}), "experiments": experiments}
-    said = json.dumps([{"rev": "workspace"}, commit])
+    head = {**state(tree, revision, "2026-11-27T10:15:03", {}), "experiments": experiments}
+    said = json.dumps([{"rev": "workspace"}, head])
     monkeypatch.setattr(sweep, "dvc", lambda *words, **options: subprocess.CompletedProcess(words, 0, stdout=said))
-    return commit
-
-
-def commit_lock(text: str) -> str:
-    Path("dvc.lock").write_text(text)
-    return commit("a lock")
+    return head
 
 
 def test_finished_experiments_are_read_oldest_first(shown, tree):
