@@ -13,9 +13,9 @@ from mlflow import entities, types
 from mlflow.models import Model, ModelSignature
 
 import milan
-from milan.core.files import SCRATCH, dvc_hash
+from milan.core.files import SCRATCH, dvc_hash, project_root
 from milan.tracking import runs
-from milan.tracking.store import project_root, store_uri
+from milan.tracking.store import store_uri
 
 SKIPPED = "skipped."  # before the name of a stage's run, in the tags of a parent
 NOTE = "mlflow.note.content"
@@ -166,7 +166,8 @@ class Sender:
         made = found[0] if found else self.new_version(event)
         model_id = made.source.removeprefix("models:/")
         self.client.log_outputs(self.run_id, [entities.LoggedModelOutput(model_id, 0)])
-        self.client.set_registered_model_alias(event["registered"], event["alias"], made.version)
+        if project_root() == Path.cwd():  # a queued experiment is compared with others, not served
+            self.client.set_registered_model_alias(event["registered"], event["alias"], made.version)
 
     def new_version(self, event: dict):
         model_id = self.new_model(event)

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from milan.core.files import dvc_hash
+from milan.core.files import dvc_hash, project_root
 from milan.core.redaction import discreet
 
 SPOOLS = Path(".scratch/tracking")
@@ -46,7 +47,7 @@ class Tracker:
         self.event("metrics", step=0, values=values, result=True)
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
-        self.event("artifact", path=str(path), folder=folder)
+        self.event("artifact", path=str(path.absolute()), folder=folder)
 
     def reads(self, *splits) -> None:
         """The datasets of this run: splits of records (milan.data.records.Records)."""
@@ -84,7 +85,12 @@ class Logger:
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
 
     def finish(self, status: str, wait: bool = False) -> None:
-        """wait: for the last stage, so that a finished pipeline is a finished record."""
+        """Say the end; wait: until all is delivered, for the last stage, so that a finished pipeline is a finished record.
+
+        In a temporary workspace, which DVC deletes after its last stage, every stage waits, and events that MLflow could not
+        take move to the project's own spools."""
+        temporary = project_root() != Path.cwd()
+        wait = wait or temporary
         self.tracker.event("end", status=status, last=wait)
         os.close(self.alive)
         if not wait:
@@ -93,6 +99,10 @@ class Logger:
             self.process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
             print(f"MLflow is slow to answer; its logger goes on in the background ({LOG}).", file=sys.stderr)
+        else:
+            for kept in SPOOLS.glob("*-*") if temporary else ():
+                (project_root() / SPOOLS).mkdir(parents=True, exist_ok=True)
+                shutil.move(kept, project_root() / SPOOLS)
         warn_of_undelivered()
 
 
