@@ -486,7 +486,7 @@ def test_a_logger_s_complaint_tells_nothing(secretive, monkeypatch, capsys):
     def refuse(*_):
         raise ConnectionError(f"no answer from {SECRETS['MLFLOW_TRACKING_URI']} for /home/alice/x")
 
-    monkeypatch.setattr(logger, "knock", refuse)
+    monkeypatch.setattr(logger, "check_reachable", refuse)
     (secretive / "1.jsonl").touch()
     logger.deliver(secretive / "1.jsonl")
     said = capsys.readouterr().out

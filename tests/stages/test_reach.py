@@ -33,10 +33,10 @@ def door() -> Iterator[str]:
 
 def test_whoever_answers_is_there_and_a_proxy_without_a_server_is_not(door):
     for status in (200, 302, 401, 404, 500):
-        store.knock(f"{door}/{status}")
+        store.check_reachable(f"{door}/{status}")
     for status in (502, 503, 504):
         with pytest.raises(OSError, match=f"answers {status}"):
-            store.knock(f"{door}/{status}")
+            store.check_reachable(f"{door}/{status}")
 
 
 @pytest.mark.parametrize("uri", ["http://127.0.0.1:{}", "postgresql://milan:sesame@127.0.0.1:{}/mlflow"])
@@ -53,7 +53,7 @@ def test_nobody_at_the_port(uri, workplace, monkeypatch, capsys):
 
 
 def test_a_server_that_accepts_and_says_nothing_is_given_up(workplace, monkeypatch, capsys):
-    monkeypatch.setattr(store, "KNOCK", 0.2)
+    monkeypatch.setattr(store, "ANSWER_TIMEOUT", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.getsockname()[1]}")
         logger.deliver(write_spool([{"kind": "start"}]))
