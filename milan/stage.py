@@ -213,7 +213,7 @@ def tracked(stage: Stage, main: Callable[[Stage], None]) -> None:
     tags = {"stage": stage.name, "scale": stage.params.scale, "git_revision": git_revision(), **stage.variation}
     tags["code"] = json_digest(stage.code)  # taken here, before the work: close() compares
     tags["hardware"] = machine.hardware(stage.params.compute.device)
-    logger = tracker.Logger(stage.title, f"milan-{stage.params.scale}", tags, flatten(stage.params))
+    logger = tracker.LoggerProcess(stage.title, f"milan-{stage.params.scale}", tags, flatten(stage.params))
     stage.tracker, status, began = logger.tracker, "FAILED", time.monotonic()
     try:
         if stage.kind.evaluates:

@@ -429,7 +429,7 @@ def test_locks(tmp_path, committed_tree, monkeypatch):
 
     def attempt(tree) -> None:
         saved(tmp_path / "dvc.lock", yaml.safe_dump(tree).encode())
-        assert set(provenance.read_lock(tmp_path / "dvc.lock", params)) <= set(runs.locked())
+        assert set(provenance.read_lock(tmp_path / "dvc.lock", params)) <= set(runs.lock_hashes())
 
     assert campaign("a lock", changes(lock, plain), attempt, 2)["right"]
     recipe = {"variants": ["milan"], "seeds": [0]}
@@ -437,7 +437,7 @@ def test_locks(tmp_path, committed_tree, monkeypatch):
     campaign(
         "a recipe beside a lock",
         changes(recipe, plain),
-        lambda tree: saved(tmp_path / "params.yaml", yaml.safe_dump(tree).encode()) and runs.locked_now(),
+        lambda tree: saved(tmp_path / "params.yaml", yaml.safe_dump(tree).encode()) and runs.active_hashes(),
     )
 
 

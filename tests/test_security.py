@@ -486,7 +486,7 @@ def test_a_logger_s_error_holds_nothing_private(private_environment, monkeypatch
     def refuse(*_):
         raise ConnectionError(f"no answer from {SECRETS['MLFLOW_TRACKING_URI']} for /home/alice/x")
 
-    monkeypatch.setattr(logger, "knock", refuse)
+    monkeypatch.setattr(logger, "check_reachable", refuse)
     (private_environment / "1.jsonl").touch()
     logger.deliver(private_environment / "1.jsonl")
     said = capsys.readouterr().out

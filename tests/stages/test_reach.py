@@ -33,10 +33,10 @@ def server() -> Iterator[str]:
 
 def test_any_answer_is_a_server_but_a_proxy_s_error(server):
     for status in (200, 302, 401, 404, 500):
-        store.knock(f"{server}/{status}")
+        store.check_reachable(f"{server}/{status}")
     for status in (502, 503, 504):
         with pytest.raises(OSError, match=f"answers {status}"):
-            store.knock(f"{server}/{status}")
+            store.check_reachable(f"{server}/{status}")
 
 
 @pytest.mark.parametrize("uri", ["http://127.0.0.1:{}", "postgresql://milan:sesame@127.0.0.1:{}/mlflow"])
@@ -53,7 +53,7 @@ def test_no_server_at_the_port(uri, workplace, monkeypatch, capsys):
 
 
 def test_a_server_that_accepts_and_never_answers_is_given_up(workplace, monkeypatch, capsys):
-    monkeypatch.setattr(store, "KNOCK", 0.2)
+    monkeypatch.setattr(store, "ANSWER_TIMEOUT", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.getsockname()[1]}")
         logger.deliver(write_spool([{"kind": "start"}]))
