@@ -64,7 +64,7 @@ def dvc_hash(path: Path, limit: int = 2 << 30) -> str | None:
 
 
 @contextlib.contextmanager
-def full_disk_said(path: Path) -> Iterator[None]:
+def explain_full_disk(path: Path) -> Iterator[None]:
     """Turn "no space left" into an error that names the place."""
     try:
         yield
@@ -79,7 +79,7 @@ def full_disk_said(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def refusals_said() -> Iterator[None]:
+def explain_os_errors() -> Iterator[None]:
     """Turn what the file system refuses (a full disk, a missing right, a file where a folder belongs) into an error that
     names the place; any other OSError is a fault of this program, and passes."""
     try:
@@ -107,7 +107,7 @@ def existing_parent(path: Path) -> Path:
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A file to fill that stands under path once it is whole; after an error path is as it was."""
     temporary = path.with_name(path.name + ".part")
-    with full_disk_said(path):
+    with explain_full_disk(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(temporary, "wb") as file:
@@ -177,7 +177,7 @@ def whole_folder(target: Path, digest: str) -> Iterator[Path]:
     for other in target.parent.glob(f".{target.name}.part-*"):
         if other != folder:
             shutil.rmtree(other)
-    with full_disk_said(target):
+    with explain_full_disk(target):
         folder.mkdir(parents=True, exist_ok=True)
         try:
             yield folder

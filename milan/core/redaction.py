@@ -8,11 +8,11 @@ LOGIN = re.compile(r"(?<=://)[^/\s]*@")  # user:token@ of an address
 QUERY = re.compile(r"(\b\w[\w+.-]*://[^\s?]*\?)[^\s'\")]+")  # signatures and tokens of an address that was signed beforehand
 
 
-def discreet(value):
+def redact(value):
     """Text with *** for the login and the query of each address in it, ~ for the home folder and $USER for the user's
     name in a path; lists item by item, all else as it is."""
     if isinstance(value, list):
-        return [discreet(item) for item in value]
+        return [redact(item) for item in value]
     if not isinstance(value, str):
         return value
     return without_user(QUERY.sub(r"\1***", LOGIN.sub("***@", value)))

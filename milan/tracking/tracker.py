@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 
 from milan.core.files import dvc_hash, project_root
-from milan.core.redaction import discreet
+from milan.core.redaction import redact
 
 SPOOLS = Path(".scratch/tracking")
 LOG = SPOOLS / "log"
@@ -54,7 +54,7 @@ class Tracker:
     def reads(self, *splits) -> None:
         """Log splits of records (milan.data.records.Records) as the datasets of this run."""
         for split in splits:
-            self.event("dataset", **{name: discreet(value) for name, value in split.about().items()})
+            self.event("dataset", **{name: redact(value) for name, value in split.about().items()})
 
     def model(self, folder: Path, name: str) -> None:
         """Log the weights in a folder as this run's model, identified by their DVC hash."""
@@ -81,7 +81,7 @@ class LoggerProcess:
         self.tracker = Tracker(SPOOLS / f"{time.time_ns()}-{os.getpid()}.jsonl")
         self.spool_lock = lock_spool(self.tracker.spool)
         self.tracker.event("start", name=name, experiment=experiment, pipeline=pipeline_execution(), tags=tags)
-        self.tracker.event("params", values={name: discreet(value) for name, value in params.items()})
+        self.tracker.event("params", values={name: redact(value) for name, value in params.items()})
         # In its own session: Ctrl-C in the terminal ends the stage, and the logger reports that to MLflow.
         command = [sys.executable, "-m", "milan.tracking.logger", str(self.tracker.spool)]
         with open(LOG, "a") as log:
