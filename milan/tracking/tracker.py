@@ -121,7 +121,10 @@ def warn_of_undelivered() -> None:
 
 
 def pipeline_execution() -> str:
-    """Return an id that all stages of one `dvc repro` share: process number and start time of the DVC process above this one."""
+    """Return an id that all stages of one `dvc repro` share: MILAN_PIPELINE where it is set, else process number and start
+    time of the DVC process above this one. Slurm's srun starts processes without that ancestor, so docs/slurm.sh sets it."""
+    if given := os.environ.get("MILAN_PIPELINE"):
+        return given
     for parent in psutil.Process().parents():
         with contextlib.suppress(psutil.Error):  # another user's process does not tell its command
             if "dvc" in [Path(word).name for word in parent.cmdline()[:3]]:
