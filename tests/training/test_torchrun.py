@@ -238,6 +238,14 @@ def test_a_rank_that_never_comes_is_said(monkeypatch):
     assert ranks.said(0).endswith("error: Of ranks 0 to 1, these did not start within 1 s: 1. The logs of their nodes say why.")
 
 
+def test_a_rank_whose_head_is_gone_ends(monkeypatch):
+    monkeypatch.setattr(distributed, "CONNECT_WAIT", datetime.timedelta(seconds=1))
+    with Processes() as ranks:
+        ranks.fork(as_rank, 1, 2, free_port(), mistaken, 0)
+        assert ranks.statuses() == [1]
+    assert "error: The node of rank 0 has ended, or cannot be reached: " in ranks.said(0)
+
+
 # Under torchrun.
 
 
