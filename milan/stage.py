@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -21,7 +22,6 @@ from milan.core.typed import nearest
 from milan.params import Params, read_params
 from milan.tracking import machine, tracker
 
-LAST_STAGE = "page"
 STOPPED = "Stopped. What was saved is kept; run `dvc repro` again to continue."
 
 
@@ -33,11 +33,32 @@ class SavedState(Protocol):
     def clean(self) -> None: ...
 
 
+@dataclass(frozen=True)
+class Kind:
+    """What a stage declares: the names of its arguments, and what is done with them. Each becomes --name on the command line.
+
+    varies: it runs once for each variant and seed; reads: paths of inputs; folders and files: paths that it writes;
+    evaluates: which input is the model that it evaluates; last: it closes the pipeline."""
+
+    varies: bool = False
+    reads: tuple[str, ...] = ()
+    folders: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+    evaluates: str | None = None
+    last: bool = False
+
+    @property
+    def arguments(self) -> dict[str, type]:
+        """{argument: type}, in the order of the command line."""
+        variation = {"variant": str, "seed": int} if self.varies else {}
+        return {**variation, **dict.fromkeys((*self.reads, *self.folders, *self.files), Path)}
+
+
 class Stage:
     """One execution of one stage: its arguments, recipe, tracker and results."""
 
-    def __init__(self, name: str, args: argparse.Namespace, params: Params):
-        self.name, self.args, self.params = name, args, params
+    def __init__(self, name: str, args: argparse.Namespace, params: Params, kind: Kind = Kind()):
+        self.name, self.args, self.params, self.kind = name, args, params, kind
         self.tracker: tracker.Tracker = None
         self.metrics: dict[str, float] = {}
         self.state: SavedState | None = None
@@ -120,20 +141,20 @@ class Stage:
         print("  ".join(f"{k} {v}" for k, v in self.metrics.items()), flush=True)
 
 
-def run(name: str, main: Callable[[Stage], None], doc: str, **arguments: type) -> None:
-    """Parse --arguments (a keyword each: its type), read the recipe, call main(stage) under a tracking run.
+def run(name: str, main: Callable[[Stage], None], doc: str, kind: Kind) -> None:
+    """Parse the arguments, read the recipe, call main(stage) under a tracking run.
 
     Exit status 0, or 1 with one paragraph on what is wrong; a traceback only for a fault of this program. After a SIGTERM
     75, which DVC does not pass on, so .scratch/preempted says it too (docs/slurm.sh looks for that)."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="the recipe (default: %(default)s)")
-    for argument, kind in arguments.items():
-        parser.add_argument(f"--{argument.replace('_', '-')}", type=kind, required=True, metavar=kind.__name__.upper())
+    for argument, of in kind.arguments.items():
+        parser.add_argument(f"--{argument}", type=of, required=True, metavar=of.__name__.upper())
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, preempt)
     try:
         with refusals_said():
-            stage = Stage(name, args, read_params(args.params))
+            stage = Stage(name, args, read_params(args.params), kind)
             refuse_what_is_not_there(stage.params)
             refuse_what_cannot_be_written(stage)
             with alone(stage.title):
@@ -175,15 +196,12 @@ def refuse_what_is_not_there(p: Params) -> None:
 
 
 def refuse_what_cannot_be_written(stage: Stage) -> None:
-    """Before the work, for what is written after it: a folder that takes no file, a file where a folder belongs."""
-    reads = ("metrics",) if hasattr(stage.args, "published") else ()  # the last stages, of the earlier ones' files
-    for name in ("out", "metrics", "curve", "confusion"):
-        path = getattr(stage.args, name, None)
-        if path is None or name in reads:
-            continue
+    """Refuse, before the work, an output path where nothing can be written, or a file where a folder belongs."""
+    for name in (*stage.kind.folders, *stage.kind.files):
+        path, is_folder = getattr(stage.args, name), name in stage.kind.folders
         if path.name in ("", ".."):
             raise UserError(f"--{name} {path}: give a path with a name of its own.")
-        folder, is_folder = existing_parent(path.absolute().parent), name == "out" and stage.name != LAST_STAGE
+        folder = existing_parent(path.absolute().parent)
         if not folder.is_dir():
             raise UserError(f"--{name} {path}: {folder} is no folder. Remove it or give another path.")
         if not os.access(folder, os.W_OK | os.X_OK):
@@ -199,8 +217,8 @@ def tracked(stage: Stage, main: Callable[[Stage], None]) -> None:
     logger = tracker.Logger(stage.title, f"milan-{stage.params.scale}", tags, flatten(stage.params))
     stage.tracker, status, began = logger.tracker, "FAILED", time.monotonic()
     try:
-        if hasattr(stage.args, "weights"):
-            stage.tracker.evaluates(present(stage.args.weights))
+        if stage.kind.evaluates:
+            stage.tracker.evaluates(present(getattr(stage.args, stage.kind.evaluates)))
         main(stage)
         stage.close()
         status = "FINISHED"
@@ -210,7 +228,7 @@ def tracked(stage: Stage, main: Callable[[Stage], None]) -> None:
     finally:
         stage.tracker.event("metrics", step=0, values={"wall_seconds": time.monotonic() - began})
         stage.tracker.event("tags", values=hashes(stage.args))
-        logger.finish(status, wait=stage.name == LAST_STAGE)
+        logger.finish(status, wait=stage.kind.last)
 
 
 def hashes(args: argparse.Namespace) -> dict[str, str]:

@@ -238,8 +238,8 @@ def without_recipe(p: SimpleNamespace, function: Callable[..., dict], *arguments
     return function(*arguments)
 
 
-def launched(processes: int, function: Callable[..., dict], *arguments, nodes: int = 1) -> dict:
-    p = SimpleNamespace(compute=COMPUTE, runtime=Runtime(processes, nodes, 0, 0), world=processes * nodes)
+def launched(processes: int, function: Callable[..., dict], *arguments) -> dict:
+    p = SimpleNamespace(compute=COMPUTE, runtime=Runtime(processes, 1, 0, 0), world=processes)
     return distributed.launch(without_recipe, p, function, *arguments)
 
 
