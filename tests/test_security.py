@@ -189,10 +189,10 @@ READERS = {
     "metrics": results.read_metrics,
     "published numbers": results.read_published,
     "a parquet file": archives.parquet_rows,
-    "a tar": archives.tar_spans,
+    "a tar": archives.tar_members,
     "a zip": archives.zip_members,
     "a devkit": lambda path: archives.tar_texts(path, "a"),
-    "captions": lambda path: imagenet.table(path, "file", "caption"),
+    "captions": lambda path: imagenet.read_table(path, "file", "caption"),
     "a picture": as_picture,
 }
 HARMLESS = {("archive_of_arrays", "a zip"), ("zip_pickle", "a zip")}  # zips, listed and not opened
