@@ -28,7 +28,7 @@ DAMAGE = (  # raised by PIL for broken files
 
 
 def open_image(data: bytes) -> Image.Image:
-    """Open an image: read its header, decode nothing. Raises one of DAMAGE; DecompressionBombError for an image of absurd size."""
+    """Open an image: read its header, decode nothing. Raises one of DAMAGE, such as DecompressionBombError for absurd sizes."""
     return Image.open(io.BytesIO(data), formats=KINDS)
 
 

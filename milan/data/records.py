@@ -148,8 +148,8 @@ class Records:
         """The names of the classes, in the order of the labels. Raises UserError when the images have no labels."""
         if not self.manifest.get("classes"):
             raise UserError(
-                f"{self.folder} has no labels, since data.imagenet is a folder of images without classes. `dvc repro pretrain segment` "
-                "needs none. For linear evaluation and fine-tuning put the images into train/<class>/ and val/<class>/."
+                f"{self.folder} has no labels, since data.imagenet is a folder of images without classes. `dvc repro "
+                "pretrain segment` needs none. For linear evaluation and fine-tuning put the images into train/<class>/ and val/<class>/."
             )
         return self.manifest["classes"]
 

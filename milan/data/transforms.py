@@ -48,7 +48,7 @@ def normalise(images: Tensor, name: str = "imagenet") -> Tensor:
 
 
 def resize(images: Tensor, size: int) -> Tensor:
-    """Resize uint8 (..., 3, H, W) -> (..., 3, size, size), bicubic and antialiased. Images of that size are returned as they are."""
+    """Resize uint8 (..., 3, H, W) -> (..., 3, size, size), bicubic and antialiased. Images of that size are returned unchanged."""
     if images.shape[-2:] == (size, size):
         return images
     return F.resize(images, [size, size], interpolation=BICUBIC, antialias=True)
@@ -99,7 +99,8 @@ def crop(image: Tensor, box: tuple[int, int, int, int, bool], size: int) -> Tens
     top, left, height, width, flip = box
     cut = image[:, top : top + height, left : left + width].unsqueeze(0)
     if cut.shape[2:] != (height, width) or not cut.numel():
-        raise UserError(f"The box {tuple(box)} leaves its image, {tuple(image.shape[1:])}: the target bank was made of other images.")
+        shape = tuple(image.shape[1:])
+        raise UserError(f"The box {tuple(box)} leaves its image, {shape}: the target bank was made of other images.")
     # The kernel behind v2's resized_crop, without its dispatch, which costs a fifth more.
     cut = interpolate(cut, (size, size), mode="bicubic", antialias=True).squeeze(0)
     return cut.flip(-1) if flip else cut

@@ -20,8 +20,9 @@ def scene_places(root: Path) -> dict[str, Place]:
 
 
 def scene_items(places: dict[str, Place], split: str, root: Path) -> list[dict]:
-    """Pair images/<split>/*.jpg with annotations/<split>/*.png: items {"image", "mask", "name"}. Raises UserError when there is no
-    image, or one without annotation. root: for the messages."""
+    """Pair images/<split>/*.jpg with annotations/<split>/*.png: items {"image", "mask", "name"}. root: for the messages.
+
+    Raises UserError when there is no image, or one without annotation."""
     items, missing = [], []
     for name, place in places.items():
         path = PurePosixPath(name)

@@ -155,11 +155,12 @@ def open_binary(path: Path) -> BinaryIO:
     return open(path, "rb")
 
 
-def checked_name(name: str, archive: object) -> str:
-    """Return a member's name. Raises UserError for one that leads out of the archive."""
+def refuse_escape(name: str, archive: object) -> None:
+    """Raise UserError for a member's name that leads out of the archive."""
     if not name or name.startswith("/") or "\\" in name or ".." in PurePosixPath(name).parts:
-        raise UserError(f"{archive} has a member named {name!r}, which no archive of images should have: fetch it from its publisher.")
-    return name
+        raise UserError(
+            f"{archive} has a member named {name!r}, which no archive of images should have: fetch it from its publisher."
+        )
 
 
 def tar_members(archive: Path, inside: TarMember | None = None) -> list[TarMember]:
@@ -180,7 +181,8 @@ def tar_members(archive: Path, inside: TarMember | None = None) -> list[TarMembe
     for member in members:
         if not member.isreg() or member.issparse():
             raise UserError(f"{inside or archive} has a member that is no plain file: {member.name!r}. Make it without links.")
-    return [TarMember(archive, checked_name(member.name, inside or archive), member.offset_data, member.size) for member in members]
+        refuse_escape(member.name, inside or archive)
+    return [TarMember(archive, member.name, member.offset_data, member.size) for member in members]
 
 
 def _read_headers(file: BinaryIO, end: int) -> Iterator[tarfile.TarInfo]:
@@ -240,7 +242,7 @@ def zip_members(archive: Path) -> list[ZipMember]:
     except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError) as error:
         raise UserError(f"{archive} is no whole zip ({error}): fetch it again.") from None
     for member in members:
-        checked_name(member.filename, archive)
+        refuse_escape(member.filename, archive)
         if stat.S_ISLNK(member.external_attr >> 16):
             raise UserError(f"{archive} has a member that is a link: {member.filename!r}. Make it without links.")
         if member.flag_bits & 1:

@@ -212,7 +212,9 @@ def parquet_classes(files: dict[Path, tuple], train: list[Path]) -> tuple[list[s
         labels = [label for path in train for label in files[path][1] if label is not None]
         largest = max(labels, default=-1)
         if largest >= len(labels):  # before a list of that length is made: a label may be any number
-            raise UserError(f"{train[0].parent} has the label {largest} and {len(labels)} rows: labels must be 0, 1, 2 and so on.")
+            raise UserError(
+                f"{train[0].parent} has the label {largest} and {len(labels)} rows: labels must be 0, 1, 2 and so on."
+            )
         names = [f"class {label}" for label in range(largest + 1)]
     order = list(range(len(names)))
     if all(re.fullmatch(r"n\d{8}", name) for name in names):
@@ -249,9 +251,7 @@ def caption_pairs(root: Path) -> list[dict]:
 def class_captions(items: list[dict], names: list[str], limit: int) -> list[dict]:
     """Return at most `limit` labelled items, evenly spread, with captions that name their classes."""
     chosen = items[:: max(1, -(-len(items) // limit))]
-    return [
-        {"image": item["image"], "name": item["name"], "caption": f"a photo of a {names[item['label']]}"} for item in chosen
-    ]
+    return [{"image": item["image"], "name": item["name"], "caption": f"a photo of a {names[item['label']]}"} for item in chosen]
 
 
 def refuse_other_counts(section: str, counts: dict[str, int], expect) -> None:

@@ -16,8 +16,8 @@ KAGGLE, LABELS = "LOC_val_solution.csv", "val_labels.txt"
 
 
 def val_labels(root: Path) -> tuple[Path, dict[str, str]]:
-    """Return the file with the labels of the validation images, and {image name without suffix: WordNet id}. Raises UserError when
-    there is no such file or it cannot be read."""
+    """Return the file with the labels of the validation images, and {image name without suffix: WordNet id}. Raises UserError
+    when there is no such file or it cannot be read."""
     readers = {KAGGLE: kaggle_labels, LABELS: listed_labels, DEVKIT: devkit_labels}
     for name, reader in readers.items():
         if os.path.lexists(root / name):  # also a broken link, which its reader reports

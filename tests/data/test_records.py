@@ -180,7 +180,7 @@ def read_all(folder: Path) -> list:
 
 
 def test_any_flipped_byte_is_detected_and_its_file_named(tmp_path):
-    """Flip one bit of each byte of a shard and of the manifest in turn: an error names the file, or nothing depends on the byte."""
+    """With one bit of each byte flipped in turn, an error names the file, or nothing depends on the byte."""
     rows = [{"image": bytes([i]) * 9, "mask": b"m" * i or None, "name": f"n{i}", "label": i, "caption": "red"} for i in range(3)]
     sound, refused = read_all(write_records(tmp_path, rows)), 0
     for path in sorted(tmp_path.iterdir()):
