@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from milan.core.errors import UserError
 from milan.core.files import refusals_said
 from milan.core.program import fail
-from milan.core.typed import build
+from milan.core.validation import validate
 from milan.evaluation.classifier import build_classifier
 from milan.method.encoder import Encoder
 from milan.method.model import MaskedPretraining
@@ -297,7 +297,7 @@ def composed(scale: str) -> Params:
             tree = OmegaConf.to_container(compose("config", overrides=[f"scale={scale}"]), resolve=True)
         except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError) as error:
             raise UserError(f"{path} cannot be composed: {error}") from None
-    return build(Params, tree, path)
+    return validate(Params, tree, path)
 
 
 def main() -> None:

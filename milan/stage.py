@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Protocol
 
 from milan.core.code import changed_files, stage_code
-from milan.core.errors import PREEMPTED, Preempted, UserError
+from milan.core.errors import PREEMPTED, Preempted, UserError, nearest
 from milan.core.files import SCRATCH, dvc_hash, existing_parent, json_digest, refusals_said, write_json, write_whole
 from milan.core.identity import Identity, flatten, identify, present
 from milan.core.program import alone, fail
-from milan.core.typed import nearest
 from milan.params import Params, read_params
 from milan.tracking import machine, tracker
 
@@ -214,7 +213,7 @@ def tracked(stage: Stage, main: Callable[[Stage], None]) -> None:
     tags = {"stage": stage.name, "scale": stage.params.scale, "git_revision": git_revision(), **stage.variation}
     tags["code"] = json_digest(stage.code)  # taken here, before the work: close() compares
     tags["hardware"] = machine.hardware(stage.params.compute.device)
-    logger = tracker.Logger(stage.title, f"milan-{stage.params.scale}", tags, flatten(stage.params))
+    logger = tracker.LoggerProcess(stage.title, f"milan-{stage.params.scale}", tags, flatten(stage.params))
     stage.tracker, status, began = logger.tracker, "FAILED", time.monotonic()
     try:
         if stage.kind.evaluates:

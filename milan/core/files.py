@@ -12,7 +12,6 @@ from typing import BinaryIO
 
 from milan.core.errors import UserError
 
-SCRATCH = Path(".scratch")
 OTHER_DIGEST = "the digest is not the one that it was written with"
 FULL = (errno.ENOSPC, errno.EDQUOT)
 REFUSED = (  # by the file system, for what the user can mend
@@ -25,6 +24,15 @@ REFUSED = (  # by the file system, for what the user can mend
     errno.ELOOP,
     errno.ENAMETOOLONG,
 )
+
+
+def project_root() -> Path:
+    """Return the repository's root, also from a temporary workspace of `dvc exp run --queue` or `--temp` (.dvc/tmp/exps/...)."""
+    here = Path.cwd()
+    return Path(*here.parts[: here.parts.index(".dvc")]) if ".dvc" in here.parts else here
+
+
+SCRATCH = Path(os.path.relpath(project_root() / ".scratch"))  # one for all workspaces: it outlives a temporary one
 
 
 def json_digest(*parts) -> str:

@@ -35,8 +35,9 @@ from milan.training.device import resolve_device
 
 PR_SET_PDEATHSIG = 1  # prctl(2): the signal that a process gets when its parent dies
 STOP_SECONDS = 300  # between the signal that asks a process to save and end, and the one that ends it
-WAIT = datetime.timedelta(days=1)  # for rank 0's launch; if rank 0 ends without one, the wait ends
-CALL, FAILURE, LOST = "milan/call", "milan/failure", "milan/lost"  # keys of the store
+LAUNCH_WAIT = datetime.timedelta(days=1)  # of the other ranks for rank 0's launch; it ends when rank 0 ends without one
+START_WAIT = datetime.timedelta(minutes=10)  # of all ranks for the slowest to start
+CALL, HERE, FAILURE, LOST = "milan/call", "milan/here/", "milan/failure", "milan/lost"  # keys of the store
 
 
 def rank() -> int:
@@ -59,7 +60,7 @@ def launch(function: Callable[..., dict], params: Params, *arguments) -> dict:
     RuntimeError with its traceback, a lost process as a UserError, and Preempted after a signal."""
     if started_by_torchrun():
         return launch_from_rank_0(function, params, arguments)
-    if params.world == 1:
+    if params.world_size == 1:
         return function(params, *arguments)
     return launch_here(function, params, arguments)
 
@@ -173,6 +174,7 @@ def launch_from_rank_0(function: Callable[..., dict], params: Params, arguments:
     module = sys.modules["__main__"].__spec__.name if function.__module__ == "__main__" else function.__module__
     store.set(CALL, pickle.dumps((module, function.__name__, kind, params, arguments)))
     try:
+        meet(store)
         join(store, kind)
         value = function(params, *arguments)
         leave()
@@ -188,24 +190,52 @@ def take_part() -> None:
     end_by_signals()
     try:
         store = torchrun_store()
-        store.wait([CALL], WAIT)
+        store.wait([CALL], LAUNCH_WAIT)
         if call := store.get(CALL):
             module, name, kind, params, arguments = pickle.loads(call)
-            here = resolve_device(params.compute).type
-            if here != kind:
-                raise UserError(
-                    f"Rank 0 computes on {kind}, and {socket.gethostname()} on {here}: set compute.device, or mend its driver."
-                )
+            agree(resolve_device(params.compute).type, kind)
+            meet(store)
             join(store, kind)
             getattr(importlib.import_module(module), name)(params, *arguments)
             leave()
     except BaseException as error:
         leave_word(torchrun_store(), error)
+        arrive(torchrun_store())
         failure = first_failure(torchrun_store(), error)
         if isinstance(failure, LostProcess) and os.environ["LOCAL_RANK"] == "0" != os.environ["GROUP_RANK"]:
             with contextlib.suppress(SystemExit):
                 fail(str(failure))
         end(error)
+
+
+def agree(kind: str, of_rank_0: str) -> None:
+    """Raise UserError unless this machine computes on the same kind of device as rank 0, as it does not without its driver."""
+    if kind != of_rank_0:
+        raise UserError(
+            f"Rank 0 computes on {of_rank_0}, and {socket.gethostname()} on {kind}: mend its driver, or set compute.device."
+        )
+
+
+def arrive(store: dist.Store) -> None:
+    """Say that this rank is here, or has failed."""
+    with contextlib.suppress(dist.DistError):
+        store.set(HERE + os.environ["RANK"], b"")
+
+
+def meet(store: dist.Store) -> None:
+    """Wait until all ranks are here. Torch's own joining would wait half an hour for one that has failed before it."""
+    arrive(store)
+    ranks = range(int(os.environ["WORLD_SIZE"]))
+    try:
+        store.wait([f"{HERE}{rank}" for rank in ranks], START_WAIT)
+    except dist.DistStoreError:
+        missing = [str(rank) for rank in ranks if not store.check([f"{HERE}{rank}"])]
+        raise UserError(
+            f"Of ranks 0 to {ranks[-1]}, these did not start within {START_WAIT.seconds} s: {', '.join(missing)}. The logs of their "
+            "nodes say why."
+        ) from None
+    if store.check([FAILURE]):
+        raise LostProcess("a process failed before it joined the others")
 
 
 # Joining, leaving, failing.
@@ -244,9 +274,9 @@ def kind_of(error: BaseException) -> str:
     sees it) or crash (a fault of this program)."""
     if isinstance(error, Preempted | KeyboardInterrupt):
         return "lost" if sibling_is_gone() else "stopped"
-    if isinstance(error, UserError):
+    if isinstance(error, UserError) and not isinstance(error, LostProcess):
         return "user"
-    return "lost" if isinstance(error, dist.DistError) or "/gloo/" in str(error) else "crash"
+    return "lost" if isinstance(error, dist.DistError | LostProcess) or "/gloo/" in str(error) else "crash"
 
 
 def sibling_is_gone() -> bool:
