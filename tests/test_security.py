@@ -294,7 +294,7 @@ def test_more_rows_than_bytes_are_refused(tmp_path):
     table = pa.table({"image": pa.array([None] * 1_000_000, pa.binary()), "label": pa.array(np.zeros(1_000_000, np.int64))})
     pq.write_table(table, tmp_path / "a.parquet")
     assert (tmp_path / "a.parquet").stat().st_size < 10_000
-    with pytest.raises(UserError, match=r"a\.parquet is no whole parquet file \(it claims more rows than it has bytes\)"):
+    with pytest.raises(UserError, match=r"a\.parquet is not a complete parquet file \(it claims more rows than it has bytes\)"):
         archives.parquet_rows(tmp_path / "a.parquet")
 
 

@@ -149,7 +149,8 @@ class Records:
         if not self.manifest.get("classes"):
             raise UserError(
                 f"{self.folder} has no labels, since data.imagenet is a folder of images without classes. `dvc repro "
-                "pretrain segment` needs none. For linear evaluation and fine-tuning put the images into train/<class>/ and val/<class>/."
+                "pretrain segment` needs none. For linear evaluation and fine-tuning put the images into train/<class>/ and "
+                "val/<class>/."
             )
         return self.manifest["classes"]
 

@@ -48,7 +48,7 @@ def normalise(images: Tensor, name: str = "imagenet") -> Tensor:
 
 
 def resize(images: Tensor, size: int) -> Tensor:
-    """Resize uint8 (..., 3, H, W) -> (..., 3, size, size), bicubic and antialiased. Images of that size are returned unchanged."""
+    """Resize uint8 (..., 3, H, W) -> (..., 3, size, size), bicubic and antialiased. Images of that size return unchanged."""
     if images.shape[-2:] == (size, size):
         return images
     return F.resize(images, [size, size], interpolation=BICUBIC, antialias=True)

@@ -177,7 +177,8 @@ def tar_members(archive: Path, inside: TarMember | None = None) -> list[TarMembe
         try:
             members = list(_read_headers(file, end))
         except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
-            raise UserError(f"{inside or archive} is no whole, uncompressed tar ({error}): fetch {archive} again.") from None
+            name = inside or archive
+            raise UserError(f"{name} is not a complete, uncompressed tar ({error}): fetch {archive} again.") from None
     for member in members:
         if not member.isreg() or member.issparse():
             raise UserError(f"{inside or archive} has a member that is no plain file: {member.name!r}. Make it without links.")
@@ -240,7 +241,7 @@ def zip_members(archive: Path) -> list[ZipMember]:
         with zipfile.ZipFile(regular(archive)) as file:
             members = [member for member in file.infolist() if not member.is_dir()]
     except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError) as error:
-        raise UserError(f"{archive} is no whole zip ({error}): fetch it again.") from None
+        raise UserError(f"{archive} is not a complete zip ({error}): fetch it again.") from None
     for member in members:
         refuse_escape(member.filename, archive)
         if stat.S_ISLNK(member.external_attr >> 16):
@@ -334,7 +335,7 @@ def parquet_rows(path: Path) -> tuple[list[ParquetRow], list[int | None], list[s
         table = file.read(columns=columns, use_threads=False)
         images = table.column("image").to_pylist() if named else [None] * len(table)
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"{path} is no whole parquet file ({error}): fetch it again.") from None
+        raise UserError(f"{path} is not a complete parquet file ({error}): fetch it again.") from None
     names = [image["path"] if image else None for image in images]
     rows = [ParquetRow(path, number, name if isinstance(name, str) else None) for number, name in enumerate(names)]
     return rows, table.column("label").to_pylist(), label_names(path, schema.metadata)

@@ -88,7 +88,7 @@ def whole_tar() -> bytes:
 
 @pytest.mark.parametrize("length", [0, 100, 512, 600, 1024, 1100, 1536, 2000, 2559, 2560, 2700, 3071, 3072])
 def test_a_truncated_tar_is_refused_wherever_it_ends(tmp_path, length):
-    with pytest.raises(UserError, match=r"a\.tar is no whole, uncompressed tar .*: fetch .*a\.tar again"):
+    with pytest.raises(UserError, match=r"a\.tar is not a complete, uncompressed tar .*: fetch .*a\.tar again"):
         tar_members(saved(tmp_path / "a.tar", whole_tar()[:length]))
 
 
@@ -96,14 +96,14 @@ def test_a_truncated_tar_is_refused_wherever_it_ends(tmp_path, length):
 def test_a_broken_header_is_not_the_end(tmp_path, place):
     """tarfile takes it for the end of the archive."""
     data = whole_tar()
-    with pytest.raises(UserError, match="is no whole, uncompressed tar"):
+    with pytest.raises(UserError, match="is not a complete, uncompressed tar"):
         tar_members(saved(tmp_path / "a.tar", data[:place] + b"\xff" * 512 + data[place + 512 :]))
 
 
 def test_a_tar_that_exceeds_its_range_in_the_outer_one_is_refused(tmp_path):
     """The inner tar has lost its end, and the bytes behind it in the outer tar are not its own."""
     outer = saved(tmp_path / "outer.tar", tar({"one.tar": tar({"x": b"1"})[:1024], "two.tar": tar(CONTENT)}))
-    with pytest.raises(UserError, match=r"outer\.tar: one\.tar is no whole, uncompressed tar .*fetch .*outer\.tar again"):
+    with pytest.raises(UserError, match=r"outer\.tar: one\.tar is not a complete, uncompressed tar .*fetch .*outer\.tar again"):
         tar_members(outer, tar_members(outer)[0])
 
 
@@ -121,7 +121,7 @@ def with_size(data: bytes, field: bytes) -> bytes:
 )
 def test_false_sizes_are_refused(tmp_path, field):
     """Below zero (an endless loop in tarfile), larger than the file, no number."""
-    with pytest.raises(UserError, match="is no whole, uncompressed tar"):
+    with pytest.raises(UserError, match="is not a complete, uncompressed tar"):
         tar_members(saved(tmp_path / "a.tar", with_size(whole_tar(), field)))
 
 
@@ -282,7 +282,7 @@ def test_missing_columns_and_columns_of_another_type_are_named(tmp_path):
 def test_a_file_that_is_no_parquet_is_named(tmp_path, data):
     parquet(tmp_path / "a.parquet", FILES, None)
     saved(tmp_path / "a.parquet", (tmp_path / "a.parquet").read_bytes()[:-20] if data is None else data)
-    with pytest.raises(UserError, match=r"a\.parquet is no whole parquet file"):
+    with pytest.raises(UserError, match=r"a\.parquet is not a complete parquet file"):
         parquet_rows(tmp_path / "a.parquet")
 
 
@@ -406,6 +406,6 @@ def test_a_pipe_is_refused_and_does_not_block(tmp_path):
         File(tmp_path / "x.jpg").read()
     with pytest.raises(UserError, match=r"x\.jpg cannot be read: no file, but"):
         tar_members(tmp_path / "x.jpg")
-    for reader, message in ((tar_texts, "cannot be read"), (zip_members, "is no whole zip"), (parquet_rows, "is no whole parquet")):
+    for reader, message in ((tar_texts, "cannot be read"), (zip_members, "is not a complete zip"), (parquet_rows, "is not a complete parquet")):
         with pytest.raises(UserError, match=rf"x\.jpg {message}.* \(no file, but"):
             reader(tmp_path / "x.jpg")

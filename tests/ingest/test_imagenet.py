@@ -108,7 +108,7 @@ def test_broken_inner_tars_are_all_named(tmp_path):
     (root / "ILSVRC2012_img_train.tar").write_bytes(tar(inner))
     message = refusal(root)
     assert (
-        all(f"ILSVRC2012_img_train.tar: {wnid}.tar is no whole" in message for wnid in (WNIDS[0], WNIDS[2]))
+        all(f"ILSVRC2012_img_train.tar: {wnid}.tar is not a complete" in message for wnid in (WNIDS[0], WNIDS[2]))
         and WNIDS[1] not in message
     )
 
@@ -117,7 +117,7 @@ def test_a_truncated_download_is_named(tmp_path):
     root = tars(tmp_path / "set")
     for name in ("ILSVRC2012_img_val.tar", "ILSVRC2012_img_train.tar"):
         (root / name).write_bytes((root / name).read_bytes()[:-12_000])
-        assert f"{name} is no whole, uncompressed tar" in refusal(root)
+        assert f"{name} is not a complete, uncompressed tar" in refusal(root)
 
 
 def test_a_class_without_images_and_a_tar_without_classes_are_refused(tmp_path):
@@ -518,7 +518,7 @@ def test_a_missing_or_damaged_scene_set_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"nowhere is missing.*-S data\.ade20k=/path"):
         ade20k.scene_places(tmp_path / "nowhere")
     (tmp_path / "ADEChallengeData2016.zip").write_bytes(b"PK half a download")
-    with pytest.raises(UserError, match=r"ADEChallengeData2016\.zip is no whole zip"):
+    with pytest.raises(UserError, match=r"ADEChallengeData2016\.zip is not a complete zip"):
         ade20k.scene_places(tmp_path)
 
 
