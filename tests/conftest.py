@@ -48,6 +48,10 @@ SLOW = (  # files, or tests, that run stages, servers or processes: `make test-f
     "tracking/test_stores.py",
     "tracking/test_tracker.py::test_an_outage_keeps_everything_and_says_so",
     "training/test_processes.py",
+    "training/test_torchrun.py::test_two_nodes_make_what_one_process_makes",
+    "training/test_torchrun.py::test_a_lost_node_ends_the_other_and_one_node_goes_on",
+    "training/test_torchrun.py::test_a_sigterm_to_one_torchrun_saves_and_one_node_goes_on",
+    "training/test_torchrun.py::test_outside_training_a_killed_process_is_no_preemption",
 )
 
 # The first backward pass counts the devices. Later than a FakeTensorMode, which pretends a GPU, it would start a thread for

@@ -29,7 +29,7 @@ from PIL import Image
 from milan import stage
 from milan.convert import interop
 from milan.core.errors import UserError
-from milan.core.redaction import discreet
+from milan.core.redaction import redact
 from milan.core.validation import validate
 from milan.data import records
 from milan.data.records import Records
@@ -428,14 +428,14 @@ REDACTED = {
 def test_logged_text_is_redacted(text, monkeypatch):
     monkeypatch.setenv("HOME", "/home/alice")
     monkeypatch.setenv("USER", "alice")
-    assert discreet(text) == REDACTED[text]
-    assert discreet([text, 1]) == [REDACTED[text], 1]
+    assert redact(text) == REDACTED[text]
+    assert redact([text, 1]) == [REDACTED[text], 1]
 
 
 def test_without_a_home_no_path_is_redacted(monkeypatch):
     monkeypatch.setenv("HOME", "/")
     monkeypatch.delenv("USER", raising=False)
-    assert [discreet(value) for value in ("/data/imagenet", 0.5, None)] == ["/data/imagenet", 0.5, None]
+    assert [redact(value) for value in ("/data/imagenet", 0.5, None)] == ["/data/imagenet", 0.5, None]
 
 
 SECRETS = {

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from milan.core.errors import UserError
-from milan.core.files import OTHER_DIGEST, damaged, existing_parent, full_disk_said, read_checked, write_checked
+from milan.core.files import OTHER_DIGEST, damaged, existing_parent, explain_full_disk, read_checked, write_checked
 from milan.data import seeding, transforms
 
 # name: dtype and number of dimensions
@@ -64,7 +64,7 @@ def write_shard(folder: Path, number: int, arrays: dict[str, np.ndarray]) -> Non
     folder.mkdir(parents=True, exist_ok=True)
     for name, array in {**arrays, "crc": checksums(arrays)}.items():
         path = folder / f"{name}-{number:05d}.npy"
-        with full_disk_said(path):
+        with explain_full_disk(path):
             np.save(path.with_suffix(".part.npy"), array, allow_pickle=False)
             os.replace(path.with_suffix(".part.npy"), path)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 
 from milan.core.files import dvc_hash, project_root
-from milan.core.redaction import discreet
+from milan.core.redaction import redact
 
 SPOOLS = Path(".scratch/tracking")
 LOG = SPOOLS / "log"
@@ -54,7 +54,7 @@ class Tracker:
     def reads(self, *splits) -> None:
         """Log splits of records (milan.data.records.Records) as the datasets of this run."""
         for split in splits:
-            self.event("dataset", **{name: discreet(value) for name, value in split.about().items()})
+            self.event("dataset", **{name: redact(value) for name, value in split.about().items()})
 
     def model(self, folder: Path, name: str) -> None:
         """Log the weights in a folder as this run's model, identified by their DVC hash."""
@@ -81,7 +81,7 @@ class LoggerProcess:
         self.tracker = Tracker(SPOOLS / f"{time.time_ns()}-{os.getpid()}.jsonl")
         self.spool_lock = lock_spool(self.tracker.spool)
         self.tracker.event("start", name=name, experiment=experiment, pipeline=pipeline_execution(), tags=tags)
-        self.tracker.event("params", values={name: discreet(value) for name, value in params.items()})
+        self.tracker.event("params", values={name: redact(value) for name, value in params.items()})
         # In its own session: Ctrl-C in the terminal ends the stage, and the logger reports that to MLflow.
         command = [sys.executable, "-m", "milan.tracking.logger", str(self.tracker.spool)]
         with open(LOG, "a") as log:
@@ -121,7 +121,10 @@ def warn_of_undelivered() -> None:
 
 
 def pipeline_execution() -> str:
-    """Return an id that all stages of one `dvc repro` share: process number and start time of the DVC process above this one."""
+    """Return an id that all stages of one `dvc repro` share: MILAN_PIPELINE where it is set, else process number and start
+    time of the DVC process above this one. Slurm's srun starts processes without that ancestor, so docs/slurm.sh sets it."""
+    if given := os.environ.get("MILAN_PIPELINE"):
+        return given
     for parent in psutil.Process().parents():
         with contextlib.suppress(psutil.Error):  # another user's process does not tell its command
             if "dvc" in [Path(word).name for word in parent.cmdline()[:3]]:

@@ -160,7 +160,8 @@ class Loop:
         """Take every remaining step, checking and saving at intervals."""
         self.model.train()
         progress = Progress(self.settings.name, self.order.total_steps, self.step, shown=self.rank == 0)
-        losses, self.saved_at, first = [], time.monotonic(), self.step
+        losses, began, first = [], time.monotonic(), self.step
+        self.saved_at = began
         batches = iter(self.loader())
         while self.step < self.order.total_steps:
             losses.append(self.one_step(batches))
@@ -173,7 +174,7 @@ class Loop:
         progress.close()
         if self.rank == 0 and self.step > first:
             images = (self.step - first) * self.order.batch_size
-            self.settings.log({"step": self.step, "images_per_second": images / (time.monotonic() - progress.began)})
+            self.settings.log({"step": self.step, "images_per_second": images / (time.monotonic() - began)})
 
     def one_step(self, batches: Iterator[dict]) -> Tensor:
         """Take one optimizer step. Return the mean loss of this process's micro-batches, detached."""
