@@ -17,6 +17,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -25,16 +26,16 @@ import torch.distributed as dist
 from milan.core.errors import Preempted, UserError
 from milan.core.parallel import end_with
 from milan.core.program import fail
-from milan.params import Params
+from milan.params import Compute, Params
 from milan.training.device import resolve_device
-from milan.training.failures import FAILURE, LostProcess, end, first_failure, leave_word
+from milan.training.failures import FAILURE, HERE, LostProcess, end, first_failure, leave_word
 
 PR_SET_PDEATHSIG = 1  # prctl(2): the signal that a process gets when its parent dies
 STOP_SECONDS = 300  # between the signal that asks a process to save and end, and the one that ends it
 CONNECT_WAIT = datetime.timedelta(minutes=1)  # for torchrun's store, which is there before its processes
 START_WAIT = datetime.timedelta(minutes=10)  # for the slowest rank to start
 LAUNCH_WAIT = datetime.timedelta(days=1)  # for rank 0's launch; it ends when rank 0 ends without one
-CALL, HERE = "milan/call", "milan/here/"  # keys of the store
+CALL = "milan/call"  # key of the store: the function that rank 0 launches
 
 
 def rank() -> int:
@@ -118,7 +119,9 @@ def run_here(path: str, function: Callable[..., dict], params: Params, arguments
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     store = dist.FileStore(path, params.runtime.processes)
     try:
-        join(store, resolve_device(params.compute).type)
+        kind = resolve_device(params.compute).type
+        check_devices(kind, params.compute)
+        join(store, kind)
         value = function(params, *arguments)
         leave()
         return value
@@ -174,8 +177,9 @@ def launch_from_rank_0(function: Callable[..., dict], params: Params, arguments:
     """Run the function here, and call the other ranks to run it too."""
     store, kind = torchrun_store(), resolve_device(params.compute).type
     module = sys.modules["__main__"].__spec__.name if function.__module__ == "__main__" else function.__module__
-    store.set(CALL, json.dumps([module, function.__name__, kind]))
+    store.set(CALL, json.dumps([module, function.__name__, kind, asdict(params.compute)]))
     try:
+        check_devices(kind, params.compute)
         meet(store)
         join(store, kind)
         from_rank_0((params, arguments))
@@ -195,16 +199,15 @@ def take_part() -> None:
     try:
         store.wait([CALL], LAUNCH_WAIT)
         if call := store.get(CALL):
-            module, name, kind = json.loads(call)
+            module, name, kind, compute = json.loads(call)
+            check_devices(kind, Compute(**compute))
             meet(store)
             join(store, kind)
             params, arguments = from_rank_0(None)
-            agree(resolve_device(params.compute).type, kind)
             getattr(importlib.import_module(module), name)(params, *arguments)
             leave()
     except BaseException as error:
         leave_word(store, error)
-        arrive(store)
         failure = first_failure(store, error)
         if isinstance(failure, LostProcess) and os.environ["LOCAL_RANK"] == "0" != os.environ["GROUP_RANK"]:
             with contextlib.suppress(SystemExit):
@@ -212,23 +215,9 @@ def take_part() -> None:
         end(error)
 
 
-def agree(kind: str, of_rank_0: str) -> None:
-    """Raise UserError unless this machine computes on the same kind of device as rank 0, as it does not without its driver."""
-    if kind != of_rank_0:
-        raise UserError(
-            f"Rank 0 computes on {of_rank_0}, and {socket.gethostname()} on {kind}: mend its driver, or set compute.device."
-        )
-
-
-def arrive(store: dist.Store) -> None:
-    """Say that this rank is here, or has failed."""
-    with contextlib.suppress(dist.DistError):
-        store.set(HERE + os.environ["RANK"], b"")
-
-
 def meet(store: dist.Store) -> None:
     """Wait until all ranks are here. Torch's own joining would wait half an hour for one that has failed before it."""
-    arrive(store)
+    store.set(HERE + os.environ["RANK"], b"")
     ranks = range(int(os.environ["WORLD_SIZE"]))
     try:
         store.wait([f"{HERE}{rank}" for rank in ranks], START_WAIT)
@@ -245,19 +234,25 @@ def meet(store: dist.Store) -> None:
 # Joining and leaving.
 
 
-def join(store: dist.Store, kind: str) -> None:
-    """Make this process one of the group. kind: cuda or cpu, alike in all processes.
+def check_devices(kind: str, compute: Compute) -> None:
+    """Raise UserError unless this machine computes on the kind of device of rank 0 (cuda or cpu), which it does not without its
+    driver, and has a GPU for each of its processes."""
+    here, processes, gpus = resolve_device(compute).type, int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+    if here != kind:
+        raise UserError(
+            f"Rank 0 computes on {kind}, and {socket.gethostname()} on {here}: mend its driver, or set compute.device."
+        )
+    if kind == "cuda" and processes > gpus:
+        raise UserError(
+            f"{processes} processes were started on {socket.gethostname()}, which has {gpus} GPU(s): set runtime.processes (under "
+            "torchrun, --nproc-per-node) to the number of GPUs of a node (a run continues with another number)."
+        )
 
-    Raises UserError on a machine with fewer GPUs than processes."""
-    local, processes = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+
+def join(store: dist.Store, kind: str) -> None:
+    """Make this process one of the group. kind: cuda or cpu, alike in all processes."""
     if kind == "cuda":
-        if processes > torch.cuda.device_count():
-            raise UserError(
-                f"{processes} processes were started on {socket.gethostname()}, which has {torch.cuda.device_count()} GPU(s): set "
-                "runtime.processes (under torchrun, --nproc-per-node) to the number of GPUs of a node (a run continues with "
-                "another number)."
-            )
-        torch.cuda.set_device(local)
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(
         "nccl" if kind == "cuda" else "gloo", store=store, rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"])
     )

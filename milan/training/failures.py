@@ -16,7 +16,8 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from milan.core.errors import PREEMPTED, Preempted, UserError
 
-FAILURE, LOST = "milan/failure", "milan/lost"  # keys of the store
+FAILURE, LOST = "milan/failure", "milan/lost"  # keys of the store: the two kinds of words
+HERE = "milan/here/"  # and the beginning of the keys of ranks that need not be waited for: they are here, or have failed
 
 
 class LostProcess(UserError):
@@ -47,6 +48,7 @@ def leave_word(store: dist.Store, error: BaseException) -> None:
         text = "another process of its node ended"
     with contextlib.suppress(dist.DistError):  # the store is gone with the node that held it
         store.compare_set(LOST if kind == "lost" else FAILURE, "", json.dumps([kind, text]))
+        store.set(HERE + os.environ["RANK"], b"")
 
 
 def first_failure(store: dist.Store, error: BaseException) -> BaseException:

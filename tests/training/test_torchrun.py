@@ -219,7 +219,7 @@ def test_a_fault_on_another_rank_keeps_its_traceback():
 
 
 def test_a_rank_that_fails_before_it_joins_is_not_waited_for(monkeypatch):
-    """A node whose GPU torch does not see."""
+    """As on a node whose GPU torch does not see."""
     resolve = distributed.resolve_device
     monkeypatch.setattr(
         distributed, "resolve_device", lambda c: torch.device("cuda") if os.environ["RANK"] == "1" else resolve(c)
@@ -228,6 +228,15 @@ def test_a_rank_that_fails_before_it_joins_is_not_waited_for(monkeypatch):
         assert ranks.statuses() == [1, 1]
     name = socket.gethostname()
     assert ranks.said(0) == f"error: Rank 0 computes on cpu, and {name} on cuda: mend its driver, or set compute.device."
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_a_node_with_fewer_gpus_than_processes_is_named(monkeypatch, gpus):
+    monkeypatch.setattr(distributed, "resolve_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=f"2 processes were started on {socket.gethostname()}, which has {gpus} GPU"):
+        distributed.check_devices("cuda", COMPUTE)
 
 
 def test_a_rank_that_never_comes_is_said(monkeypatch):
