@@ -88,6 +88,10 @@ class FinetuneLoss(nn.Module):
         """images (B, 3, S, S) normalised, labels (B,) -> scalar. Under mixup B must be even."""
         if self.mixup is None:
             return nn.functional.cross_entropy(self.vit(images).float(), labels, label_smoothing=self.smoothing)
-        with torch.autocast(images.device.type, enabled=False):
-            images, targets = self.mixup(images, labels)
+        images, targets = self.mixed(images, labels)
         return SoftTargetCrossEntropy()(self.vit(images).float(), targets)
+
+    @torch.compiler.disable  # compiled, every new share of the two images would be a new program
+    def mixed(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(images.device.type, enabled=False):
+            return self.mixup(images, labels)
