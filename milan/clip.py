@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from milan.checkpoint import load_weights, save_weights
 from milan.class_text import Wording
 from milan.distributed import DTYPES
+from milan.encoder import Patches
 from milan.errors import UserError
 from milan.files import read_checked, write_checked
 from milan.params import Model, TinyClip
@@ -55,6 +56,8 @@ class ClipTower(Tower):
         if fault := unlike_clip(visual):
             raise UserError(f"The teacher must be a CLIP vision transformer with a class token (such as ViT-B-16): {fault}.")
         super().__init__(visual, visual.image_size, visual.grid_size, visual.proj.shape[1])
+        if type(visual.conv1) is nn.Conv2d:  # and not a stem
+            visual.conv1.__class__ = Patches
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         tokens = self.visual._embeds(images)

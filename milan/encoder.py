@@ -19,6 +19,21 @@ def build_vit(model: Model, **options) -> VisionTransformer:
     return VisionTransformer(**size, **tower, **{"num_classes": 0, "global_pool": "token", **options})
 
 
+class Patches(nn.Conv2d):
+    """A convolution whose windows neither overlap nor leave gaps, as the matrix product that it is: convolutions of three
+    channels have slow kernels on GPUs. Takes the class of one that is there, whose names and weights stay."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        side = self.kernel_size[0]
+        tokens = nn.functional.linear(patchify(images, side), as_matrix(self), self.bias)
+        return tokens.transpose(1, 2).unflatten(2, (images.shape[2] // side, images.shape[3] // side))
+
+
+def as_matrix(proj: nn.Conv2d) -> Tensor:
+    """(D, p p 3): the weights, in the order of patchify."""
+    return proj.weight.permute(0, 2, 3, 1).flatten(1)
+
+
 class Encoder(nn.Module):
     """ViT over visible patches, with a fixed sin-cos position embedding (models_milan.py, after MAE)."""
 
@@ -42,7 +57,7 @@ class Encoder(nn.Module):
         """(B, K, p p 3) -> (B, K, D): timm's convolution as the matrix product that it is, so that what is masked costs
         nothing."""
         proj = self.vit.patch_embed.proj
-        return nn.functional.linear(patches, proj.weight.permute(0, 2, 3, 1).flatten(1), proj.bias)
+        return nn.functional.linear(patches, as_matrix(proj), proj.bias)
 
 
 def load_encoder(path: Path, model: Model) -> Encoder:
