@@ -60,8 +60,9 @@ class PromptingDecoder(Decoder):
         batch, length, dim = seen.shape
         heads = self.decoder_blocks[0].attn.num_heads
         kv = nn.functional.linear(seen, weight, bias).view(batch, length, len(self.decoder_blocks), 2, heads, dim // heads)
-        kv = kv.permute(2, 3, 0, 4, 1, 5)
-        return [(kv[i, 0], kv[i, 1]) for i in range(len(self.decoder_blocks))]
+        # Unbound at once: indexed, each part's gradient would be a tensor of all of them, zero elsewhere.
+        parts = kv.permute(2, 3, 0, 4, 1, 5).flatten(0, 1).unbind()
+        return list(zip(parts[::2], parts[1::2], strict=True))
 
 
 class PromptingAttention(nn.Module):
