@@ -90,6 +90,8 @@ def targets_for(p: Params, a: Namespace, device: torch.device) -> tuple[Bank | N
     from milan.teachers import load_tower, look  # here, because open_clip takes seconds to load
 
     tower = load_tower(a.teacher, p.compute, device)
+    if p.compute.compile:
+        tower.compile()
     return None, lambda images: look(tower, images, p.compute, p.extract_targets.normalisation, p.model.grid), tower.feature_dim
 
 
