@@ -20,26 +20,29 @@ from pathlib import Path
 import torch
 
 FULL = {  # name: script, options, seconds at most; compiled only where that is the question: it takes a minute a model
-    "step": ("step", ["--batch", "256"], 160),
+    "step": ("step", ["--batch", "256"], 170),
     "kernels": ("kernels", [], 70),
-    "step-512": ("step", ["--batch", "512"], 160),
     "teacher": ("teacher", [], 60),
-    "tasks": ("tasks", [], 120),
+    "tasks": ("tasks", [], 100),
     "loader": ("loader", [], 60),
     "parts": ("parts", [], 50),
-    "scaling": ("scaling", [], 80),
-    "bank": ("bank", ["--no-compile"], 50),
-    "cost": ("cost", ["--no-compile"], 60),
+    "step-512": ("step", ["--batch", "512"], 180),
+    "causes": ("causes", [], 200),
+    "scaling": ("scaling", [], 200),
+    "bank": ("bank", ["--no-compile"], 100),
+    "cost": ("cost", ["--no-compile"], 100),
 }
+USUAL = list(FULL)[:7]  # on a GPU; the others by name
 LEAST = 5  # seconds, under which none is started
 QUICK = {
     "step": ("step", ["--batch", "2", "--repeats", "2", "--precisions", "fp32"], 400),
     "kernels": ("kernels", ["--batch", "2", "--repeats", "1"], 200),
-    "step-512": ("step", ["--model", "tiny", "--batch", "16", "--repeats", "2"], 100),
     "teacher": ("teacher", ["--batch", "2", "--repeats", "2"], 200),
     "tasks": ("tasks", ["--model", "tiny", "--batch", "8", "--repeats", "2"], 200),
     "loader": ("loader", ["--images", "40", "--repeats", "3", "--workers", "2", "--batch", "8"], 100),
     "parts": ("parts", ["--model", "tiny", "--batch", "8", "--repeats", "3"], 100),
+    "step-512": ("step", ["--model", "tiny", "--batch", "16", "--repeats", "2"], 100),
+    "causes": ("causes", ["--model", "tiny", "--repeats", "2"], 100),
     "scaling": ("scaling", ["--model", "tiny", "--processes", "1", "2"], 100),
     "bank": ("bank", ["--model", "tiny", "--images", "32", "--batch", "8", "--repeats", "3"], 100),
     "cost": ("cost", ["--model", "tiny", "--batches", "4", "16", "--sizes", "64", "--repeats", "3"], 100),
@@ -49,23 +52,24 @@ QUICK = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes, for a CPU")
-    parser.add_argument("--only", nargs="+", choices=FULL, default=list(FULL))
+    parser.add_argument("--only", nargs="+", choices=FULL, help="default: all with --quick, else the first seven")
     parser.add_argument("--seconds", type=float, default=540, help="for all of them, without --quick (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("outs/benchmarks"), help="for the JSON (default: %(default)s)")
     args = parser.parse_args()
     if not args.quick and not torch.cuda.is_available():
         parser.error("torch sees no GPU here: use --quick, or run one script, such as python -m benchmarks.step")
+    names = args.only or (list(QUICK) if args.quick else USUAL)
     args.out.mkdir(parents=True, exist_ok=True)
     failed, began = [], time.monotonic()
-    for number, name in enumerate(args.only, start=1):
+    for number, name in enumerate(names, start=1):
         spent = time.monotonic() - began
-        print(f"\n== {name} ({number} of {len(args.only)}, {spent:.0f} s so far)", flush=True)
+        print(f"\n== {name} ({number} of {len(names)}, {spent:.0f} s so far)", flush=True)
         script, options, limit = (QUICK if args.quick else FULL)[name]
         command = [sys.executable, "-m", f"benchmarks.{script}", *options, "--json", str(args.out / f"{name}.json")]
         if fault := run(command, limit if args.quick else min(limit, args.seconds - spent)):
             failed.append(name)
             print(f"{name}: {fault}", flush=True)
-    print(f"\n{len(args.only) - len(failed)} of {len(args.only)} benchmarks, figures in {args.out}")
+    print(f"\n{len(names) - len(failed)} of {len(names)} benchmarks, figures in {args.out}")
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
 

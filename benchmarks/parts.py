@@ -4,10 +4,11 @@
     python -m benchmarks.parts --model tiny --batch 2
 
 Times each part alone, its ways in turn, and gives the milliseconds of all its calls in a step: attention by shape and
-backend, the teacher's importance, the prompts' gradient, AdamW over one flat buffer, and the teacher's linear layers in
+backend, the teacher's importance, the embedding of patches, the prompts' gradient, AdamW over one flat buffer, and the teacher's linear layers in
 float8 (products alone; benchmarks/teacher.py has the whole). A way that the device does not have is left out.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 
 import torch
@@ -19,6 +20,7 @@ from benchmarks.step import FEATURES, MILAN
 from milan import distributed, masking, optim
 from milan.clip import mean_attention
 from milan.decoder import PromptingDecoder
+from milan.encoder import Patches
 from milan.model import MaskedPretraining
 from milan.params import Model
 
@@ -59,7 +61,8 @@ def attention(model: Model, batch: int, dtype: torch.dtype, device: torch.device
             with sdpa_kernel(backend):
                 once()
 
-        yield name, calls, {"as it is": once, **{word: lambda by=by, b=b: by(b) for word, b in BACKENDS.items()}}
+        ways = {"torch's": once, **{word: lambda by=by, b=b: by(b) for word, b in BACKENDS.items()}}
+        yield name, calls, ways
 
 
 def importance(model: Model, batch: int, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, int, Ways]]:
@@ -71,6 +74,20 @@ def importance(model: Model, batch: int, dtype: torch.dtype, device: torch.devic
         return (query @ keys.transpose(-2, -1)).float().mul(dim**-0.5).softmax(dim=-1).mean(dim=1)
 
     yield "importance", 1, {"as it is": lambda: mean_attention(query, keys), "product in low precision": low}
+
+
+def patches(model: Model, batch: int, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, int, Ways]]:
+    conv = nn.Conv2d(3, model.encoder.embed_dim, model.patch_size, model.patch_size).to(device, dtype)
+    product = copy.deepcopy(conv)
+    product.__class__ = Patches
+    images = torch.randn(batch, 3, model.image_size, model.image_size, device=device, dtype=dtype)
+    yield "patches, teacher", 1, {"convolution": lambda: conv(images).detach(), "product": lambda: product(images).detach()}
+
+    def trained(layer: nn.Module) -> None:
+        found = layer(images)
+        torch.autograd.grad(found, layer.weight, found.detach())
+
+    yield "patches, with gradient", 1, {"convolution": lambda: trained(conv), "product": lambda: trained(product)}
 
 
 def prompts(model: Model, batch: int, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, int, Ways]]:
@@ -125,7 +142,7 @@ def float8(model: Model, batch: int, dtype: torch.dtype, device: torch.device) -
         yield f"float8, {rows} to {columns}", model.encoder.depth, ways
 
 
-PARTS = (attention, importance, prompts, adamw, float8)
+PARTS = (attention, importance, patches, prompts, adamw, float8)
 
 
 def possible(ways: Ways) -> Ways:

@@ -159,7 +159,7 @@ def split(step: Step, batch: Batch, repeats: int) -> dict[str, float]:
 
 def eager_steps(args, model: Model, device: torch.device) -> dict[str, Step]:
     steps = {}
-    for precision in args.precisions:
+    for precision in () if args.no_eager else args.precisions:
         steps[f"plain online {precision}"] = plain_step(model, precision, device)
         steps[f"ours online {precision}"] = our_step(model, precision, device, True, False)
         steps[f"ours banked {precision}"] = our_step(model, precision, device, False, False)
@@ -182,7 +182,9 @@ class Comparison:
         self.batch = batch_of(model, args.batch, device, args.precisions[-1])
         self.teacher, self.student = flops(model, device)
         self.peaks = {p: measure.matmul_peak(device, distributed.DTYPES[p]) for p in args.precisions}
-        self.exact = {kind: self.exactly(model, kind == "online") for kind in ("online", "banked")}
+        kinds = () if args.no_eager else ("online", "banked")
+        self.exact = {kind: self.exactly(model, kind == "online") for kind in kinds}
+        torch.set_float32_matmul_precision("high")  # as training does
         self.steps: dict[str, Step] = {}
         self.firsts: dict[str, tuple[float, float]] = {}
 
@@ -216,7 +218,7 @@ class Comparison:
         row |= {"TFLOP/s": arithmetic, "% of matmul peak": 100 * arithmetic / self.peaks[step.precision]}
         kept = measure.weight(step.student, step.teacher, step.optimizer)
         row["peak GB"] = measure.peak_memory(lambda: step(self.batch), self.device, kept)
-        row |= off(self.firsts[name], None if "plain" in name else self.exact[kind])
+        row |= off(self.firsts[name], None if "plain" in name else self.exact.get(kind))
         parts = split(step, self.batch, self.args.repeats)
         return row | {f"{part} ms": 1000 * parts[part] if part in parts else None for part in PARTS}
 
@@ -239,6 +241,7 @@ def main() -> None:
         "--precisions", nargs="+", default=["bf16"] if gpu else ["fp32", "bf16"], choices=["fp32", "bf16", "fp16"]
     )
     parser.add_argument("--compile", action="store_true", help="compiled cases, in the last precision, on a CPU too")
+    parser.add_argument("--no-eager", action="store_true", help="compiled cases alone, not compared with float32")
     parser.add_argument("--no-compile", action="store_true", help="leave them out on a GPU")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as everything
-from benchmarks import bank, cost, kernels, loader, measure, parts, plain, scaling, step, tasks, teacher
+from benchmarks import bank, causes, cost, kernels, loader, measure, parts, plain, scaling, step, tasks, teacher
 from milan import masking
 from milan.model import MaskedPretraining
 from milan.params import Model, Tower
@@ -63,6 +63,7 @@ SCRIPTS = {
     bank: (["--model", "tiny", "--images", "4", "--batch", "2"], 3),
     tasks: (["--model", "tiny", "--batch", "2", "--scenes", "2"], 2),
     parts: (["--model", "tiny", "--batch", "2", "--precision", "fp32"], 8),
+    causes: (["--model", "tiny", "--batch", "2", "--precision", "bf16"], 4),
     scaling: (["--model", "tiny", "--batch", "2", "--steps", "1", "--processes", "1", "2"], 2),
 }
 
