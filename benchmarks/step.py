@@ -196,10 +196,10 @@ class Comparison:
             return None
 
     def add(self, steps: dict[str, Step]) -> None:
+        """Look at all of them before any makes a step: compiled ones share a student."""
         for name, step in steps.items():
             try:
                 self.firsts[name] = first(step, self.batch)
-                step(self.batch)
                 self.steps[name] = step
             except torch.OutOfMemoryError:
                 print(f"{name}: does not fit the memory at batch {self.args.batch}", flush=True)
@@ -207,7 +207,7 @@ class Comparison:
 
     def rows(self) -> list[dict]:
         cases = {name: lambda step=step: step(self.batch) for name, step in self.steps.items()}
-        seconds = measure.in_turn(cases, self.args.repeats, self.device, warm=1, times=measure.in_a_row(self.device))
+        seconds = measure.in_turn(cases, self.args.repeats, self.device, warm=2, times=measure.in_a_row(self.device))
         return [self.row(name, step, seconds) for name, step in self.steps.items()]
 
     def row(self, name: str, step: Step, seconds: dict[str, list[float]]) -> dict:
