@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: repro test torture plan evidence setup lock audit
+.PHONY: repro test test-fast torture plan evidence setup lock audit
 repro: setup ## the whole pipeline, then the table
 	@dvc repro
 	@cat reports/table.md
@@ -15,6 +15,9 @@ repro: setup ## the whole pipeline, then the table
 
 test: setup ## the test suite, in three processes
 	@python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
+
+test-fast: setup ## the tests of single functions: no pipeline, no server, about a minute
+	@python -m pytest -q -n 2 --dist load -m "not slow"
 
 torture: setup ## a smoke-scale pipeline killed, cut off and damaged in every way: about half an hour
 	@python -m tests.torture $(if $(ONLY),--only $(ONLY)) $(if $(KILLS),--kills $(KILLS)) $(if $(SEED),--seed $(SEED))

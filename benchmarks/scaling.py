@@ -19,11 +19,13 @@ from torch.utils.data import Dataset
 
 from benchmarks import measure
 from benchmarks.step import FEATURES, MILAN, our_teacher
+from milan.core.identity import Identity
 from milan.data import transforms
 from milan.method.model import MaskedPretraining
 from milan.params import Compute, Model, Runtime, Training
 from milan.training import distributed, loop, optim
-from milan.training.resume import Scratch
+from milan.training.device import autocast, resolve_precision, set_up
+from milan.training.resume import SavedState
 
 WARM = 3  # steps before the clock starts
 
@@ -59,7 +61,7 @@ class Clock:
         images = transforms.normalise(batch["image"])
         if self.teacher is None:
             return images, batch["noise"], batch["features"], batch["importance"]
-        with torch.inference_mode(), distributed.autocast(self.precision, self.device):
+        with torch.inference_mode(), autocast(self.precision, self.device):
             return images, batch["noise"], *self.teacher(images)
 
     def seconds(self) -> float:
@@ -75,14 +77,14 @@ class Place:
     runtime: Runtime
 
     @property
-    def world(self) -> int:
+    def world_size(self) -> int:
         return self.runtime.processes
 
 
-def train(p: Place, model: Model, batch: int, steps: int, banked: bool, scratch: Scratch) -> dict:
+def train(p: Place, model: Model, batch: int, steps: int, banked: bool, saved: SavedState) -> dict:
     """Images a second of all processes together."""
-    device = distributed.set_up(p.compute)
-    precision, whole = distributed.resolve_precision(p.compute, device), batch * p.world
+    device = set_up(p.compute)
+    precision, whole = resolve_precision(p.compute, device), batch * p.world_size
     student = MaskedPretraining(model, MILAN, 0.75, FEATURES).to(device)
     optimizer = optim.adamw(optim.decay_groups(student, 0.05), (0.9, 0.95))
     clock = Clock(None if banked else our_teacher(model, precision, device), precision, device)
@@ -96,7 +98,7 @@ def train(p: Place, model: Model, batch: int, steps: int, banked: bool, scratch:
         weight_decay=0,
         clip_grad=None,
     )
-    run = loop.FitSettings("scaling", training, p.compute, p.runtime, 0, scratch)
+    run = loop.FitSettings("scaling", training, p.compute, p.runtime, 0, saved)
     loop.fit(student, Images(model, whole, banked), optimizer, run, clock)
     return {"rate": steps * whole / clock.seconds()}
 
@@ -119,9 +121,10 @@ def main() -> None:
     rates: dict[int, list[float]] = {n: [] for n in args.processes}
     for _ in range(args.repeats):
         for n in args.processes:
-            workers, scratch = 4 if args.device != "cpu" else 0, Scratch("benchmark", str(time.time_ns()))
-            place = Place(measure.compute(args), Runtime(processes=n, nodes=1, workers=workers, save_seconds=1e9))
-            arguments = measure.MODELS[args.model], args.batch, args.steps, args.banked, scratch
+            workers = 4 if args.device != "cpu" else 0
+            saved = SavedState("benchmark", Identity({"started": str(time.time_ns())}), {})
+            place = Place(measure.compute(args), Runtime(processes=n, workers=workers, save_seconds=1e9))
+            arguments = measure.MODELS[args.model], args.batch, args.steps, args.banked, saved
             rates[n].append(distributed.launch(train, place, *arguments)["rate"])
     first, rows = args.processes[0], []
     for n, found in rates.items():

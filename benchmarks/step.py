@@ -20,7 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import measure, plain
 from milan.method.model import MaskedPretraining
 from milan.params import AblationRow, Model
-from milan.training import distributed, optim
+from milan.training import optim
+from milan.training.device import DTYPES, autocast, choose_attention
 
 FEATURES = 512
 MILAN = AblationRow(target="clip", decoder="prompt", masking="semantic")
@@ -46,13 +47,13 @@ class Step:
     def look(self, batch: Batch) -> tuple[Tensor, Tensor]:
         if self.teacher is None:
             return batch.features, batch.importance
-        with torch.inference_mode(), distributed.autocast(self.precision, self.device):
+        with torch.inference_mode(), autocast(self.precision, self.device):
             return self.teacher(batch.images)
 
     def loss(self, batch: Batch, targets: tuple[Tensor, Tensor]) -> Tensor:
         # Tensors made in inference mode cannot be saved for backward.
         targets = [t.clone() if t.is_inference() else t for t in targets]
-        with distributed.autocast(self.precision, self.device):
+        with autocast(self.precision, self.device):
             return self.call(batch, *targets)
 
     def update(self) -> None:
@@ -72,7 +73,7 @@ def plain_step(model: Model, precision: str, device: torch.device) -> Step:
 
 
 def our_step(model: Model, precision: str, device: torch.device, online: bool, compiled: bool) -> Step:
-    distributed.choose_attention(precision, device)
+    choose_attention(precision, device)
     torch.manual_seed(0)
     student = MaskedPretraining(model, MILAN, 0.75, FEATURES).to(device)
     optimizer = optim.adamw(optim.decay_groups(student, 0.05), (0.9, 0.95))
@@ -88,7 +89,7 @@ def our_teacher(model: Model, precision: str, device: torch.device) -> nn.Module
     try:
         from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 
-        from milan.teacher.clip import ClipTower
+        from milan.teacher.towers import ClipTower
     except ImportError:
         print("open_clip is not installed: `ours online` runs with the plain teacher")
         return plain.Teacher(model, FEATURES).to(device).eval()
@@ -173,7 +174,7 @@ def main() -> None:
     device, model = torch.device(args.device), measure.MODELS[args.model]
     batch = batch_of(model, args.batch, device)
     each_teacher, each_student = flops(model, device)
-    peaks = {p: measure.matmul_peak(device, distributed.DTYPES[p]) for p in args.precisions}
+    peaks = {p: measure.matmul_peak(device, DTYPES[p]) for p in args.precisions}
     steps = steps_of(args, model, device)
     firsts = {name: first(step, batch) for name, step in steps.items()}
     seconds = measure.in_turn({name: lambda step=step: step(batch) for name, step in steps.items()}, args.repeats, device, warm=2)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from benchmarks import measure
 from benchmarks.step import our_teacher
 from milan.method import masking
-from milan.training import distributed
+from milan.training.device import autocast
 
 MASK_RATIO = 0.75
 
@@ -35,7 +35,8 @@ def tower(name: str, weights: Path | None, device: torch.device) -> tuple[nn.Mod
     if weights is None:
         torch.manual_seed(0)
         return our_teacher(measure.MODELS[name], "fp32", device), measure.MODELS[name].image_size
-    from milan.teacher.clip import ClipTower, load_teacher
+    from milan.teacher.clip import load_teacher
+    from milan.teacher.towers import ClipTower
 
     visual = load_teacher(weights)[0].visual
     return ClipTower(visual).to(device), visual.image_size[0]
@@ -79,7 +80,7 @@ class Case:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        with distributed.autocast(self.precision, self.device):
+        with autocast(self.precision, self.device):
             return self.call(images)
 
 

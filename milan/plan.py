@@ -24,17 +24,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from milan.core.errors import UserError
 from milan.core.files import refusals_said
 from milan.core.program import fail
-from milan.core.typed import build
+from milan.core.validation import validate
 from milan.evaluation.classifier import build_classifier
 from milan.method.encoder import Encoder
 from milan.method.model import MaskedPretraining
 from milan.method.target_bank import bank_bytes
 from milan.params import AblationRow, Params, Training, read_params
-from milan.segmentation import segmenter
-from milan.teacher.clip import Tower, tiny_config
+from milan.segmentation import upernet
+from milan.teacher.clip import tiny_config
 from milan.teacher.frozen import build_tower
 from milan.teacher.released import describe
-from milan.training import distributed
+from milan.teacher.towers import Tower
+from milan.training.device import DTYPES, resolve_device, resolve_precision
 
 IMAGE_BYTES = 110_000  # of an ImageNet JPEG, in the mean
 SCENE_BYTES = 45_000  # of an ADE20K scene with its annotation, in the mean
@@ -183,7 +184,7 @@ def segment_cost(p: Params) -> Cost:
     s, m = p.segment, p.model
     sizes = (s.crop_size, m.patch_size, m.encoder.embed_dim, m.encoder.depth, m.encoder.num_heads)
     heads = (p.prepare_ade20k.classes, s.channels, s.aux_channels, s.out_blocks)
-    model = unmade(lambda: segmenter.Segmenter(*sizes, *heads, norm="batch")).train()
+    model = unmade(lambda: upernet.Segmenter(*sizes, *heads, norm="batch")).train()
     images = torch.randn(2, 3, s.crop_size, s.crop_size)
     return cost(model, lambda: model(images), 2)
 
@@ -235,8 +236,8 @@ def milan_row(p: Params) -> AblationRow:
 
 def rate_here(p: Params) -> float:
     """Half of the FLOP/s of a large matrix product in the recipe's precision on this machine."""
-    device = distributed.resolve_device(p.compute)
-    dtype = distributed.DTYPES[distributed.resolve_precision(p.compute, device)]
+    device = resolve_device(p.compute)
+    dtype = DTYPES[resolve_precision(p.compute, device)]
     n = 8192 if device.type == "cuda" else 1024
     a = torch.ones(n, n, device=device, dtype=dtype)
     times = []
@@ -296,7 +297,7 @@ def composed(scale: str) -> Params:
             tree = OmegaConf.to_container(compose("config", overrides=[f"scale={scale}"]), resolve=True)
         except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError) as error:
             raise UserError(f"{path} cannot be composed: {error}") from None
-    return build(Params, tree, path)
+    return validate(Params, tree, path)
 
 
 def main() -> None:

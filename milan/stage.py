@@ -2,33 +2,65 @@
 
 import argparse
 import csv
-import dataclasses
+import functools
 import io
 import os
 import signal
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
-from milan.core.errors import PREEMPTED, Preempted, UserError
-from milan.core.files import SCRATCH, dvc_hash, existing_parent, file_digest, json_digest, refusals_said, write_json, write_whole
+from milan.core.code import changed_files, stage_code
+from milan.core.errors import PREEMPTED, Preempted, UserError, nearest
+from milan.core.files import SCRATCH, dvc_hash, existing_parent, json_digest, refusals_said, write_json, write_whole
+from milan.core.identity import Identity, flatten, identify, present
 from milan.core.program import alone, fail
-from milan.core.typed import nearest
 from milan.params import Params, read_params
 from milan.tracking import machine, tracker
 
-LAST_STAGE = "page"
 STOPPED = "Stopped. What was saved is kept; run `dvc repro` again to continue."
+
+
+class SavedState(Protocol):
+    """What a stage does with the state of its training (milan/training/resume.py)."""
+
+    def edited(self) -> list[str]: ...
+    def leave_others(self) -> None: ...
+    def clean(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a stage declares: the names of its arguments, and what is done with them. Each becomes --name on the command line.
+
+    varies: it runs once for each variant and seed; reads: paths of inputs; folders and files: paths that it writes;
+    evaluates: which input is the model that it evaluates; last: it closes the pipeline."""
+
+    varies: bool = False
+    reads: tuple[str, ...] = ()
+    folders: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+    evaluates: str | None = None
+    last: bool = False
+
+    @property
+    def arguments(self) -> dict[str, type]:
+        """{argument: type}, in the order of the command line."""
+        variation = {"variant": str, "seed": int} if self.varies else {}
+        return {**variation, **dict.fromkeys((*self.reads, *self.folders, *self.files), Path)}
 
 
 class Stage:
     """One execution of one stage: its arguments, recipe, tracker and results."""
 
-    def __init__(self, name: str, args: argparse.Namespace, params: Params):
-        self.name, self.args, self.params = name, args, params
+    def __init__(self, name: str, args: argparse.Namespace, params: Params, kind: Kind = Kind()):
+        self.name, self.args, self.params, self.kind = name, args, params, kind
         self.tracker: tracker.Tracker = None
         self.metrics: dict[str, float] = {}
+        self.state: SavedState | None = None
         variant, rows = getattr(args, "variant", None), params.pretrain.ablation
         if variant is not None and variant not in rows:
             raise UserError(
@@ -41,11 +73,46 @@ class Stage:
         seed = getattr(self.args, "seed", None)
         return " ".join(w for w in words if w) + (f" seed {seed}" if seed is not None else "")
 
-    def recipe_digest(self, *sections, inputs: list[Path] = ()) -> str:
-        """Digest of the recipe's sections in use and of the input files' contents."""
-        digests = [file_digest(present(path)) for path in inputs]
-        variation = [getattr(self.args, "variant", None), getattr(self.args, "seed", None)]
-        return json_digest(self.name, variation, [repr(section) for section in sections], digests)
+    @functools.cached_property
+    def code(self) -> dict[str, str]:
+        """{file: SHA-256} of the code whose numbers this execution computes, as it stood when first asked for."""
+        return stage_code(self.name)
+
+    @property
+    def variation(self) -> dict[str, str]:
+        """Variant and seed, of a stage that has them."""
+        return {name: str(getattr(self.args, name)) for name in ("variant", "seed") if hasattr(self.args, name)}
+
+    @property
+    def slug(self) -> str:
+        """<stage>-<variant>-<seed>, for names of files."""
+        return "-".join([self.name, *self.variation.values()])
+
+    def identify(self, sections: dict[str, object], **inputs: Path | str) -> Identity:
+        """Return what the result follows from besides code: sections of the recipe, and inputs (files, or digests)."""
+        return identify({"stage": self.name, **self.variation, **sections}, inputs)
+
+    def folder_digest(self, identity: Identity) -> str:
+        """Digest for a folder of shards that an interrupted run left: only the same code continues it."""
+        return json_digest(identity.digest, self.code)
+
+    def keep(self, state: SavedState) -> SavedState:
+        """Take charge of a training's saved state: it is removed when the stage has ended well."""
+        self.state = state
+        state.leave_others()
+        return state
+
+    def close(self) -> None:
+        """Check that the code is still the code that ran, and remove the training's state.
+
+        Raises UserError naming the files that were edited meanwhile: DVC would record the result as theirs."""
+        if files := changed_files(self.code, stage_code(self.name)):
+            raise UserError(
+                f"{', '.join(files)} changed while {self.title} ran, so the result may be of either code and is not recorded. "
+                "Run `dvc repro` again" + (": its training is kept, and is not repeated." if self.state else ".")
+            )
+        if self.state:
+            self.state.clean()
 
     def write_curve(self, curve: list[dict]) -> None:
         """CSV with a column a name: what `dvc plots` draws."""
@@ -61,28 +128,32 @@ class Stage:
         write_whole(self.args.confusion, text.getvalue().encode())
         self.tracker.artifact(self.args.confusion)
 
-    def write_metrics(self, metrics: dict, recipe: str) -> None:
-        """Deterministic values only, with the recipe's digest."""
+    def write_metrics(self, metrics: dict, identity: Identity) -> None:
+        """Write deterministic values only, with the digest of recipe and inputs. Edits of code that a training went on over
+        are named under `edited_while_training`."""
         self.metrics = {k: round(v, 4) if isinstance(v, float) else v for k, v in metrics.items()}
-        write_json(self.args.metrics, {**self.metrics, "recipe": recipe})
+        edited = {"edited_while_training": ", ".join(files)} if self.state and (files := self.state.edited()) else {}
+        write_json(self.args.metrics, {**self.metrics, "recipe": identity.digest, **edited})
         self.tracker.results({k: v for k, v in self.metrics.items() if isinstance(v, (int, float))})
+        if edited:
+            self.tracker.event("tags", values=edited)
         print("  ".join(f"{k} {v}" for k, v in self.metrics.items()), flush=True)
 
 
-def run(name: str, main: Callable[[Stage], None], doc: str, **arguments: type) -> None:
-    """Parse --arguments (a keyword each: its type), read the recipe, call main(stage) under a tracking run.
+def run(name: str, main: Callable[[Stage], None], doc: str, kind: Kind) -> None:
+    """Parse the arguments, read the recipe, call main(stage) under a tracking run.
 
     Exit status 0, or 1 with one paragraph on what is wrong; a traceback only for a fault of this program. After a SIGTERM
     75, which DVC does not pass on, so .scratch/preempted says it too (docs/slurm.sh looks for that)."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="the recipe (default: %(default)s)")
-    for argument, kind in arguments.items():
-        parser.add_argument(f"--{argument.replace('_', '-')}", type=kind, required=True, metavar=kind.__name__.upper())
+    for argument, of in kind.arguments.items():
+        parser.add_argument(f"--{argument}", type=of, required=True, metavar=of.__name__.upper())
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, preempt)
     try:
         with refusals_said():
-            stage = Stage(name, args, read_params(args.params))
+            stage = Stage(name, args, read_params(args.params), kind)
             refuse_what_is_not_there(stage.params)
             refuse_what_cannot_be_written(stage)
             with alone(stage.title):
@@ -124,15 +195,12 @@ def refuse_what_is_not_there(p: Params) -> None:
 
 
 def refuse_what_cannot_be_written(stage: Stage) -> None:
-    """Before the work, for what is written after it: a folder that takes no file, a file where a folder belongs."""
-    reads = ("metrics",) if hasattr(stage.args, "published") else ()  # the last stages, of the earlier ones' files
-    for name in ("out", "metrics", "curve", "confusion"):
-        path = getattr(stage.args, name, None)
-        if path is None or name in reads:
-            continue
+    """Refuse, before the work, an output path where nothing can be written, or a file where a folder belongs."""
+    for name in (*stage.kind.folders, *stage.kind.files):
+        path, is_folder = getattr(stage.args, name), name in stage.kind.folders
         if path.name in ("", ".."):
             raise UserError(f"--{name} {path}: give a path with a name of its own.")
-        folder, is_folder = existing_parent(path.absolute().parent), name == "out" and stage.name != LAST_STAGE
+        folder = existing_parent(path.absolute().parent)
         if not folder.is_dir():
             raise UserError(f"--{name} {path}: {folder} is no folder. Remove it or give another path.")
         if not os.access(folder, os.W_OK | os.X_OK):
@@ -141,21 +209,17 @@ def refuse_what_cannot_be_written(stage: Stage) -> None:
             raise UserError(f"--{name} {path} is a {'file' if is_folder else 'folder'}. Remove it or give another path.")
 
 
-def present(path: Path) -> Path:
-    if not path.exists():
-        raise UserError(f"{path} is missing: an earlier stage makes it. Run `dvc repro`, which runs the stages in order.")
-    return path
-
-
 def tracked(stage: Stage, main: Callable[[Stage], None]) -> None:
-    tags = {"stage": stage.name, "scale": stage.params.scale, "git_revision": git_revision(), **variation(stage)}
+    tags = {"stage": stage.name, "scale": stage.params.scale, "git_revision": git_revision(), **stage.variation}
+    tags["code"] = json_digest(stage.code)  # taken here, before the work: close() compares
     tags["hardware"] = machine.hardware(stage.params.compute.device)
-    logger = tracker.Logger(stage.title, f"milan-{stage.params.scale}", tags, flat(stage.params))
+    logger = tracker.Logger(stage.title, f"milan-{stage.params.scale}", tags, flatten(stage.params))
     stage.tracker, status, began = logger.tracker, "FAILED", time.monotonic()
     try:
-        if hasattr(stage.args, "weights"):
-            stage.tracker.evaluates(present(stage.args.weights))
+        if stage.kind.evaluates:
+            stage.tracker.evaluates(present(getattr(stage.args, stage.kind.evaluates)))
         main(stage)
+        stage.close()
         status = "FINISHED"
     except (Preempted, KeyboardInterrupt):
         status = "KILLED"
@@ -163,7 +227,7 @@ def tracked(stage: Stage, main: Callable[[Stage], None]) -> None:
     finally:
         stage.tracker.event("metrics", step=0, values={"wall_seconds": time.monotonic() - began})
         stage.tracker.event("tags", values=hashes(stage.args))
-        logger.finish(status, wait=stage.name == LAST_STAGE)
+        logger.finish(status, wait=stage.kind.last)
 
 
 def hashes(args: argparse.Namespace) -> dict[str, str]:
@@ -171,25 +235,6 @@ def hashes(args: argparse.Namespace) -> dict[str, str]:
     given = [path for name, path in vars(args).items() if isinstance(path, Path) and name != "params"]
     paths = {str(path) for path in given if path.exists() and not path.is_absolute()}
     return {f"dvc:{path}": digest for path in sorted(paths) if (digest := dvc_hash(Path(path)))}
-
-
-def variation(stage: Stage) -> dict[str, str]:
-    return {k: str(getattr(stage.args, k)) for k in ("variant", "seed") if hasattr(stage.args, k)}
-
-
-def flat(params, prefix: str = "") -> dict:
-    """Dataclasses as {"section.key": value}, for MLflow's params."""
-    found = {}
-    for field in dataclasses.fields(params):
-        value = getattr(params, field.name)
-        if dataclasses.is_dataclass(value):
-            found.update(flat(value, f"{prefix}{field.name}."))
-        elif isinstance(value, dict):
-            for name, item in value.items():
-                found.update(flat(item, f"{prefix}{field.name}.{name}."))
-        else:
-            found[prefix + field.name] = value
-    return found
 
 
 def git_revision() -> str:

@@ -1,9 +1,9 @@
-"""The teacher's targets: V fixed views of every training image (the bank), and what the figures need of a few
-validation images (the figure images).
+"""Write the target bank, the teacher's features and importance for V fixed views of every training image, and the figure
+images, a few validation images with theirs.
 
-The published recipe is views: 0, a new crop every epoch with the teacher running inside pretraining; a bank trades
-disk for the teacher's share of every step, and is shared by all variants and seeds. Features and importance are
-those of the release's clip_demo.py.
+The published recipe is views: 0: a new crop every epoch, and the teacher runs inside pretraining. A bank costs disk and
+saves the teacher's part of every step; all variants and seeds share it. Features and importance are computed as in the
+release's clip_demo.py.
 Costs: demo about 20 s; ImageNet 260 GB a view, teacher speed.
 """
 
@@ -20,70 +20,86 @@ from milan.data.records import Records
 from milan.method import target_bank
 from milan.method.samples import BankViews
 from milan.params import Params
-from milan.stage import Stage, run
-from milan.teacher.clip import Tower
-from milan.teacher.frozen import load_tower, look
+from milan.stage import Kind, Stage, run
+from milan.teacher.frozen import compute_targets, load_tower
+from milan.teacher.towers import Tower
 from milan.training import distributed
+from milan.training.device import set_up
 from milan.training.weights import save_weights
+
+KIND = Kind(reads=("records", "teacher"), folders=("out",), files=("metrics",))
 
 
 def main(stage: Stage) -> None:
-    p, a = stage.params, stage.args
-    inputs = [a.records / "manifest.json", a.teacher / ("teacher.json" if p.no_teacher else "teacher.safetensors")]
-    sizes = [p.model.image_size, p.model.patch_size]
-    recipe = stage.recipe_digest(p.extract_targets, *sizes, p.compute, p.pretrain.crop_scale, inputs=inputs)
-    if not p.no_teacher:
-        stage.tracker.reads(Records(a.records, "train"), Records(a.records, "val"))
-    with whole_folder(a.out, recipe) as folder:
-        result = nothing(p, folder) if p.no_teacher else distributed.launch(extract, p, a.records, a.teacher, folder)
-    stage.write_metrics(result, recipe)
+    params, args = stage.params, stage.args
+    inputs = {"records": args.records / "manifest.json"}
+    inputs["teacher"] = args.teacher / ("teacher.json" if params.no_teacher else "teacher.safetensors")
+    sizes = {"image_size": params.model.image_size, "patch_size": params.model.patch_size}
+    sections = {"extract_targets": params.extract_targets, "model": sizes, "compute": params.compute}
+    identity = stage.identify({**sections, "pretrain.crop_scale": params.pretrain.crop_scale}, **inputs)
+    if not params.no_teacher:
+        stage.tracker.reads(Records(args.records, "train"), Records(args.records, "val"))
+    with whole_folder(args.out, stage.folder_digest(identity)) as folder:
+        result = (
+            nothing(params, folder)
+            if params.no_teacher
+            else distributed.launch(extract, params, args.records, args.teacher, folder)
+        )
+    stage.write_metrics(result, identity)
 
 
-def nothing(p: Params, folder: Path) -> dict:
-    """A bank without views and no figure images: a released student is only evaluated."""
+def nothing(params: Params, folder: Path) -> dict:
+    """Write a bank without views, and no figure images: a released student is only evaluated."""
     print("pretrain.weights is set: no teacher is needed, and no targets.", flush=True)
-    target_bank.finish(folder, views=0, shard_images=p.extract_targets.shard_images, feature_dim=0, images=0)
+    target_bank.finish(folder, views=0, shard_images=params.extract_targets.shard_images, feature_dim=0, images=0)
     return {}
 
 
-def extract(p: Params, records: Path, teacher: Path, folder: Path) -> dict:
-    device, x = distributed.set_up(p.compute), p.extract_targets
-    tower = load_tower(teacher, p.compute, device)
+def extract(params: Params, records: Path, teacher: Path, folder: Path) -> dict:
+    """Write this process's part of the bank; rank 0 also writes the figure images and closes the bank. Return the metrics."""
+    device, section = set_up(params.compute), params.extract_targets
+    tower = load_tower(teacher, params.compute, device)
     train = Records(records, "train")
-    if x.views:
-        size = target_bank.bank_bytes(len(train), x.views, p.model.n_patches, tower.feature_dim)
+    if section.views:
+        size = target_bank.bank_bytes(len(train), section.views, params.model.n_patches, tower.feature_dim)
         if distributed.rank() == 0:
             target_bank.refuse_when_too_big(folder, size)
-        write_bank(p, train, tower, folder, device)
+        write_bank(params, train, tower, folder, device)
         distributed.barrier()
     if distributed.rank() != 0:
         return {}
-    found = write_figure_images(p, Records(records, "val"), tower, folder / "figure_images.safetensors", device)
-    target_bank.finish(folder, views=x.views, shard_images=x.shard_images, feature_dim=tower.feature_dim, images=len(train))
-    return found
+    metrics = write_figure_images(params, Records(records, "val"), tower, folder / "figure_images.safetensors", device)
+    target_bank.finish(
+        folder, views=section.views, shard_images=section.shard_images, feature_dim=tower.feature_dim, images=len(train)
+    )
+    return metrics
 
 
-def write_bank(p: Params, train: Records, tower: Tower, folder: Path, device: torch.device) -> None:
-    """This process's share of the shards that are not there yet."""
-    x = p.extract_targets
-    starts = range(0, len(train), x.shard_images)
-    # Rank 0 looks for all, before any is written: the shares must be of one list.
+def write_bank(params: Params, train: Records, tower: Tower, folder: Path, device: torch.device) -> None:
+    """Write this process's share of the missing shards."""
+    section = params.extract_targets
+    starts = range(0, len(train), section.shard_images)
+    # Rank 0 lists them for all before any is written, so that all share out the same list.
     missing = distributed.from_rank_0([number for number in range(len(starts)) if not target_bank.has_shard(folder, number)])
     mine = missing[distributed.rank() :: distributed.world_size()]
-    spans = {number: range(starts[number], min(starts[number] + x.shard_images, len(train))) for number in mine}
+    spans = {number: range(starts[number], min(starts[number] + section.shard_images, len(train))) for number in mine}
     progress = Progress("target bank (images)", sum(map(len, spans.values())), shown=distributed.rank() == 0)
     for number, span in spans.items():
-        views = BankViews(train, span, x.views, x.seed, p.model.image_size, p.pretrain.crop_scale)
-        target_bank.write_shard(folder, number, shard_arrays(p, views, tower, device))
+        views = BankViews(train, span, section.views, section.seed, params.model.image_size, params.pretrain.crop_scale)
+        target_bank.write_shard(folder, number, shard_arrays(params, views, tower, device))
         progress.update(len(span))
     progress.close()
 
 
-def shard_arrays(p: Params, views: BankViews, tower: Tower, device: torch.device) -> dict[str, np.ndarray]:
+def shard_arrays(params: Params, views: BankViews, tower: Tower, device: torch.device) -> dict[str, np.ndarray]:
+    """Return the arrays of one shard, (images, views, ...) each."""
     parts: dict[str, list] = {name: [] for name in target_bank.ARRAYS}
-    loader = torch.utils.data.DataLoader(views, batch_size=p.extract_targets.batch_size, num_workers=p.runtime.workers)
+    loader = torch.utils.data.DataLoader(views, batch_size=params.extract_targets.batch_size, num_workers=params.runtime.workers)
     for batch in loader:
-        features, importance = look(tower, batch["image"].to(device), p.compute, p.extract_targets.normalisation, p.model.grid)
+        images = batch["image"].to(device)
+        features, importance = compute_targets(
+            tower, images, params.compute, params.extract_targets.normalisation, params.model.grid
+        )
         parts["features"].append(features.half().cpu().numpy())
         parts["importance"].append(importance.cpu().numpy())
         parts["boxes"].append(batch["box"].numpy())
@@ -92,50 +108,52 @@ def shard_arrays(p: Params, views: BankViews, tower: Tower, device: torch.device
     }
 
 
-def write_figure_images(p: Params, val: Records, tower: Tower, path: Path, device: torch.device) -> dict:
-    """Images, features and importance of a fixed set of validation images; how much importance falls on objects."""
-    n = min(p.extract_targets.figure_images, len(val))
-    chosen = torch.linspace(0, len(val) - 1, n).long().unique().tolist()
-    samples = CentreSamples(val, p.linear_eval.resize, p.model.image_size)
+def write_figure_images(params: Params, val: Records, tower: Tower, path: Path, device: torch.device) -> dict:
+    """Write images, features and importance of evenly spaced validation images. Return how the importance is spread."""
+    count = min(params.extract_targets.figure_images, len(val))
+    chosen = torch.linspace(0, len(val) - 1, count).long().unique().tolist()
+    samples = CentreSamples(val, params.linear_eval.resize, params.model.image_size)
     images = torch.stack([samples[i]["image"] for i in chosen])
-    features, importance = look(tower, images.to(device), p.compute, p.extract_targets.normalisation, p.model.grid)
-    found = {
+    settings = (params.compute, params.extract_targets.normalisation, params.model.grid)
+    features, importance = compute_targets(tower, images.to(device), *settings)
+    tensors = {
         "images": images,
         "features": features.half(),
         "importance": importance,
         "index": torch.tensor(chosen),
     }
-    save_weights(path, found)
+    save_weights(path, tensors)
     return {
         "extract_targets/figure_images": len(chosen),
         "extract_targets/perplexity": perplexity(importance),
-        **importance_on_objects(p, val, tower, device),
+        **importance_on_objects(params, val, tower, device),
     }
 
 
 def perplexity(importance: torch.Tensor) -> float:
-    """Mean over images of exp(entropy): over how many patches the importance spreads."""
-    q = importance / importance.sum(dim=1, keepdim=True)
-    return (-(q * q.clamp_min(1e-12).log()).sum(dim=1)).exp().mean().item()
+    """Return the mean over images of exp(entropy) of importance (images, patches): the number of patches it is spread over."""
+    probability = importance / importance.sum(dim=1, keepdim=True)
+    return (-(probability * probability.clamp_min(1e-12).log()).sum(dim=1)).exp().mean().item()
 
 
-def importance_on_objects(p: Params, val: Records, tower: Tower, device: torch.device) -> dict:
-    """object_shares of the validation images whose object's outline is known; empty where none is."""
+def importance_on_objects(params: Params, val: Records, tower: Tower, device: torch.device) -> dict:
+    """Return object_shares of the validation images that have an object mask; empty where none has."""
     if "mask" not in val.table(0).column_names:
         return {}
     known = [i for i, mask in enumerate(val.column("mask")) if mask is not None]
-    samples = CentreSamples(val, p.linear_eval.resize, p.model.image_size)
+    samples = CentreSamples(val, params.linear_eval.resize, params.model.image_size)
     images = torch.stack([samples[i]["image"] for i in known])
     whole = (transforms.decode_annotation(val[i]["mask"]).unsqueeze(0) for i in known)
-    masks = torch.stack([transforms.centre(mask, p.linear_eval.resize, p.model.image_size) for mask in whole])
-    cover = torch.nn.functional.adaptive_avg_pool2d((masks > 127).float(), p.model.grid).flatten(1)
-    importance = look(tower, images.to(device), p.compute, p.extract_targets.normalisation, p.model.grid)[1].cpu()
+    masks = torch.stack([transforms.centre(mask, params.linear_eval.resize, params.model.image_size) for mask in whole])
+    cover = torch.nn.functional.adaptive_avg_pool2d((masks > 127).float(), params.model.grid).flatten(1)
+    settings = (params.compute, params.extract_targets.normalisation, params.model.grid)
+    importance = compute_targets(tower, images.to(device), *settings)[1].cpu()
     return object_shares(importance, cover)
 
 
 def object_shares(importance: torch.Tensor, cover: torch.Tensor) -> dict[str, float]:
-    """Both (images, patches); cover: the object's share of each patch. In %: the importance that falls on the object, the
-    object's share of the area (means over images), and the images in which the first share is the larger one."""
+    """Return, in %, the importance on the object and the object's area (means over images), and the share of images in which
+    the first is larger. importance, cover: (images, patches); cover is the object's share of each patch."""
     mass, area = (importance * cover).sum(dim=1) / importance.sum(dim=1), cover.mean(dim=1)
     return {
         "extract_targets/importance_on_object": 100 * mass.mean().item(),
@@ -145,4 +163,5 @@ def object_shares(importance: torch.Tensor, cover: torch.Tensor) -> dict[str, fl
 
 
 if __name__ == "__main__":
-    run("extract_targets", main, __doc__, records=Path, teacher=Path, out=Path, metrics=Path)
+    with distributed.torchrun():
+        run("extract_targets", main, __doc__, KIND)

@@ -24,10 +24,11 @@ from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 from milan.core.errors import UserError
 from milan.core.files import SCRATCH, whole_folder, write_whole
-from milan.stage import Stage, run
+from milan.stage import Kind, Stage, run
 
 FOLDERS = "MILAN_FIGURES"  # where milan.report.figures looks for its folders
 OF_THE_TEACHER = ("2_masking.ipynb", "3_features.ipynb")
+KIND = Kind(reads=("notebooks", "outs", "metrics", "curves", "published"), folders=("out",))
 
 
 class OwnPython(KernelSpecManager):
@@ -38,10 +39,10 @@ class OwnPython(KernelSpecManager):
 
 
 def main(stage: Stage) -> None:
-    a = stage.args
-    notebooks = sorted(a.notebooks.glob("*.ipynb"))
+    args = stage.args
+    notebooks = sorted(args.notebooks.glob("*.ipynb"))
     if not notebooks:
-        raise UserError(f"{a.notebooks} holds no notebook (git checkout -- {a.notebooks} restores them).")
+        raise UserError(f"{args.notebooks} holds no notebook (git checkout -- {args.notebooks} restores them).")
     if stage.params.no_teacher:
         print(
             f"figures: without {', '.join(OF_THE_TEACHER)}: a released student is evaluated, and no teacher is here.", flush=True
@@ -49,12 +50,12 @@ def main(stage: Stage) -> None:
         notebooks = [path for path in notebooks if path.name not in OF_THE_TEACHER]
     SCRATCH.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=SCRATCH) as folder:
-        folders = {name: str(getattr(a, name)) for name in ("params", "outs", "metrics", "curves", "published")}
+        folders = {name: str(getattr(args, name)) for name in ("params", "outs", "metrics", "curves", "published")}
         os.environ[FOLDERS] = json.dumps({**folders, "figures": f"{folder}/figures"})
         execute_all(notebooks)
-        with whole_folder(a.out, str(os.getpid())) as out:
+        with whole_folder(args.out, str(os.getpid())) as out:
             shutil.copytree(f"{folder}/figures", out, dirs_exist_ok=True, copy_function=copy_whole)
-    for picture in sorted(a.out.glob("*.png")):
+    for picture in sorted(args.out.glob("*.png")):
         stage.tracker.artifact(picture, "figures")
 
 
@@ -104,4 +105,4 @@ def last_line(text: str) -> str:
 
 
 if __name__ == "__main__":
-    run("figures", main, __doc__, notebooks=Path, outs=Path, metrics=Path, curves=Path, published=Path, out=Path)
+    run("figures", main, __doc__, KIND)

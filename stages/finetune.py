@@ -7,65 +7,73 @@ ViT-B/16 on ImageNet.
 
 from argparse import Namespace
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from milan.data import seeding, transforms
 from milan.data.evaluation_view import CentreSamples
 from milan.data.records import Records
-from milan.evaluation import augmentation, evaluate
-from milan.evaluation.classifier import About, FinetuneLoss, build_classifier, save_classifier
+from milan.evaluation import augmentation, inference, scores
+from milan.evaluation.classifier import ClassifierInfo, FinetuneLoss, build_classifier, save_classifier
 from milan.evaluation.samples import LabelledSamples, balanced_subset
 from milan.params import Params
-from milan.stage import Stage, run
+from milan.stage import Kind, Stage, run
 from milan.training import distributed, optim
+from milan.training.device import autocast, resolve_precision, set_up
 from milan.training.loop import FitSettings, fit
-from milan.training.resume import Scratch
+from milan.training.resume import SavedState
 from milan.training.weights import load_weights
+
+KIND = Kind(
+    varies=True, reads=("records", "weights"), folders=("out",), files=("metrics", "curve", "confusion"), evaluates="weights"
+)
 
 
 def main(stage: Stage) -> None:
-    p, a = stage.params, stage.args
-    stage.tracker.reads(Records(a.records, "train"), Records(a.records, "val"))
-    recipe = stage.recipe_digest(
-        p.finetune, p.model, p.compute, inputs=[a.records / "manifest.json", a.weights / "encoder.safetensors"]
-    )
-    scratch = Scratch(f"finetune-{a.variant}-{a.seed}", recipe)
-    result = distributed.launch(train, p, a, scratch, stage, recipe)
+    params, args = stage.params, stage.args
+    stage.tracker.reads(Records(args.records, "train"), Records(args.records, "val"))
+    inputs = {"records": args.records / "manifest.json", "encoder": args.weights / "encoder.safetensors"}
+    identity = stage.identify({"finetune": params.finetune, "model": params.model, "compute": params.compute}, **inputs)
+    saved = stage.keep(SavedState(stage.slug, identity, stage.code))
+    result = distributed.launch(train, params, args, saved, stage)
     stage.write_curve(result["curve"])
     stage.write_confusion(result["confusion"])
-    stage.write_metrics(result["metrics"], recipe)
-    stage.tracker.classifier(a.out, f"classifier-{a.variant}-{a.seed}", f"milan-{p.scale}-classifier", a.variant)
-    scratch.clean()
+    stage.write_metrics(result["metrics"], identity)
+    stage.tracker.classifier(args.out, f"classifier-{args.variant}-{args.seed}", f"milan-{params.scale}-classifier", args.variant)
 
 
-def train(p: Params, a: Namespace, scratch: Scratch, stage: Stage, recipe: str) -> dict:
-    device, x = distributed.set_up(p.compute), p.finetune
-    records = Records(a.records, "train")
+def train(params: Params, args: Namespace, saved: SavedState, stage: Stage) -> dict:
+    device, section = set_up(params.compute), params.finetune
+    records = Records(args.records, "train")
     classes = len(records.classes)
-    seeding.seed_globals(a.seed, "finetune init")
-    vit = build_classifier(p.model, x, classes, load_weights(a.weights / "encoder.safetensors")).to(device)
-    optimizer = optim.adamw(layer_groups(vit, x), x.betas)
-    settings = FitSettings(stage.title, x, p.compute, p.runtime, a.seed, scratch, stage.tracker.point)
+    seeding.seed_globals(args.seed, "finetune init")
+    vit = build_classifier(params.model, section, classes, load_weights(args.weights / "encoder.safetensors")).to(device)
+    optimizer = optim.adamw(layer_groups(vit, section), section.betas)
+    settings = FitSettings(stage.title, section, params.compute, params.runtime, args.seed, saved, stage.tracker.point)
     curve = fit(
-        FinetuneLoss(vit, x, classes), samples(p, records, a.seed), optimizer, settings, partial(inputs, x.random_erasing)
+        FinetuneLoss(vit, section, classes),
+        samples(params, records, args.seed),
+        optimizer,
+        settings,
+        partial(inputs, section.random_erasing),
     )
     if distributed.rank() == 0:
-        save_classifier(a.out, vit, About(p.model, x.pooling, x.resize, records.manifest["classes"]))
-    return {"curve": curve, **assess(p, vit, Records(a.records, "val"), device)}
+        save_classifier(args.out, vit, ClassifierInfo(params.model, section.pooling, section.resize, records.manifest["classes"]))
+    return {"curve": curve, **assess(params, vit, Records(args.records, "val"), device)}
 
 
-def layer_groups(vit: torch.nn.Module, x) -> list[dict]:
+def layer_groups(vit: torch.nn.Module, section) -> list[dict]:
     depth = len(vit.blocks)
-    return optim.layer_decay_groups(vit, x.weight_decay, x.layer_decay, partial(optim.vit_layer_id, depth=depth), depth)
+    return optim.layer_decay_groups(
+        vit, section.weight_decay, section.layer_decay, partial(optim.vit_layer_id, depth=depth), depth
+    )
 
 
-def samples(p: Params, records: Records, seed: int) -> LabelledSamples:
-    x = p.finetune
-    augment = augmentation.FinetuneAugment(x.rand_augment, p.model.image_size) if x.rand_augment else None
-    subset = balanced_subset(records.column("label"), x.labels, seed) if x.labels < 1 else None
-    return LabelledSamples(records, seed, p.model.image_size, x.crop_scale, transforms.draw_crop, augment, subset)
+def samples(params: Params, records: Records, seed: int) -> LabelledSamples:
+    section = params.finetune
+    augment = augmentation.FinetuneAugment(section.rand_augment, params.model.image_size) if section.rand_augment else None
+    subset = balanced_subset(records.column("label"), section.labels, seed) if section.labels < 1 else None
+    return LabelledSamples(records, seed, params.model.image_size, section.crop_scale, transforms.draw_crop, augment, subset)
 
 
 def inputs(erasing: float, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,23 +81,23 @@ def inputs(erasing: float, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
     return augmentation.random_erasing(images, erasing) if erasing else images, batch["label"]
 
 
-def assess(p: Params, vit: torch.nn.Module, val: Records, device: torch.device) -> dict:
-    precision = distributed.resolve_precision(p.compute, device)
+def assess(params: Params, vit: torch.nn.Module, val: Records, device: torch.device) -> dict:
+    precision = resolve_precision(params.compute, device)
 
     def logits(images: torch.Tensor) -> torch.Tensor:
-        with distributed.autocast(precision, device):
+        with autocast(precision, device):
             return vit(images)
 
-    centre = CentreSamples(val, p.finetune.resize, p.model.image_size)
-    found, labels = evaluate.outputs(logits, centre, 256, device, "fine-tuned", p.runtime.workers)
-    pairs = evaluate.confused(found.argmax(dim=1), labels)
+    centre = CentreSamples(val, params.finetune.resize, params.model.image_size)
+    found, labels = inference.model_outputs(logits, centre, 256, device, "fine-tuned", params.runtime.workers)
+    pairs = scores.confusion_pairs(found.argmax(dim=1), labels)
     names = val.manifest["classes"]
     return {
-        "metrics": dict(evaluate.accuracy(found, labels, "finetune")),
+        "metrics": dict(scores.accuracy(found, labels, "finetune")),
         "confusion": [(names[actual], names[predicted]) for actual, predicted in pairs.tolist()],
     }
 
 
 if __name__ == "__main__":
-    paths = dict.fromkeys(("records", "weights", "out", "metrics", "curve", "confusion"), Path)
-    run("finetune", main, __doc__, variant=str, seed=int, **paths)
+    with distributed.torchrun():
+        run("finetune", main, __doc__, KIND)

@@ -17,106 +17,112 @@ from torch.utils.data import Dataset
 from milan.data import seeding, transforms
 from milan.data.evaluation_view import CentreSamples
 from milan.data.records import Records
-from milan.evaluation import augmentation, evaluate, zero_shot
+from milan.evaluation import augmentation, inference, scores, zero_shot
 from milan.evaluation.linear import FeatureViews, LinearHead, ProbeLoss
-from milan.evaluation.samples import LabelledSamples, OneView
+from milan.evaluation.samples import EpochView, LabelledSamples
 from milan.method.encoder import load_encoder
 from milan.params import Params
-from milan.stage import Stage, run
+from milan.stage import Kind, Stage, run
 from milan.training import distributed, optim
+from milan.training.device import autocast, resolve_precision, set_up
 from milan.training.loop import FitSettings, fit
-from milan.training.resume import Scratch
+from milan.training.resume import SavedState
 from milan.training.weights import save_weights
+
+KIND = Kind(
+    varies=True, reads=("records", "weights", "teacher"), folders=("out",), files=("metrics", "curve"), evaluates="weights"
+)
 
 
 def main(stage: Stage) -> None:
-    p, a = stage.params, stage.args
-    stage.tracker.reads(Records(a.records, "train"), Records(a.records, "val"))
-    inputs = [a.records / "manifest.json", a.weights / "encoder.safetensors", *zero_shot.files(a.weights, a.teacher)]
-    sections = [p.linear_eval, p.model, p.compute, p.pretrain.ablation[a.variant], p.pretrain.mask_ratio]
-    recipe = stage.recipe_digest(*sections, inputs=inputs)
-    scratch = Scratch(f"linear_eval-{a.variant}-{a.seed}", recipe)
-    result = distributed.launch(train, p, a, scratch, stage, recipe)
+    params, args = stage.params, stage.args
+    stage.tracker.reads(Records(args.records, "train"), Records(args.records, "val"))
+    sections = {"linear_eval": params.linear_eval, "model": params.model, "compute": params.compute}
+    sections["pretrain"] = {"row": params.pretrain.ablation[args.variant], "mask_ratio": params.pretrain.mask_ratio}
+    inputs = {path.name: path for path in zero_shot.input_files(args.weights, args.teacher)}
+    inputs |= {"records": args.records / "manifest.json", "encoder": args.weights / "encoder.safetensors"}
+    identity = stage.identify(sections, **inputs)
+    saved = stage.keep(SavedState(stage.slug, identity, stage.code))
+    result = distributed.launch(train, params, args, saved, stage)
     stage.write_curve(result["curve"])
-    stage.write_metrics(result["metrics"], recipe)
-    stage.tracker.model(a.out, f"head-{a.variant}-{a.seed}")
-    scratch.clean()
+    stage.write_metrics(result["metrics"], identity)
+    stage.tracker.model(args.out, f"head-{args.variant}-{args.seed}")
 
 
-def train(p: Params, a: Namespace, scratch: Scratch, stage: Stage, recipe: str) -> dict:
-    device, x = distributed.set_up(p.compute), p.linear_eval
-    encode = frozen_encoder(p, a.weights, device)
-    records = Records(a.records, "train")
-    seeding.seed_globals(a.seed, "linear_eval init")
-    head = LinearHead(p.model.encoder.embed_dim, len(records.classes)).to(device)
-    samples, inputs = training_data(p, a.seed, records, encode, device)
-    settings = FitSettings(stage.title, x, p.compute, p.runtime, a.seed, scratch, stage.tracker.point)
-    curve = fit(ProbeLoss(head), samples, optimizer_of(p, head), settings, inputs)
+def train(params: Params, args: Namespace, saved: SavedState, stage: Stage) -> dict:
+    device, section = set_up(params.compute), params.linear_eval
+    encode = frozen_encoder(params, args.weights, device)
+    records = Records(args.records, "train")
+    seeding.seed_globals(args.seed, "linear_eval init")
+    head = LinearHead(params.model.encoder.embed_dim, len(records.classes)).to(device)
+    samples, inputs = training_data(params, args.seed, records, encode, device)
+    settings = FitSettings(stage.title, section, params.compute, params.runtime, args.seed, saved, stage.tracker.point)
+    curve = fit(ProbeLoss(head), samples, optimizer_of(params, head), settings, inputs)
     if distributed.rank() == 0:
-        save_weights(a.out / "head.safetensors", head.state_dict())
-    val = Records(a.records, "val")
-    found = zero_shot.accuracies(p, a.variant, a.seed, a.weights, a.teacher, val, device)
-    metrics = {**assess(p, records, val, encode, head, device), **{f"linear_eval/{name}": top for name, top in found.items()}}
+        save_weights(args.out / "head.safetensors", head.state_dict())
+    val = Records(args.records, "val")
+    found = zero_shot.accuracies(params, args.variant, args.seed, args.weights, args.teacher, val, device)
+    metrics = {
+        **assess(params, records, val, encode, head, device),
+        **{f"linear_eval/{name}": top for name, top in found.items()},
+    }
     return {"curve": curve, "metrics": metrics}
 
 
-def frozen_encoder(p: Params, weights: Path, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Normalised images (B, 3, S, S) -> class-token features (B, D), without gradient."""
-    encoder = load_encoder(weights / "encoder.safetensors", p.model).to(device).eval()
-    precision = distributed.resolve_precision(p.compute, device)
+def frozen_encoder(params: Params, weights: Path, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return a function from normalised images (B, 3, S, S) to class-token features (B, D), without gradient."""
+    encoder = load_encoder(weights / "encoder.safetensors", params.model).to(device).eval()
+    precision = resolve_precision(params.compute, device)
 
     @torch.no_grad()
     def encode(images: torch.Tensor) -> torch.Tensor:
-        with distributed.autocast(precision, device):
+        with autocast(precision, device):
             return encoder(images)[:, 0].float()
 
     return encode
 
 
-def training_data(p: Params, seed: int, records: Records, encode: Callable, device: torch.device) -> tuple[Dataset, Callable]:
-    """The data set and how its batches become (features, labels)."""
-    x = p.linear_eval
-    crops = LabelledSamples(records, seed, p.model.image_size, x.crop_scale, augmentation.draw_simple_crop)
-    if x.views == 0:
+def training_data(
+    params: Params, seed: int, records: Records, encode: Callable, device: torch.device
+) -> tuple[Dataset, Callable]:
+    """Return the training set, and the function that turns its batches into (features, labels)."""
+    section = params.linear_eval
+    crops = LabelledSamples(records, seed, params.model.image_size, section.crop_scale, augmentation.draw_simple_crop)
+    if section.views == 0:
         return crops, lambda batch: (encode(transforms.normalise(batch["image"])), batch["label"])
     views = [
-        evaluate.outputs(encode, OneView(crops, v), x.micro_batch, device, "features", p.runtime.workers) for v in range(x.views)
+        inference.model_outputs(encode, EpochView(crops, v), section.micro_batch, device, "features", params.runtime.workers)
+        for v in range(section.views)
     ]
     return FeatureViews([features for features, _ in views], views[0][1]), lambda batch: (batch["features"], batch["label"])
 
 
-def optimizer_of(p: Params, head: LinearHead) -> torch.optim.Optimizer:
-    x = p.linear_eval
-    if x.optimizer == "lars":
-        return optim.lars(head, x.momentum, x.weight_decay)
-    return optim.adamw(optim.decay_groups(head, x.weight_decay), (x.momentum, 0.999))
+def optimizer_of(params: Params, head: LinearHead) -> torch.optim.Optimizer:
+    section = params.linear_eval
+    if section.optimizer == "lars":
+        return optim.lars(head, section.momentum, section.weight_decay)
+    return optim.adamw(optim.decay_groups(head, section.weight_decay), (section.momentum, 0.999))
 
 
-def assess(p: Params, train: Records, val: Records, encode: Callable, head: LinearHead, device: torch.device) -> dict:
-    """Top-1 and top-5 of the linear layer, and of nearest neighbours on the same features."""
-    x = p.linear_eval
+def assess(params: Params, train: Records, val: Records, encode: Callable, head: LinearHead, device: torch.device) -> dict:
+    """Return top-1 and top-5 in % of the linear layer, and top-1 of nearest neighbours on the same features."""
+    section = params.linear_eval
     features = [
-        evaluate.outputs(
-            encode, CentreSamples(records, x.resize, p.model.image_size), x.micro_batch, device, "features", p.runtime.workers
+        inference.model_outputs(
+            encode,
+            CentreSamples(records, section.resize, params.model.image_size),
+            section.micro_batch,
+            device,
+            "features",
+            params.runtime.workers,
         )
         for records in (train, val)
     ]
-    logits = torch.cat([head(part.to(device)).cpu() for part in features[1][0].split(x.micro_batch)])
-    found = evaluate.accuracy(logits, features[1][1], "linear_eval")
-    return {**dict(found), "linear_eval/knn_top1": evaluate.knn_top1(*features[0], *features[1], device)}
+    logits = torch.cat([head(part.to(device)).cpu() for part in features[1][0].split(section.micro_batch)])
+    found = scores.accuracy(logits, features[1][1], "linear_eval")
+    return {**dict(found), "linear_eval/knn_top1": scores.knn_top1(*features[0], *features[1], device)}
 
 
 if __name__ == "__main__":
-    run(
-        "linear_eval",
-        main,
-        __doc__,
-        variant=str,
-        seed=int,
-        records=Path,
-        weights=Path,
-        teacher=Path,
-        out=Path,
-        metrics=Path,
-        curve=Path,
-    )
+    with distributed.torchrun():
+        run("linear_eval", main, __doc__, KIND)

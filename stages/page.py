@@ -8,31 +8,33 @@ Hours, hardware and git revision come from MLflow, from the runs that made what 
 to run: the page is in git and no out of DVC's, and dvc.lock stays as it is. Costs a few seconds. Expect a page of about 1 MB.
 """
 
-from pathlib import Path
-
 from milan.core.files import write_whole
 from milan.core.redaction import discreet
 from milan.report import page, provenance
 from milan.report.results import read_results
-from milan.stage import Stage, git_revision, present, run
+from milan.stage import Kind, Stage, git_revision, present, run
 from milan.tracking import machine
+
+KIND = Kind(
+    reads=("metrics", "published", "plots", "figures", "notebooks", "imagenet", "ade20k", "lock"), files=("out",), last=True
+)
 
 
 def main(stage: Stage) -> None:
-    a, p = stage.args, stage.params
-    results = read_results(a.metrics, a.published, p)
-    lock = provenance.read_lock(a.lock, p)
-    data = [provenance.read_data(folder) for folder in (a.imagenet, a.ade20k)]
+    args, params = stage.args, stage.params
+    results = read_results(args.metrics, args.published, params)
+    lock = provenance.read_lock(args.lock, params)
+    data = [provenance.read_data(args.imagenet, params.data.imagenet), provenance.read_data(args.ade20k, params.data.ade20k)]
     trail = provenance.origins(lock, runs_known(stage))
-    bars = page.picture(present(a.plots / "bars.png"), "Our variants", page.BARS)
-    here = {"revision": git_revision(), "hardware": machine.hardware(p.compute.device)}
+    bars = page.picture(present(args.plots / "bars.png"), "Our variants", page.BARS)
+    here = {"revision": git_revision(), "hardware": machine.hardware(params.compute.device)}
     text = page.render(
-        results, page.read_pictures(a.figures, a.notebooks), bars, trail, data, here, discreet(a.params.read_text())
+        results, page.read_pictures(args.figures, args.notebooks), bars, trail, data, here, discreet(args.params.read_text())
     )
-    write_whole(a.out, text.encode())
-    stage.tracker.artifact(a.out, "report")
+    write_whole(args.out, text.encode())
+    stage.tracker.artifact(args.out, "report")
     known = sum(origin.run is not None for origin in trail)
-    print(f"{a.out}: {len(text) / 1e6:.1f} MB, the runs of {known} of {len(trail)} stages", flush=True)
+    print(f"{args.out}: {len(text) / 1e6:.1f} MB, the runs of {known} of {len(trail)} stages", flush=True)
 
 
 def runs_known(stage: Stage) -> list[provenance.Run]:
@@ -47,5 +49,4 @@ def runs_known(stage: Stage) -> list[provenance.Run]:
 
 
 if __name__ == "__main__":
-    paths = ("metrics", "published", "plots", "figures", "notebooks", "imagenet", "ade20k", "lock", "out")
-    run("page", main, __doc__, **dict.fromkeys(paths, Path))
+    run("page", main, __doc__, KIND)

@@ -12,59 +12,60 @@ from pathlib import Path
 from milan.core.errors import UserError
 from milan.core.files import SCRATCH, whole_folder
 from milan.core.progress import Progress
-from milan.core.redaction import discreet
 from milan.data import records
 from milan.ingest import ade20k, imagenet
 from milan.ingest.packing import Packing, has_labels
 from milan.ingest.world import drawing, writing
 from milan.params import Params, PrepareAde20k
-from milan.stage import Stage, run
+from milan.stage import Kind, Stage, run
 
 SPLITS = {"train": "training", "val": "validation"}
+KIND = Kind(folders=("out",), files=("metrics",))
 
 
 def main(stage: Stage) -> None:
-    p, root = stage.params.prepare_ade20k, stage.params.data.ade20k
-    recipe = stage.recipe_digest(p, root)
-    drawn = SCRATCH / f"scenes-{recipe}"
+    section, root = stage.params.prepare_ade20k, stage.params.data.ade20k
+    identity = stage.identify({"prepare_ade20k": section, "data.ade20k": root})
+    made_from = stage.folder_digest(identity)
+    drawn = SCRATCH / f"scenes-{made_from}"
     if root is None:
-        draw(drawn, p)
-    with whole_folder(stage.args.out, recipe) as folder:
+        draw(drawn, section)
+    with whole_folder(stage.args.out, made_from) as folder:
         manifest = pack(Path(root or drawn), folder, stage.params, root)
     shutil.rmtree(drawn, ignore_errors=True)
-    stage.write_metrics({f"prepare_ade20k/{name}": split["images"] for name, split in manifest["splits"].items()}, recipe)
+    stage.write_metrics({f"prepare_ade20k/{name}": split["images"] for name, split in manifest["splits"].items()}, identity)
 
 
-def draw(root: Path, p: PrepareAde20k) -> None:
-    of = drawing.WORLDS[p.world]
-    if p.classes != len(of.scene_classes):
+def draw(root: Path, section: PrepareAde20k) -> None:
+    world = drawing.WORLDS[section.world]
+    if section.classes != len(world.scene_classes):
         raise UserError(
-            f"prepare_ade20k.classes is {p.classes}, and scenes of the {p.world} built-in world have {len(of.scene_classes)} "
+            f"prepare_ade20k.classes is {section.classes}, and scenes of the {section.world} built-in world have {len(world.scene_classes)} "
             "classes: change classes or prepare_ade20k.world."
         )
     if root.exists():
         return
-    progress = Progress("drawing scenes", p.train + p.val)
-    writing.write_ade20k(root, of, p.seed, p.size, p.train, p.val, progress.to, os.cpu_count())
+    progress = Progress("drawing scenes", section.train + section.val)
+    writing.write_ade20k(root, world, section.seed, section.size, section.train, section.val, progress.to, os.cpu_count())
     progress.close()
 
 
 def pack(root: Path, folder: Path, params: Params, given: str | None) -> dict:
-    p, places = params.prepare_ade20k, ade20k.scene_places(root)
+    section, places = params.prepare_ade20k, ade20k.scene_places(root)
     items = {split: ade20k.scene_items(places, name, root) for split, name in SPLITS.items()}
     if given:
-        imagenet.refuse_other_counts("prepare_ade20k", {split: len(some) for split, some in items.items()}, p.expect)
-    imagenet.refuse_too_few({"segment": (params.segment.batch_size, len(items["train"]))}, params.world)
-    classes = ade20k.scene_classes(places, p.classes)
-    splits = Packing(folder, p.shard_images, os.cpu_count(), classes=p.classes).pack(items)
-    manifest = records.write_manifest(folder, splits=splits, classes=classes, source=discreet(given or "the built-in world"))
+        imagenet.refuse_other_counts("prepare_ade20k", {split: len(some) for split, some in items.items()}, section.expect)
+    imagenet.refuse_too_few({"segment": (params.segment.batch_size, len(items["train"]))}, params.world_size)
+    classes = ade20k.scene_classes(places, section.classes)
+    splits = Packing(folder, section.shard_images, os.cpu_count(), classes=section.classes).pack(items)
+    manifest = records.write_manifest(folder, splits=splits, classes=classes)
     refuse_unlabelled(folder, root)
     records.drop_unlisted(folder)
     return manifest
 
 
 def refuse_unlabelled(folder: Path, root: Path) -> None:
-    """UserError when not one pixel of all annotations of a split has a label."""
+    """Raise UserError when no pixel of a split's annotations has a label."""
     for split, name in SPLITS.items():
         packed = records.Records(folder, split)
         if not any(has_labels(packed[i]["mask"]) for i in range(len(packed))):
@@ -74,4 +75,4 @@ def refuse_unlabelled(folder: Path, root: Path) -> None:
 
 
 if __name__ == "__main__":
-    run("prepare_ade20k", main, __doc__, out=Path, metrics=Path)
+    run("prepare_ade20k", main, __doc__, KIND)

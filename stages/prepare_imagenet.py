@@ -24,64 +24,67 @@ from pathlib import Path
 from milan.core.errors import UserError
 from milan.core.files import SCRATCH, whole_folder
 from milan.core.progress import Progress
-from milan.core.redaction import discreet
 from milan.data import records
 from milan.ingest import imagenet
 from milan.ingest.packing import Packing
 from milan.ingest.world import drawing, writing
 from milan.params import Params, PrepareImagenet
-from milan.stage import Stage, run
+from milan.stage import Kind, Stage, run
+
+KIND = Kind(folders=("out",), files=("metrics",))
 
 
 def main(stage: Stage) -> None:
-    p, root = stage.params.prepare_imagenet, stage.params.data.imagenet
-    recipe = stage.recipe_digest(p, root)
-    drawn = SCRATCH / f"world-{recipe}"
+    section, root = stage.params.prepare_imagenet, stage.params.data.imagenet
+    identity = stage.identify({"prepare_imagenet": section, "data.imagenet": root})
+    made_from = stage.folder_digest(identity)
+    drawn = SCRATCH / f"world-{made_from}"
     if root is None:
-        draw(drawn, p)
-    with whole_folder(stage.args.out, recipe) as folder:
+        draw(drawn, section)
+    with whole_folder(stage.args.out, made_from) as folder:
         manifest = pack(Path(root or drawn), folder, stage.params, root)
     shutil.rmtree(drawn, ignore_errors=True)
     splits = {f"prepare_imagenet/{name}": split["images"] for name, split in manifest["splits"].items()}
-    stage.write_metrics({**splits, "prepare_imagenet/classes": len(manifest["classes"])}, recipe)
+    stage.write_metrics({**splits, "prepare_imagenet/classes": len(manifest["classes"])}, identity)
 
 
-def draw(root: Path, p: PrepareImagenet) -> None:
-    of = drawing.WORLDS[p.world]
-    for split, images in {"train": p.train, "val": p.val}.items():
-        if images < len(of.classes):
+def draw(root: Path, section: PrepareImagenet) -> None:
+    world = drawing.WORLDS[section.world]
+    for split, images in {"train": section.train, "val": section.val}.items():
+        if images < len(world.classes):
             raise UserError(
-                f"prepare_imagenet.{split} is {images}, and the {p.world} built-in world has {len(of.classes)} classes: give each "
+                f"prepare_imagenet.{split} is {images}, and the {section.world} built-in world has {len(world.classes)} classes: give each "
                 "an image."
             )
-    for other in set(root.parent.glob("world-*")) - {root}:  # of a recipe that was given up
+    for other in set(root.parent.glob("world-*")) - {root}:  # left by another recipe
         shutil.rmtree(other, ignore_errors=True)
     if root.exists():
         return
-    progress = Progress("drawing the world", p.train + p.val + p.pairs)
-    writing.write_imagenet(root, of, p.seed, p.size, p.train, p.val, p.pairs, progress.to, os.cpu_count())
+    progress = Progress("drawing the world", section.train + section.val + section.pairs)
+    writing.write_imagenet(
+        root, world, section.seed, section.size, section.train, section.val, section.pairs, progress.to, os.cpu_count()
+    )
     progress.close()
 
 
 def pack(root: Path, folder: Path, params: Params, given: str | None) -> dict:
-    p = params.prepare_imagenet
+    section = params.prepare_imagenet
     images = imagenet.read_images(root)
     if given:
-        found = {"train": len(images.train), "val": len(images.val), "classes": len(images.classes)}
-        imagenet.refuse_other_counts("prepare_imagenet", found, p.expect)
+        counts = {"train": len(images.train), "val": len(images.val), "classes": len(images.classes)}
+        imagenet.refuse_other_counts("prepare_imagenet", counts, section.expect)
     pairs = captioned(root, images, params)
-    imagenet.refuse_too_few(needs(params, len(images.train), len(pairs), bool(images.classes)), params.world)
-    packing = Packing(folder, p.shard_images, os.cpu_count(), p.short_side)
+    imagenet.refuse_too_few(needs(params, len(images.train), len(pairs), bool(images.classes)), params.world_size)
+    packing = Packing(folder, section.shard_images, os.cpu_count(), section.short_side)
     splits = packing.pack({"train": images.train, "val": images.val, **({"pairs": pairs} if pairs else {})})
-    manifest = records.write_manifest(
-        folder, splits=splits, wnids=images.wnids, classes=images.classes, source=discreet(given or "the built-in world")
-    )
+    manifest = records.write_manifest(folder, splits=splits, wnids=images.wnids, classes=images.classes)
     records.drop_unlisted(folder)
     return manifest
 
 
 def captioned(root: Path, images: imagenet.Images, params: Params) -> list[dict]:
-    """What a teacher that is trained here learns from: pairs/captions.csv, else images with the names of their classes."""
+    """Return the captioned images for a teacher that is trained here: pairs/captions.csv, else images captioned by their
+    class names. Raises UserError where the recipe trains a teacher and there is neither."""
     pairs, most = imagenet.caption_pairs(root), params.prepare_imagenet.pairs
     if pairs or not most:
         return pairs
@@ -97,16 +100,16 @@ def captioned(root: Path, images: imagenet.Images, params: Params) -> list[dict]
     return []
 
 
-def needs(p: Params, train: int, pairs: int, labelled: bool) -> dict[str, tuple[int, int]]:
-    """{stage: (its global batch, the images it trains on)} of what will run."""
-    found = {}
+def needs(section: Params, train: int, pairs: int, labelled: bool) -> dict[str, tuple[int, int]]:
+    """Return {stage: (its batch size, the images that it trains on)} of the stages that will run."""
+    counts = {}
     if labelled:
-        found["linear_eval"] = (p.linear_eval.batch_size, train)
-        found["finetune"] = (p.finetune.batch_size, round(p.finetune.labels * train))
-    if p.pretrain.weights is None and any(p.pretrain.ablation[v].target != "none" for v in p.variants):
-        found["pretrain"] = (p.pretrain.batch_size, train)
-    return found | ({"teacher": (p.teacher.batch_size, pairs)} if p.teacher.tiny else {})
+        counts["linear_eval"] = (section.linear_eval.batch_size, train)
+        counts["finetune"] = (section.finetune.batch_size, round(section.finetune.labels * train))
+    if section.pretrain.weights is None and any(section.pretrain.ablation[v].target != "none" for v in section.variants):
+        counts["pretrain"] = (section.pretrain.batch_size, train)
+    return counts | ({"teacher": (section.teacher.batch_size, pairs)} if section.teacher.tiny else {})
 
 
 if __name__ == "__main__":
-    run("prepare_imagenet", main, __doc__, out=Path, metrics=Path)
+    run("prepare_imagenet", main, __doc__, KIND)

@@ -1,9 +1,9 @@
 """Masked pretraining of one variant and seed (the paper's method): MILAN, or a row of its ablation.
 
-A variant is a row of pretrain.ablation: which target (pixels, CLIP features), which decoder (MAE's, prompting) and
-which masking (random, semantic aware). `scratch` is a random encoder. With pretrain.weights a released checkpoint
-takes the place of training, and only the evaluations run.
-Costs: demo about a minute a variant; paper 400 epochs, 39 h on 8 A100 as published.
+A variant is a row of pretrain.ablation: its target (pixels or CLIP features), decoder (MAE's or prompting) and masking
+(random or semantic aware). `scratch` is a random encoder. With pretrain.weights a released checkpoint takes the place of
+training, and only the evaluations run. Paper: section 3; release: main_pretrain.py.
+Costs: demo about half a minute a variant; paper 400 epochs, 39 h on 8 A100 as published (the release's README).
 """
 
 from argparse import Namespace
@@ -13,62 +13,83 @@ from pathlib import Path
 import torch
 
 from milan.convert import interop
+from milan.core.identity import Identity
 from milan.data import seeding, transforms
 from milan.data.records import Records
+from milan.method import target_bank
 from milan.method.encoder import Encoder
 from milan.method.model import MaskedPretraining
 from milan.method.samples import PretrainSamples
 from milan.method.target_bank import Bank
 from milan.params import Params
-from milan.stage import Stage, run
+from milan.stage import Kind, Stage, run
 from milan.training import distributed, optim
+from milan.training.device import set_up
+from milan.training.foreign import require_file
 from milan.training.loop import FitSettings, fit
-from milan.training.resume import Scratch
+from milan.training.resume import SavedState
 from milan.training.weights import save_weights
+
+KIND = Kind(varies=True, reads=("records", "teacher", "bank"), folders=("out",), files=("metrics", "curve"))
 
 
 def main(stage: Stage) -> None:
-    p, a = stage.params, stage.args
-    recipe = stage.recipe_digest(p.pretrain, p.model, p.compute, p.extract_targets, inputs=inputs(p, a))
-    scratch = Scratch(f"pretrain-{a.variant}-{a.seed}", recipe)
-    about = {"variant": a.variant, "seed": a.seed, "model": p.model.name}
-    if p.pretrain.weights or p.pretrain.ablation[a.variant].target == "none":
-        save_weights(a.out / "encoder.safetensors", given_encoder(p, a.seed), **about)
+    params, args = stage.params, stage.args
+    identity = identify(stage)
+    about = {"variant": args.variant, "seed": args.seed, "model": params.model.name}
+    if params.pretrain.weights or params.pretrain.ablation[args.variant].target == "none":
+        save_weights(args.out / "encoder.safetensors", given_encoder(params, args.seed), **about)
         curve = []
     else:
-        stage.tracker.reads(Records(a.records, "train"))
-        curve = distributed.launch(train, p, a, scratch, stage, about)["curve"]
+        stage.tracker.reads(Records(args.records, "train"))
+        saved = stage.keep(SavedState(stage.slug, identity, stage.code))
+        curve = distributed.launch(train, params, args, saved, stage, about)["curve"]
     stage.write_curve(curve)
-    stage.write_metrics({"pretrain/loss": curve[-1]["loss"]} if curve else {}, recipe)
-    stage.tracker.model(a.out, f"{a.variant}-{a.seed}")
-    scratch.clean()
+    stage.write_metrics({"pretrain/loss": curve[-1]["loss"]} if curve else {}, identity)
+    stage.tracker.model(args.out, f"{args.variant}-{args.seed}")
 
 
-def inputs(p: Params, a: Namespace) -> list[Path]:
-    """The files that the result follows from."""
-    given = [Path(p.pretrain.weights)] if p.pretrain.weights and Path(p.pretrain.weights).is_file() else []
-    teacher = a.teacher / ("teacher.json" if p.no_teacher else "teacher.safetensors")
-    return [a.records / "manifest.json", teacher, a.bank / "bank.json", *given]
+def identify(stage: Stage) -> Identity:
+    """Return what the encoder depends on: the row of this variant only, and the bank by its content, not by its shards."""
+    params, args = stage.params, stage.args
+    settings = {name: value for name, value in vars(params.pretrain).items() if name not in ("ablation", "weights")}
+    row, targets = params.pretrain.ablation[args.variant], params.extract_targets
+    sections = {"pretrain": {**settings, "row": row}, "model": params.model, "compute": params.compute}
+    sections["extract_targets"] = {"views": targets.views, "normalisation": targets.normalisation}
+    inputs = {"records": args.records / "manifest.json"}
+    if params.pretrain.weights:
+        require_file(inputs.setdefault("weights", Path(params.pretrain.weights)))
+    elif row.target == "clip":
+        inputs["teacher"] = args.teacher / "teacher.safetensors"
+        if targets.views:
+            inputs["bank"] = target_bank.content_digest(args.bank)
+    return stage.identify(sections, **inputs)
 
 
-def given_encoder(p: Params, seed: int) -> dict[str, torch.Tensor]:
-    """A released encoder, or a random one."""
-    if p.pretrain.weights:
-        return interop.read_encoder(Path(p.pretrain.weights), p.model)
+def given_encoder(params: Params, seed: int) -> dict[str, torch.Tensor]:
+    """Return the weights of the released checkpoint that the recipe names, or of a random encoder."""
+    if params.pretrain.weights:
+        return interop.read_encoder(Path(params.pretrain.weights), params.model)
     seeding.seed_globals(seed, "pretrain init")
-    return Encoder(p.model).vit.state_dict()
+    return Encoder(params.model).vit.state_dict()
 
 
-def train(p: Params, a: Namespace, scratch: Scratch, stage: Stage, about: dict) -> dict:
-    device, row = distributed.set_up(p.compute), p.pretrain.ablation[a.variant]
-    bank, teacher, width = targets_for(p, a, device)
-    seeding.seed_globals(a.seed, "pretrain init")
-    model = MaskedPretraining(p.model, row, p.pretrain.mask_ratio, width).to(device)
+def train(params: Params, args: Namespace, saved: SavedState, stage: Stage, about: dict) -> dict:
+    """Pretrain in this process, one of the launch, and write encoder and decoder. Return {"curve": points}."""
+    device, row = set_up(params.compute), params.pretrain.ablation[args.variant]
+    bank, teacher, width = targets_for(params, args, device)
+    seeding.seed_globals(args.seed, "pretrain init")
+    model = MaskedPretraining(params.model, row, params.pretrain.mask_ratio, width).to(device)
     samples = PretrainSamples(
-        Records(a.records, "train"), a.seed, p.model.image_size, p.model.n_patches, p.pretrain.crop_scale, bank
+        Records(args.records, "train"),
+        args.seed,
+        params.model.image_size,
+        params.model.n_patches,
+        params.pretrain.crop_scale,
+        bank,
     )
-    optimizer = optim.adamw(optim.decay_groups(model, p.pretrain.weight_decay), p.pretrain.betas)
-    settings = FitSettings(stage.title, p.pretrain, p.compute, p.runtime, a.seed, scratch, stage.tracker.point)
+    optimizer = optim.adamw(optim.decay_groups(model, params.pretrain.weight_decay), params.pretrain.betas)
+    settings = FitSettings(stage.title, params.pretrain, params.compute, params.runtime, args.seed, saved, stage.tracker.point)
 
     def to_inputs(batch: dict) -> tuple:
         images = transforms.normalise(batch["image"])
@@ -78,35 +99,26 @@ def train(p: Params, a: Namespace, scratch: Scratch, stage: Stage, about: dict) 
 
     curve = fit(model, samples, optimizer, settings, to_inputs)
     if distributed.rank() == 0:
-        save_weights(a.out / "encoder.safetensors", model.encoder.vit.state_dict(), **about)
-        save_weights(a.out / "decoder.safetensors", model.decoder.state_dict(), **about)
+        save_weights(args.out / "encoder.safetensors", model.encoder.vit.state_dict(), **about)
+        save_weights(args.out / "decoder.safetensors", model.decoder.state_dict(), **about)
     return {"curve": curve}
 
 
-def targets_for(p: Params, a: Namespace, device: torch.device) -> tuple[Bank | None, Callable | None, int | None]:
-    """Where CLIP features come from, and their width: the bank, the teacher asked at every step, or nowhere (pixel targets)."""
-    if p.pretrain.ablation[a.variant].target != "clip":
+def targets_for(params: Params, args: Namespace, device: torch.device) -> tuple[Bank | None, Callable | None, int | None]:
+    """Return (bank, teacher, feature width). The CLIP features come from the bank or, with views: 0, from the teacher at every
+    step; for pixel targets all three are None."""
+    if params.pretrain.ablation[args.variant].target != "clip":
         return None, None, None
-    if p.extract_targets.views:
-        bank = Bank(a.bank)
+    if params.extract_targets.views:
+        bank = Bank(args.bank)
         return bank, None, bank.feature_dim
-    from milan.teacher.frozen import load_tower, look  # here, because open_clip takes seconds to load
+    from milan.teacher.frozen import compute_targets, load_tower  # here, because open_clip takes seconds to load
 
-    tower = load_tower(a.teacher, p.compute, device)
-    return None, lambda images: look(tower, images, p.compute, p.extract_targets.normalisation, p.model.grid), tower.feature_dim
+    tower = load_tower(args.teacher, params.compute, device)
+    settings = (params.compute, params.extract_targets.normalisation, params.model.grid)
+    return None, lambda images: compute_targets(tower, images, *settings), tower.feature_dim
 
 
 if __name__ == "__main__":
-    run(
-        "pretrain",
-        main,
-        __doc__,
-        variant=str,
-        seed=int,
-        records=Path,
-        teacher=Path,
-        bank=Path,
-        out=Path,
-        metrics=Path,
-        curve=Path,
-    )
+    with distributed.torchrun():
+        run("pretrain", main, __doc__, KIND)

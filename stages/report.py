@@ -7,25 +7,25 @@ Writes table.md, table.csv, table.tex and claims.csv, plots/bars.png and plots/c
 well above MAE and no pretraining in linear evaluation; the table states what order there is.
 """
 
-from pathlib import Path
-
 from milan.core.files import write_whole
 from milan.report import claims, plots, table
 from milan.report.results import read_results
-from milan.stage import Stage, run
+from milan.stage import Kind, Stage, run
+
+KIND = Kind(reads=("metrics", "curves", "published"), folders=("out",))
 
 
 def main(stage: Stage) -> None:
-    a = stage.args
-    results = read_results(a.metrics, a.published, stage.params)
+    args = stage.args
+    results = read_results(args.metrics, args.published, stage.params)
     texts = {"table.md": table.markdown, "table.csv": table.csv, "table.tex": table.latex, "claims.csv": claims.csv}
     for name, write in texts.items():
-        write_whole(a.out / name, write(results).encode())
-        stage.tracker.artifact(a.out / name, "report")
-    for name, figure in {"bars.png": plots.bars(results), "curves.png": plots.curves(a.curves, stage.params)}.items():
-        stage.tracker.artifact(plots.save(figure, a.out / "plots" / name), "report/plots")
-    print(f"{a.out / 'table.md'}: {len(results.ours)} variants, {len(stage.params.seeds)} seed(s)", flush=True)
+        write_whole(args.out / name, write(results).encode())
+        stage.tracker.artifact(args.out / name, "report")
+    for name, figure in {"bars.png": plots.bars(results), "curves.png": plots.curves(args.curves, stage.params)}.items():
+        stage.tracker.artifact(plots.save(figure, args.out / "plots" / name), "report/plots")
+    print(f"{args.out / 'table.md'}: {len(results.ours)} variants, {len(stage.params.seeds)} seed(s)", flush=True)
 
 
 if __name__ == "__main__":
-    run("report", main, __doc__, metrics=Path, curves=Path, published=Path, out=Path)
+    run("report", main, __doc__, KIND)

@@ -8,7 +8,6 @@ segment.micro_batch to 16 / GPUs (the run says so). On CPUs it sees one process'
 """
 
 from argparse import Namespace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -17,84 +16,97 @@ from milan.core.progress import track
 from milan.data import seeding, transforms
 from milan.data.records import Records
 from milan.params import Params
-from milan.segmentation import miou, scenes, segmenter
-from milan.stage import Stage, run
+from milan.segmentation import inference, miou, scenes, upernet
+from milan.stage import Kind, Stage, run
 from milan.training import distributed, optim
+from milan.training.device import autocast, resolve_precision, set_up
 from milan.training.loop import FitSettings, fit
-from milan.training.resume import Scratch
+from milan.training.resume import SavedState
 from milan.training.weights import load_weights, save_weights
+
+KIND = Kind(varies=True, reads=("scenes", "weights"), folders=("out",), files=("metrics", "curve"), evaluates="weights")
 
 
 class SegmentLoss(nn.Module):
-    def __init__(self, model: segmenter.Segmenter):
+    def __init__(self, model: upernet.Segmenter):
         super().__init__()
         self.model = model
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        return segmenter.segmentation_loss(*self.model(images), labels)
+        return upernet.segmentation_loss(*self.model(images), labels)
 
 
 def main(stage: Stage) -> None:
-    p, a = stage.params, stage.args
-    stage.tracker.reads(Records(a.scenes, "train"), Records(a.scenes, "val"))
-    recipe = stage.recipe_digest(
-        p.segment, p.model, p.compute, inputs=[a.scenes / "manifest.json", a.weights / "encoder.safetensors"]
-    )
-    scratch = Scratch(f"segment-{a.variant}-{a.seed}", recipe)
-    result = distributed.launch(train, p, a, scratch, stage, recipe)
+    params, args = stage.params, stage.args
+    stage.tracker.reads(Records(args.scenes, "train"), Records(args.scenes, "val"))
+    inputs = {"scenes": args.scenes / "manifest.json", "encoder": args.weights / "encoder.safetensors"}
+    identity = stage.identify({"segment": params.segment, "model": params.model, "compute": params.compute}, **inputs)
+    saved = stage.keep(SavedState(stage.slug, identity, stage.code))
+    result = distributed.launch(train, params, args, saved, stage)
     stage.write_curve(result["curve"])
-    stage.write_metrics(result["metrics"], recipe)
-    stage.tracker.model(a.out, f"segmenter-{a.variant}-{a.seed}")
-    scratch.clean()
+    stage.write_metrics(result["metrics"], identity)
+    stage.tracker.model(args.out, f"segmenter-{args.variant}-{args.seed}")
 
 
-def train(p: Params, a: Namespace, scratch: Scratch, stage: Stage, recipe: str) -> dict:
-    device, x = distributed.set_up(p.compute), p.segment
-    records = Records(a.scenes, "train")
-    seeding.seed_globals(a.seed, "segment init")
-    model = build(p, len(records.manifest["classes"]), load_weights(a.weights / "encoder.safetensors"), device)
+def train(params: Params, args: Namespace, saved: SavedState, stage: Stage) -> dict:
+    device, section = set_up(params.compute), params.segment
+    records = Records(args.scenes, "train")
+    seeding.seed_globals(args.seed, "segment init")
+    model = build(params, len(records.manifest["classes"]), load_weights(args.weights / "encoder.safetensors"), device)
     crop = {
-        "crop_size": x.crop_size,
-        "resize": x.resize,
-        "ratio": x.resize_ratio,
-        "max_share": x.max_class_share,
-        "photometric": x.photometric,
+        "crop_size": section.crop_size,
+        "resize": section.resize,
+        "ratio": section.resize_ratio,
+        "max_share": section.max_class_share,
+        "photometric": section.photometric,
     }
-    data = scenes.SceneSamples(records, a.seed, len(records.manifest["classes"]), **crop)
-    ids = segmenter.encoder_layer_ids(model)
-    groups = optim.layer_decay_groups(model, x.weight_decay, x.layer_decay, ids.__getitem__, p.model.encoder.depth)
-    settings = FitSettings(stage.title, x, p.compute, p.runtime, a.seed, scratch, stage.tracker.point, optim.poly_lr_at)
+    data = scenes.SceneSamples(records, args.seed, len(records.manifest["classes"]), **crop)
+    ids = upernet.encoder_layer_ids(model)
+    groups = optim.layer_decay_groups(
+        model, section.weight_decay, section.layer_decay, ids.__getitem__, params.model.encoder.depth
+    )
+    settings = FitSettings(
+        stage.title, section, params.compute, params.runtime, args.seed, saved, stage.tracker.point, optim.poly_lr_at
+    )
     loss = SegmentLoss(model)
-    curve = fit(loss, data, optim.adamw(groups, x.betas), settings, lambda b: (transforms.normalise(b["image"]), b["label"]))
+    curve = fit(
+        loss,
+        data,
+        optim.adamw(groups, section.betas),
+        settings,
+        lambda batch: (transforms.normalise(batch["image"]), batch["label"]),
+    )
     if distributed.rank() == 0:
-        save_weights(a.out / "segmenter.safetensors", model.state_dict())
-    return {"curve": curve, "metrics": assess(p, model, Records(a.scenes, "val"), device)}
+        save_weights(args.out / "segmenter.safetensors", model.state_dict())
+    return {"curve": curve, "metrics": assess(params, model, Records(args.scenes, "val"), device)}
 
 
-def build(p: Params, classes: int, encoder: dict[str, Tensor], device: torch.device) -> segmenter.Segmenter:
-    x, e = p.segment, p.model.encoder
+def build(params: Params, classes: int, encoder: dict[str, Tensor], device: torch.device) -> upernet.Segmenter:
+    section, encoder_size = params.segment, params.model.encoder
     norm = "sync" if device.type == "cuda" else "batch"
     if norm == "sync":
-        say_what_batch_norm_sees(x.batch_size, x.micro_batch)
-    model = segmenter.Segmenter(
-        x.crop_size,
-        p.model.patch_size,
-        e.embed_dim,
-        e.depth,
-        e.num_heads,
+        say_what_batch_norm_sees(section.batch_size, section.micro_batch)
+    model = upernet.Segmenter(
+        section.crop_size,
+        params.model.patch_size,
+        encoder_size.embed_dim,
+        encoder_size.depth,
+        encoder_size.num_heads,
         classes,
-        x.channels,
-        x.aux_channels,
-        x.out_blocks,
-        x.drop_path,
+        section.channels,
+        section.aux_channels,
+        section.out_blocks,
+        section.drop_path,
         norm=norm,
     )
-    segmenter.load_encoder(model, encoder)
-    return model.to(device, memory_format=torch.channels_last)  # its convolutions are a quarter faster so
+    upernet.load_encoder(model, encoder)
+    return model.to(device, memory_format=torch.channels_last)  # its convolutions then run a quarter faster
 
 
 def say_what_batch_norm_sees(batch_size: int, micro_batch: int) -> None:
-    """On GPUs the one thing besides rounding that depends on the number of processes: as published, all of the batch."""
+    """Say over how many images batch norm computes its statistics where that is not the whole batch, as published.
+
+    On GPUs this is the only thing, besides rounding, that depends on the number of processes."""
     world = distributed.world_size()
     if distributed.rank() == 0 and micro_batch * world != batch_size:
         mend = f"-S segment.micro_batch={batch_size // world}" if batch_size % world == 0 else "another number of processes"
@@ -105,28 +117,29 @@ def say_what_batch_norm_sees(batch_size: int, micro_batch: int) -> None:
         )
 
 
-def assess(p: Params, model: segmenter.Segmenter, val: Records, device: torch.device) -> dict:
-    """Slide-window inference at the recipe's scale, compared at the scenes' own size; exact over processes."""
-    classes, precision = len(val.manifest["classes"]), distributed.resolve_precision(p.compute, device)
+def assess(params: Params, model: upernet.Segmenter, val: Records, device: torch.device) -> dict:
+    """Return mIoU and accuracies in %: sliding-window inference at the recipe's scale, compared at each scene's own size."""
+    classes, precision = len(val.manifest["classes"]), resolve_precision(params.compute, device)
     counts = torch.zeros(classes, classes, dtype=torch.int64)
     mine = range(distributed.rank(), len(val), distributed.world_size())
     for index in track(mine, "segmenting", len(mine)) if distributed.rank() == 0 else mine:
-        image, labels = scenes.scene(val[index], classes)
-        with distributed.autocast(precision, device):
-            logits = scene_logits(p, model, image.to(device), classes)
-        logits = nn.functional.interpolate(logits, size=labels.shape, mode="bilinear", align_corners=False)
-        counts += miou.confusion(logits.argmax(dim=1)[0].cpu(), labels, classes)
+        image, labels = scenes.decode_scene(val[index], classes)
+        with autocast(precision, device):
+            logits = scene_logits(params, model, image.to(device), classes)
+        predicted = upernet.resize_maps(logits, labels.shape).argmax(dim=1)[0]
+        counts += miou.confusion(predicted.cpu(), labels, classes)
     scores = miou.scores(distributed.total(counts))
     return {f"segment/{name}": value for name, value in scores.items() if name != "class_iou"}
 
 
-def scene_logits(p: Params, model: segmenter.Segmenter, image: Tensor, classes: int) -> Tensor:
-    """uint8 (3, H, W) -> logits (1, C, h, w) at the recipe's test scale."""
-    resized, _ = scenes.resize_scene(image, None, p.segment.resize, 1.0)
-    return segmenter.slide_logits(
-        model, transforms.normalise(resized.unsqueeze(0)), p.segment.crop_size, p.segment.stride, classes
+def scene_logits(params: Params, model: upernet.Segmenter, image: Tensor, classes: int) -> Tensor:
+    """Return logits (1, C, h, w) of an image, uint8 (3, H, W), at the recipe's test scale."""
+    resized, _ = scenes.resize_scene(image, None, params.segment.resize, 1.0)
+    return inference.slide_logits(
+        model, transforms.normalise(resized.unsqueeze(0)), params.segment.crop_size, params.segment.stride, classes
     )
 
 
 if __name__ == "__main__":
-    run("segment", main, __doc__, variant=str, seed=int, scenes=Path, weights=Path, out=Path, metrics=Path, curve=Path)
+    with distributed.torchrun():
+        run("segment", main, __doc__, KIND)

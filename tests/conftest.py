@@ -20,12 +20,35 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # `make test` runs three processe
 import torch  # noqa: E402
 import yaml  # noqa: E402
 
+from milan.core.identity import Identity  # noqa: E402
 from milan.data import records  # noqa: E402
 from milan.params import Params  # noqa: E402
 from milan.stage import Stage  # noqa: E402
+from milan.training.resume import SavedState  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 SLOWEST = ("test_pipeline.py", "test_rehearsal.py")
+SLOW = (  # files, or tests, that run stages, servers or processes: `make test-fast` leaves them out
+    "convert/test_released_weights.py",
+    "core/test_parallel.py::test_no_worker_outlives_a_killed_parent",
+    "report/test_browser.py",
+    "report/test_readme.py::test_the_plan_is_what_the_planner_says",
+    "serve/test_serving.py",
+    "stages/test_offline.py",
+    "stages/test_pipeline.py",
+    "stages/test_rehearsal.py",
+    "stages/test_stage.py",
+    "stages/test_torture.py",
+    "stages/test_variants.py",
+    "teacher/test_frozen.py::test_features_are_timm_s_without_registers",
+    "test_benchmarks.py",
+    "test_fuzz.py",
+    "test_golden.py::test_stored_numbers_of_the_original",
+    "test_plan.py::test_the_command",
+    "tracking/test_stores.py",
+    "tracking/test_tracker.py::test_an_outage_keeps_everything_and_says_so",
+    "training/test_processes.py",
+)
 
 # The first backward pass counts the devices. Later than a FakeTensorMode, which pretends a GPU, it would start a thread for
 # that one, and no process forked from here could train.
@@ -33,7 +56,11 @@ torch.ones(1, requires_grad=True).backward()
 
 
 def pytest_collection_modifyitems(items: list) -> None:
-    """The longest files first, so that no process is left alone with one at the end."""
+    """Mark the slow tests. Sort the longest files first, so that no process is left alone with one at the end."""
+    for item in items:
+        place = f"{item.path.relative_to(ROOT / 'tests').as_posix()}::{getattr(item, 'originalname', item.name)}"
+        if any(place == entry or place.startswith(f"{entry}::") for entry in SLOW):
+            item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: (*SLOWEST, item.path.name).index(item.path.name))
 
 
@@ -86,6 +113,11 @@ def workplace(tmp_path, monkeypatch, one_thread) -> Path:
     """An empty folder to work in; .scratch and whatever else is relative lands there."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def saved_state(name: str = "stage", recipe: str = "recipe", code: dict[str, str] | None = None) -> SavedState:
+    """Where the state of a training of this recipe is kept."""
+    return SavedState(name, Identity({"recipe": recipe}), code or {"milan/a.py": "1"})
 
 
 def forked(function: Callable, *arguments) -> int:

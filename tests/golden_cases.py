@@ -17,7 +17,7 @@ from milan.method import model as pretraining
 from milan.method.encoder import build_vit
 from milan.method.pos_embed import interpolate_pos_embed, sincos_pos_embed
 from milan.teacher import released
-from milan.teacher.clip import ClipTower
+from milan.teacher.towers import ClipTower
 from milan.training import optim
 from tests.golden import SAMPLED, SAMPLES, Case
 
@@ -148,7 +148,7 @@ def clip_tower(case: Case) -> dict:
     state = {name: case.weight(name, shape) for name, shape in case.shapes.items()}
     state |= {name: torch.tensor(value) for name, value in case.entry.get("extra_int_keys", {}).items()}
     tower = ClipTower(empty_clip(case.config).visual).eval()
-    released.load(tower, released.image_state(state), Path(case.name))
+    released.load_as_float32(tower, released.image_state(state), Path(case.name))
     last, seen = tower.visual.transformer.resblocks[-1], []
     last.ln_1.register_forward_hook(lambda *module_inputs_and_output: seen.append(module_inputs_and_output[-1]))
     side = case.config["image"]

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from milan import params
-from milan.core import typed
+from milan.core.validation import validate
 from milan.data import transforms
 from milan.evaluation.classifier import FinetuneLoss, build_classifier
 from milan.evaluation.linear import LinearHead, ProbeLoss
@@ -36,7 +36,7 @@ TINY = params.Model("golden", 8, 4, params.TransformerSize(16, 3, 2), params.Tra
 def composed(scale: str) -> params.Params:
     with initialize_config_dir(str(CONF), version_base=None):
         tree = OmegaConf.to_container(compose("config", overrides=[f"scale={scale}"]))
-    return typed.build(params.Params, tree, f"conf/scale/{scale}.yaml")
+    return validate(params.Params, tree, f"conf/scale/{scale}.yaml")
 
 
 def recipe(content: dict) -> Iterator[tuple]:
@@ -79,9 +79,9 @@ def values(p: params.Params) -> dict:
     found |= {f"{name}.effective_batch": s.batch_size for name, s in (("pretrain", x), ("linprobe", probe), ("finetune", f))}
     return found | {
         "pretrain.blr": x.lr * 256 / x.batch_size,
-        "pretrain.gpus": p.world,
+        "pretrain.gpus": p.world_size,
         "pretrain.per_gpu": x.micro_batch,
-        "pretrain.accum_iter": x.batch_size // (x.micro_batch * p.world),
+        "pretrain.accum_iter": x.batch_size // (x.micro_batch * p.world_size),
         "pretrain.drop_last": Order(10, 4, 4, 1, 0).steps_per_epoch == 2,
         "linprobe.blr_base": probe.lr * 256 / probe.batch_size,
         "linprobe.sync_bn": not isinstance(LinearHead(4, 2).norm, nn.BatchNorm1d),

@@ -82,8 +82,8 @@ def boxes(draw: Callable, scale: list[float]) -> np.ndarray:
 def stage_draw(name: str, p: params.Params) -> Callable:
     """How the stage itself draws its crops."""
     if name.startswith("linprobe"):
-        return linear_eval.training_data(p, 0, [], None, torch.device("cpu"))[0].draw
-    return finetune.samples(p, [], 0).draw if name.startswith("finetune") else transforms.draw_crop
+        return linear_eval.training_data(p, 0, [], None, torch.device("cpu"))[0].draw_crop
+    return finetune.samples(p, [], 0).draw_crop if name.startswith("finetune") else transforms.draw_crop
 
 
 def reference_boxes(args: dict) -> np.ndarray:

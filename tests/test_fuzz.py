@@ -27,9 +27,9 @@ from PIL import Image
 
 from milan.convert import interop
 from milan.core.errors import UserError
-from milan.core.typed import arithmetic, build
+from milan.core.validation import arithmetic, validate
 from milan.data import records, transforms
-from milan.evaluation.classifier import About, load_classifier, save_classifier
+from milan.evaluation.classifier import ClassifierInfo, load_classifier, save_classifier
 from milan.ingest import archives, labels, packing
 from milan.ingest.archives import File
 from milan.method import target_bank
@@ -138,7 +138,7 @@ def agrees(built, given) -> bool:
 
 def test_recipes(committed_tree):
     def attempt(tree) -> None:
-        assert agrees(dataclasses.asdict(build(Params, tree, "params.yaml")), tree)
+        assert agrees(dataclasses.asdict(validate(Params, tree, "params.yaml")), tree)
 
     near = st.sampled_from([1, 2, 4, 8, 0.5, 0.001, True, None, "milan"])
     inputs = changes(committed_tree) | changes(committed_tree, near) | changes(committed_tree, near)
@@ -153,7 +153,10 @@ def test_recipe_files(tmp_path):
 
 def test_sums():
     def attempt(text: str) -> None:
-        value = arithmetic(text, "here")
+        try:
+            value = arithmetic(text)
+        except ValueError as error:
+            raise UserError(str(error)) from None
         assert value == eval(text, {"__builtins__": {}}), text  # of digits and signs alone
 
     count = campaign("a sum", st.text("0123456789.e+-*/() ", max_size=12), attempt, 8)
@@ -173,7 +176,7 @@ def test_record_shards(tmp_path):
         found = records.Records(tmp_path, "train")
         assert len([found[k] for k in range(len(found))]) == len(found.column("image")) == found.about()["images"]
         assert all(isinstance(row["image"], bytes) and row.get("label", 0) in (0, 1, 2) for row in (found[k] for k in range(10)))
-        provenance.read_data(tmp_path)
+        provenance.read_data(tmp_path, None)
 
     shard = (tmp_path / "train-0.arrow").read_bytes()
     count = campaign("a shard", damages(shard), lambda data: attempt(saved(tmp_path / "train-0.arrow", data)), 4)
@@ -217,7 +220,7 @@ def test_teachers(tmp_path, committed_tree):
     tiny = TinyClip(**sizes, text_width=16, text_heads=1, text_layers=1, context_length=5)
     clip.save_teacher(tmp_path, clip.build_tiny(tiny, 16, 8, 3), clip.tiny_config(tiny, MODEL, [1, 2, 3]))
     about = json.loads((tmp_path / "teacher.json").read_text())
-    compute = build(Params, committed_tree, "params.yaml").compute
+    compute = validate(Params, committed_tree, "params.yaml").compute
 
     def attempt(tree) -> None:
         saved(tmp_path / "teacher.json", tree)
@@ -230,7 +233,7 @@ def test_teachers(tmp_path, committed_tree):
 
 def test_classifiers(tmp_path):
     vit = build_vit(MODEL, num_classes=3, global_pool="avg")
-    save_classifier(tmp_path, vit, About(MODEL, "mean", 16, ["a", "b", "c"]))
+    save_classifier(tmp_path, vit, ClassifierInfo(MODEL, "mean", 16, ["a", "b", "c"]))
     about = json.loads((tmp_path / "classifier.json").read_text())
 
     def attempt(tree) -> None:
@@ -417,7 +420,7 @@ def test_locks(tmp_path, committed_tree, monkeypatch):
     monkeypatch.chdir(tmp_path)
     item = {"path": "a", "md5": "b"}
     lock = {"stages": {"pretrain@milan-0": {"cmd": "x", "deps": [item], "outs": [item]}}}
-    params = build(Params, committed_tree, "params.yaml")
+    params = validate(Params, committed_tree, "params.yaml")
     plain = st.recursive(
         st.none() | st.integers(0, 9) | st.text("ab", max_size=3),
         lambda some: st.lists(some, max_size=3) | st.dictionaries(st.text("ab", max_size=3), some, max_size=3),

@@ -30,7 +30,7 @@ from milan import stage
 from milan.convert import interop
 from milan.core.errors import UserError
 from milan.core.redaction import discreet
-from milan.core.typed import build
+from milan.core.validation import validate
 from milan.data import records
 from milan.data.records import Records
 from milan.evaluation.classifier import load_classifier
@@ -43,10 +43,9 @@ from milan.teacher.clip import load_teacher
 from milan.teacher.released import fetch_teacher
 from milan.tracking import logger, runs, tracker
 from milan.training.foreign import read_foreign
-from milan.training.resume import Scratch
 from milan.training.weights import load_weights
 from stages import prepare_imagenet
-from tests.conftest import ROOT
+from tests.conftest import ROOT, saved_state
 from tests.layouts import class_tree
 
 # Programs in the place of data.
@@ -129,14 +128,16 @@ PROGRAMS = {
 
 def as_scratch(path: Path) -> None:
     """A state whose digest is right, as whoever writes it can make it."""
-    data, scratch = path.read_bytes(), Scratch("stage", "recipe")
-    scratch.folder.mkdir(parents=True, exist_ok=True)
-    (scratch.folder / "state-000000001.pt").write_bytes(hashlib.sha256(data).digest() + data)
-    scratch.load()
+    data, saved = path.read_bytes(), saved_state()
+    saved.folder.mkdir(parents=True, exist_ok=True)
+    (saved.folder / "state-000000001.pt").write_bytes(hashlib.sha256(data).digest() + data)
+    saved.load()
 
 
 def as_bank(path: Path) -> None:
     folder = path.parent / "bank"
+    folder.mkdir(exist_ok=True)
+    np.save(folder / "crc-00000.npy", np.zeros((1, 1, 3), np.uint32))
     target_bank.finish(folder, views=1, shard_images=1, feature_dim=1, images=1)
     for name in target_bank.ARRAYS:
         (folder / f"{name}-00000.npy").write_bytes(path.read_bytes())
@@ -166,13 +167,13 @@ def as_teacher(path: Path) -> None:
     fetch_teacher(Pretrained("open_clip", "ViT-B-32", None, str(path), None), path.parent / "teacher")
 
 
-MODEL = build(Params, yaml.safe_load((ROOT / "params.yaml").read_text()), "params.yaml").model
+MODEL = validate(Params, yaml.safe_load((ROOT / "params.yaml").read_text()), "params.yaml").model
 READERS = {
     "a released checkpoint .pth": lambda path: interop.read_encoder(named(path, "a.pth"), MODEL),
     "a released checkpoint .pt": lambda path: interop.read_encoder(named(path, "a.pt"), MODEL),
     "a released checkpoint .safetensors": lambda path: interop.read_encoder(named(path, "a.safetensors"), MODEL),
     "a checkpoint to convert": lambda path: interop.convert(named(path, "a.pth"), path.with_name("b.safetensors"), "timm"),
-    "a decoder": lambda path: interop.decoder_of(named(path, "a.pth")),
+    "a decoder": lambda path: interop.read_decoder(named(path, "a.pth")),
     "a teacher .pt": lambda path: as_teacher(named(path, "a.pt")),
     "a teacher .safetensors": lambda path: as_teacher(named(path, "a.safetensors")),
     "weights of a stage": load_weights,
@@ -463,11 +464,11 @@ def test_a_run_tells_nothing_of_its_user(secretive, tree, monkeypatch):
     records.write_manifest(secretive / "alice", splits={"train": {"images": 0, "shards": []}}, classes=[], source="x")
     monkeypatch.setattr(tracker, "subprocess", SimpleNamespace(Popen=lambda *_, **__: None, DEVNULL=None))
     out = secretive / "alice" / "out.json"
-    here = stage.Stage("teacher", argparse.Namespace(out=out, metrics=out, seed=0), build(Params, tree, "params.yaml"))
+    here = stage.Stage("teacher", argparse.Namespace(out=out, metrics=out, seed=0), validate(Params, tree, "params.yaml"))
 
     def main(here: stage.Stage) -> None:
         here.tracker.reads(Records(secretive / "alice", "train"))
-        here.write_metrics({"teacher/loss": 0.5}, "recipe")
+        here.write_metrics({"teacher/loss": 0.5}, here.identify({}))
 
     stage.tracked(here, main)
     (spool,) = tracker.SPOOLS.glob("*.jsonl")
@@ -500,7 +501,6 @@ def test_a_manifest_and_the_page_tell_nothing(secretive, tree, monkeypatch):
     tree["prepare_imagenet"]["pairs"] = 0
     folder = secretive / "records"
     folder.mkdir()
-    prepare_imagenet.pack(root, folder, build(Params, tree, "params.yaml"), "/home/alice/images")
-    assert json.loads((folder / "manifest.json").read_text())["source"] == "~/images"
+    prepare_imagenet.pack(root, folder, validate(Params, tree, "params.yaml"), "/home/alice/images")
     assert "alice" not in "".join(path.read_bytes().decode(errors="replace") for path in folder.iterdir())
-    assert provenance.read_data(folder).source == "~/images"
+    assert provenance.read_data(folder, "/home/alice/images").source == "~/images"

@@ -1,1 +1,1 @@
-"""What others call the same weights: official MILAN, MAE, mmpretrain, OpenAI and timm, read and written."""
+"""Other projects' names for the same weights: official, MAE, mmpretrain, OpenAI, timm; in and out."""

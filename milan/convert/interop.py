@@ -1,16 +1,16 @@
-"""Weights in other people's layouts: the official MILAN and MAE releases, mmpretrain / mmselfsup, OpenAI's CLIP,
-timm. Reading, writing and converting only rename and reshape: a round trip gives back the same bits.
+"""Read, write and convert checkpoints in the layouts of the official MILAN and MAE releases, mmpretrain / mmselfsup, OpenAI's
+CLIP and timm. Tensors are only renamed and reshaped: a round trip gives back the same bits.
 
-    python -m milan.convert.interop convert IN OUT --to timm|official|mmpretrain|openai [--decoder FILE]
+    python -m milan.convert IN OUT --to timm|official|mmpretrain|openai [--decoder FILE]
 
-The common tongue is the official one, in which the encoder's names are timm's own:
+Every conversion goes through the official layout, in which the encoder has timm's names:
 
     official     {"model": ...} .pth      cls_token, blocks.0.attn.qkv.weight, ..., decoder_embed.weight, ...
     mmpretrain   {"state_dict": ...} .pth backbone.layers.0.attn.qkv.weight, ..., neck.decoder_embed.weight, ...
     openai       state dict .pth          visual.transformer.resblocks.0.attn.in_proj_weight, ... (a CLIP, no MILAN)
     timm         .safetensors             the encoder alone, or the image tower of a CLIP
 
-Position embeddings are carried over, never drawn anew: mmpretrain's table has its halves swapped.
+Position embeddings are copied, never computed again: mmpretrain's table has its halves swapped.
 """
 
 import argparse
@@ -24,9 +24,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from milan.convert import layouts
-from milan.convert.layouts import State, depth, split
+from milan.convert.layouts import State, depth, split_decoder
 from milan.core.errors import UserError
 from milan.core.files import write_whole
+from milan.core.validation import validate
 from milan.method.decoder import DECODERS
 from milan.method.encoder import build_vit
 from milan.params import Model, TransformerSize
@@ -36,32 +37,35 @@ CLIP_INTEGERS = ("input_resolution", "context_length", "vocab_size")
 
 
 def read_encoder(path: str | Path, model: Model) -> State:
-    """The encoder of a checkpoint in any layout, under timm's names, for a ViT of the recipe's size.
+    """Read the encoder of a checkpoint in any layout, under timm's names, for a ViT of the recipe's size.
 
-    Raises UserError with the exact list of missing, unexpected and misshapen keys."""
+    Raises UserError for a CLIP, and with the list of missing, unexpected and misshapen keys or the tensor that is no
+    weights."""
     state = read(path)
     if layouts.is_clip(state):
-        raise UserError(f"{path} is a CLIP checkpoint: a teacher, no student. Name it under teacher.pretrained.file instead.")
-    encoder, _ = split(state)
+        raise UserError(f"{path} is a CLIP checkpoint: a teacher, no student. Set teacher.pretrained.file to it instead.")
+    encoder, _ = split_decoder(state)
     check(encoder, encoder_shapes(model), path)
     foreign.check_weights(encoder, path)
     return encoder
 
 
 def read(path: str | Path) -> State:
-    """All weights of a checkpoint under official names (a CLIP's stay as they are)."""
+    """Read all weights of a checkpoint under official names; a CLIP keeps its own."""
     state = load(Path(path))
     return layouts.from_mmpretrain(state, path) if any(name.startswith("backbone.") for name in state) else state
 
 
 def load(path: Path) -> State:
-    """Tensors of a .safetensors file or of a pickle, unwrapped; no code in the file is ever run."""
+    """Read the state dict of a .safetensors file or a pickle; no code in the file is run. Raises UserError for any other
+    file."""
     content = foreign.read_foreign(path)
     return content if path.suffix == ".safetensors" else unwrap(content, path)
 
 
 def unwrap(content, path: Path) -> State:
-    """The state dict inside {"model": ...} (official, MAE), {"state_dict": ...} (mmpretrain), or bare."""
+    """Return the state dict of a checkpoint: {"model": ...} (official, MAE), {"state_dict": ...} (mmpretrain) or bare. Raises
+    UserError when it holds none, or anything but tensors by name."""
     for wrapper in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
@@ -75,53 +79,58 @@ def unwrap(content, path: Path) -> State:
 
 
 def encoder_shapes(model: Model) -> dict[str, torch.Size]:
+    """Return the shapes of an encoder of these sizes, under timm's names."""
     with torch.device("meta"):
         return {name: tensor.shape for name, tensor in build_vit(model).state_dict().items()}
 
 
 def decoder_shapes(decoder: State, encoder_dim: int, grid: int) -> dict[str, torch.Size]:
-    """Of a whole decoder with this one's kind, depth and widths (4 where the tensor that tells is missing)."""
+    """Return the shapes of a complete decoder with the kind, depth and widths of this one; a width is 4 where the tensor that
+    gives it is missing."""
     kind = "prompt" if any(".attn.kv." in name for name in decoder) else "mae"
-    known = {name: len(tensor) for name, tensor in decoder.items() if tensor.ndim}
-    dim, out_dim = known.get("decoder_embed.weight", 4), known.get("decoder_pred.weight", 4)
+    rows = {name: len(tensor) for name, tensor in decoder.items() if tensor.ndim}
+    dim, out_dim = rows.get("decoder_embed.weight", 4), rows.get("decoder_pred.weight", 4)
     with torch.device("meta"):
-        whole = DECODERS[kind](encoder_dim, dim, depth(decoder, "decoder_blocks."), 1, grid, out_dim)
-    return {name: tensor.shape for name, tensor in whole.state_dict().items()}
+        complete = DECODERS[kind](encoder_dim, dim, depth(decoder, "decoder_blocks."), 1, grid, out_dim)
+    return {name: tensor.shape for name, tensor in complete.state_dict().items()}
 
 
 def clip_shapes(tower: State, path: str | Path) -> dict[str, torch.Size]:
-    """Of a whole image tower with this one's widths and depth, in timm's names."""
-    need_vit(tower, {"patch_embed.proj.weight": 4, "pos_embed": 3, "head.weight": 2}, path)
+    """Return the shapes of a complete image tower with the widths and depth of this one, under timm's names. Raises UserError
+    where a tensor that gives them is missing or misshapen."""
+    require_vit(tower, {"patch_embed.proj.weight": 4, "pos_embed": 3, "head.weight": 2}, path)
     (width, _, _, patch), (_, rows, _) = tower["patch_embed.proj.weight"].shape, tower["pos_embed"].shape
     size = {"img_size": math.isqrt(rows - 1) * patch, "patch_size": patch, "embed_dim": width}
     with torch.device("meta"):
-        whole = VisionTransformer(
+        complete = VisionTransformer(
             **size, depth=depth(tower, "blocks."), num_heads=1, num_classes=len(tower["head.weight"]), pre_norm=True
         )
-    return {name: tensor.shape for name, tensor in whole.state_dict().items()}
+    return {name: tensor.shape for name, tensor in complete.state_dict().items()}
 
 
-def need_vit(state: State, dimensions: dict[str, int], path: str | Path) -> None:
-    """Raises UserError unless what tells a ViT's sizes is there."""
-    layouts.need(state, dimensions, path)
+def require_vit(state: State, dimensions: dict[str, int], path: str | Path) -> None:
+    """Raise UserError unless a state dict holds blocks and, with so many dimensions, the tensors that give a ViT's sizes."""
+    layouts.require(state, dimensions, path)
     if not depth(state, "blocks."):
-        raise UserError(f"{path} holds no ViT: it has no blocks.* (in timm's names). It is no whole model; fetch it again.")
+        raise UserError(f"{path} holds no ViT: it has no blocks.* (in timm's names). It is no complete model; fetch it again.")
 
 
 def check(state: State, expected: dict[str, torch.Size], where: str | Path) -> None:
-    """Refuse a state dict with missing, unexpected or misshapen keys, naming each."""
-    if found := weights.misfits(state, expected):
-        raise UserError(f"{where} does not fit the model. {found}. Give a checkpoint of this size, or set `model` to its size.")
+    """Raise UserError that names the missing, unexpected and misshapen keys of a state dict, if it has any."""
+    if misfits := weights.misfits(state, expected):
+        raise UserError(f"{where} does not fit the model. {misfits}. Give a checkpoint of this size, or set `model` to its size.")
 
 
-def check_whole(encoder: State, decoder: State, path: str | Path, decoder_path: str | Path) -> None:
-    """Refuse a MILAN or MAE checkpoint that is not complete by its own measure."""
-    need_vit(encoder, {"pos_embed": 3, "patch_embed.proj.weight": 4}, path)
+def check_complete(encoder: State, decoder: State, path: str | Path, decoder_path: str | Path) -> None:
+    """Raise UserError unless a MILAN or MAE checkpoint is a complete model of the sizes that its own tensors have."""
+    require_vit(encoder, {"pos_embed": 3, "patch_embed.proj.weight": 4}, path)
     (_, rows, width), (*_, patch) = encoder["pos_embed"].shape, encoder["patch_embed.proj.weight"].shape
     grid = math.isqrt(max(rows - 1, 1))
     try:
-        tower = TransformerSize(width, depth(encoder, "blocks."), 1)
-        check(encoder, encoder_shapes(Model("checkpoint", grid * patch, patch, tower, tower)), path)
+        tower = {"embed_dim": width, "depth": depth(encoder, "blocks."), "num_heads": 1}
+        size = {"name": "checkpoint", "image_size": grid * patch, "patch_size": patch, "encoder": tower}
+        model = validate(Model, {**size, "decoder": TransformerSize(4, 1, 1)}, f"{path} holds a model that cannot be built here")
+        check(encoder, encoder_shapes(model), path)
         if decoder:
             check(decoder, decoder_shapes(decoder, width, grid), decoder_path)
     except ValueError as error:
@@ -131,8 +140,10 @@ def check_whole(encoder: State, decoder: State, path: str | Path, decoder_path: 
 
 
 def convert(source: Path, target: Path, layout: str, decoder_file: Path | None = None) -> str:
-    """Write `source` as `target` in another layout; says what was written. With layout timm the decoder goes to
-    `decoder_file`; with the others it comes from there when `source` is an encoder alone."""
+    """Write `source` as `target` in another layout, and return a line that describes the result.
+
+    decoder_file: with layout timm the file to write the decoder to; with the others the file to read it from when `source`
+    is an encoder alone. Raises UserError for a source, a layout or a file name that does not fit."""
     suffixes = (".safetensors",) if layout == "timm" else (".pth", ".pt")
     if target.suffix not in suffixes:
         raise UserError(f"{target}: the {layout} layout is written as {' or '.join(suffixes)}; rename OUT.")
@@ -143,19 +154,19 @@ def convert(source: Path, target: Path, layout: str, decoder_file: Path | None =
         return convert_clip(state, target, layout, source)
     if layout == "openai":
         raise UserError(f"{source} is no CLIP, so it has no openai layout; choose timm, official or mmpretrain.")
-    encoder, decoder = split(state)
-    origin = source
+    encoder, decoder = split_decoder(state)
+    decoder_source = source
     if decoder_file and bool(decoder) != (layout == "timm"):
         raise UserError(f"{source} {'already has a' if decoder else 'has no'} decoder; leave out --decoder.")
     if decoder_file and layout != "timm":
-        origin, decoder = decoder_file, decoder_of(decoder_file)
-    check_whole(encoder, decoder, source, origin)
+        decoder_source, decoder = decoder_file, read_decoder(decoder_file)
+    check_complete(encoder, decoder, source, decoder_source)
     return write(encoder, decoder, target, layout, decoder_file)
 
 
-def decoder_of(path: Path) -> State:
-    """Raises UserError when there is none in the file."""
-    decoder = split(read(path))[1]
+def read_decoder(path: Path) -> State:
+    """Read the decoder of a checkpoint. Raises UserError when it has none."""
+    _, decoder = split_decoder(read(path))
     if not decoder:
         raise UserError(
             f"{path} holds no decoder tensors (decoder_*, mask_token): give --decoder the file that it was written to."
@@ -164,21 +175,22 @@ def decoder_of(path: Path) -> State:
 
 
 def write(encoder: State, decoder: State, target: Path, layout: str, decoder_file: Path | None) -> str:
-    said = f"{target}: {len(encoder)} encoder tensors"
+    """Write encoder and decoder in a layout, and return a line that describes the result."""
+    summary = f"{target}: {len(encoder)} encoder tensors"
     if layout != "timm":
         state = {**encoder, **decoder}
         save_pth(target, {"model": state} if layout == "official" else {"state_dict": layouts.to_mmpretrain(state)})
-        return f"{said}, {len(decoder)} decoder tensors"
-    if decoder_file:  # first: where OUT is, all is
+        return f"{summary}, {len(decoder)} decoder tensors"
+    if decoder_file:  # before OUT, so that OUT exists only once all is written
         weights.save_weights(decoder_file, decoder, format="pt")
     weights.save_weights(target, encoder, format="pt")
     if decoder_file:
-        return f"{said}; {decoder_file}: {len(decoder)} decoder tensors"
-    return said + (f" ({len(decoder)} decoder tensors left out; --decoder FILE keeps them)" if decoder else "")
+        return f"{summary}; {decoder_file}: {len(decoder)} decoder tensors"
+    return summary + (f" ({len(decoder)} decoder tensors left out; --decoder FILE keeps them)" if decoder else "")
 
 
 def convert_clip(state: State, target: Path, layout: str, source: Path) -> str:
-    """A CLIP between OpenAI's and timm's layout; timm's has the image tower alone."""
+    """Write a CLIP in timm's layout (the image tower alone) or OpenAI's, and return a line that describes the result."""
     if layout not in ("timm", "openai"):
         raise UserError(f"{source} is a CLIP checkpoint, which has no {layout} layout; choose timm or openai.")
     in_timm = "norm_pre.weight" in state
@@ -193,31 +205,29 @@ def convert_clip(state: State, target: Path, layout: str, source: Path) -> str:
 
 
 def save_pth(path: Path, content: dict) -> None:
+    """Write content as torch.save does, whole or not at all."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     write_whole(path, buffer.getvalue())
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the command line, and return its exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m milan.convert.interop", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m milan.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    command = parser.add_subparsers(required=True).add_parser("convert", help="write a checkpoint in another layout")
-    command.add_argument("source", type=Path, metavar="IN", help="a .pth, .pt or .safetensors file in any of the layouts")
-    command.add_argument("target", type=Path, metavar="OUT", help="the file to write")
-    command.add_argument("--to", required=True, choices=("timm", "official", "mmpretrain", "openai"), dest="layout")
-    command.add_argument("--decoder", type=Path, metavar="FILE", dest="decoder_file", help="the decoder's own .safetensors")
+    parser.add_argument("source", type=Path, metavar="IN", help="a .pth, .pt or .safetensors file in any of the layouts")
+    parser.add_argument("target", type=Path, metavar="OUT", help="the file to write")
+    parser.add_argument("--to", required=True, choices=("timm", "official", "mmpretrain", "openai"), dest="layout")
+    parser.add_argument("--decoder", type=Path, metavar="FILE", dest="decoder_file", help="the decoder's own .safetensors")
     try:
         print(convert(**vars(parser.parse_args(arguments))))
     except UserError as error:
         print(error, file=sys.stderr)
         return 1
-    except OSError as error:  # of writing: what cannot be read is a UserError
+    except OSError as error:  # from writing; a file that cannot be read is a UserError
         where = error.filename2 or error.filename
         print(f"error: {where}: {error.strerror}. Give the path of a file in a folder that you may write to.", file=sys.stderr)
         return 1
     return 0
 
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,7 +1,7 @@
-"""What others call the same weights: names and shapes only, no files (those are interop's).
+"""Translate state dicts between layouts: names and shapes only, no files (interop.py has those).
 
-The common tongue is the official one of MAE and MILAN, in which the encoder's names are timm's own. Every
-translation has its inverse, and gives back the same bits.
+Every translation goes to or from the official names of MAE and MILAN, in which the encoder has timm's names. Each has an
+inverse that gives back the same bits.
 """
 
 from pathlib import Path
@@ -13,8 +13,8 @@ from milan.core.errors import UserError
 
 State = dict[str, Tensor]
 
-# (mmpretrain, official) beginnings of names; read from left to right or from right to left, the first match counts.
-BEGINNINGS = (
+# (mmpretrain, official) prefixes of names, translated in either direction; the first match counts.
+PREFIXES = (
     ("neck.ln1.", "decoder_norm."),
     ("neck.mask_token", "mask_token"),
     ("neck.decoder_", "decoder_"),
@@ -26,8 +26,8 @@ BEGINNINGS = (
 )
 BLOCK_PARTS = ((".ln1.", ".norm1."), (".ln2.", ".norm2."), (".ffn.layers.0.0.", ".mlp.fc1."), (".ffn.layers.1.", ".mlp.fc2."))
 
-# (openai, timm) names of the image tower: whole names, and parts of a block's.
-CLIP_NAMES = (
+# (openai, timm) names of the image tower: prefixes, and parts of the names in a block.
+CLIP_PREFIXES = (
     ("visual.class_embedding", "cls_token"),
     ("visual.positional_embedding", "pos_embed"),
     ("visual.conv1.weight", "patch_embed.proj.weight"),
@@ -46,13 +46,13 @@ CLIP_PARTS = (
 )
 
 DECODER = ("decoder_", "mask_token")
-# What full checkpoints hold beside the encoder and the decoder: heads, teachers, preprocessors.
-ASIDE = ("head.", "target_generator.", "data_preprocessor.", "clip_model.", "teacher.")
+# Prefixes of other parts of full checkpoints: heads, teachers, preprocessors.
+OTHER_PARTS = ("head.", "target_generator.", "data_preprocessor.", "clip_model.", "teacher.")
 
 
-def translate(name: str, beginnings, parts, source: int) -> str | None:
-    """The name in the other column of the tables, or None; source 0 reads from left to right, 1 back."""
-    for pair in beginnings:
+def translate(name: str, prefixes, parts, source: int) -> str | None:
+    """Translate a name from column `source` (0 or 1) of the tables to the other column; None when no prefix matches."""
+    for pair in prefixes:
         if name.startswith(pair[source]):
             name = pair[1 - source] + name[len(pair[source]) :]
             break
@@ -63,9 +63,9 @@ def translate(name: str, beginnings, parts, source: int) -> str | None:
     return name
 
 
-def renamed(state: State, beginnings, parts, source: int, path: str | Path) -> State:
-    """All keys translated; UserError with those that have no translation."""
-    names = {name: translate(name, beginnings, parts, source) for name in state}
+def rename(state: State, prefixes, parts, source: int, path: str | Path) -> State:
+    """Translate all keys of a state dict. Raises UserError that names the keys without a translation."""
+    names = {name: translate(name, prefixes, parts, source) for name in state}
     unknown = [name for name, translated in names.items() if translated is None]
     if unknown:
         raise UserError(
@@ -75,48 +75,51 @@ def renamed(state: State, beginnings, parts, source: int, path: str | Path) -> S
 
 
 def from_mmpretrain(state: State, path: str | Path) -> State:
-    """backbone.* and neck.* -> official names; what is known and no part of the model is left out."""
-    return renamed({name: t for name, t in state.items() if not name.startswith(ASIDE)}, BEGINNINGS, BLOCK_PARTS, 0, path)
+    """Translate mmpretrain's names (backbone.*, neck.*) to official ones. Heads, teachers and preprocessors are left out."""
+    model = {name: tensor for name, tensor in state.items() if not name.startswith(OTHER_PARTS)}
+    return rename(model, PREFIXES, BLOCK_PARTS, 0, path)
 
 
 def to_mmpretrain(state: State) -> State:
-    """Official names -> backbone.* and neck.*."""
-    return renamed(state, BEGINNINGS, BLOCK_PARTS, 1, "The checkpoint")
+    """Translate official names to mmpretrain's (backbone.*, neck.*)."""
+    return rename(state, PREFIXES, BLOCK_PARTS, 1, "The checkpoint")
 
 
 def is_clip(state: State) -> bool:
-    """OpenAI's layout of a CLIP, or timm's of its image tower."""
+    """Return whether the weights are a CLIP's, in OpenAI's layout, or its image tower's, in timm's."""
     return "norm_pre.weight" in state or any(name.startswith("visual.") for name in state)
 
 
 def clip_to_timm(state: State, path: str | Path) -> State:
-    """The image tower of an OpenAI CLIP -> timm's vit_*_clip_quickgelu_*, num_classes = the feature width.
+    """Translate the image tower of an OpenAI CLIP to timm's vit_*_clip_quickgelu_* with num_classes = the feature width.
 
-    timm's classifier has a bias and CLIP's projection has none: it is written as zeros."""
-    tower = renamed({n: t for n, t in state.items() if n.startswith("visual.")}, CLIP_NAMES, CLIP_PARTS, 0, path)
-    need(tower, {"cls_token": 1, "pos_embed": 2, "head.weight": 2}, path)
+    timm's classifier has a bias and CLIP's projection has none, so the bias is zeros. Raises UserError for unknown,
+    missing or misshapen keys."""
+    visual = {name: tensor for name, tensor in state.items() if name.startswith("visual.")}
+    tower = rename(visual, CLIP_PREFIXES, CLIP_PARTS, 0, path)
+    require(tower, {"cls_token": 1, "pos_embed": 2, "head.weight": 2}, path)
     head = tower["head.weight"].T.contiguous()
     tables = {"cls_token": tower["cls_token"][None, None], "pos_embed": tower["pos_embed"][None]}
     return {**tower, **tables, "head.weight": head, "head.bias": torch.zeros_like(head[:, 0])}
 
 
 def clip_from_timm(state: State, path: str | Path) -> State:
-    """The inverse of clip_to_timm."""
-    need(state, {"cls_token": 3, "pos_embed": 3, "head.weight": 2}, path)
+    """Translate an image tower from timm's layout to OpenAI's: the inverse of clip_to_timm."""
+    require(state, {"cls_token": 3, "pos_embed": 3, "head.weight": 2}, path)
     tables = {
         "cls_token": state["cls_token"][0, 0],
         "pos_embed": state["pos_embed"][0],
         "head.weight": state["head.weight"].T.contiguous(),
     }
-    tower = {name: t for name, t in {**state, **tables}.items() if name != "head.bias"}
-    return renamed(tower, CLIP_NAMES, CLIP_PARTS, 1, path)
+    tower = {name: tensor for name, tensor in {**state, **tables}.items() if name != "head.bias"}
+    return rename(tower, CLIP_PREFIXES, CLIP_PARTS, 1, path)
 
 
-def need(state: State, dimensions: dict[str, int], path: str | Path) -> None:
-    """Raises UserError unless the state has these tensors, with so many dimensions and none of size zero."""
+def require(state: State, dimensions: dict[str, int], path: str | Path) -> None:
+    """Raise UserError unless the state has these tensors, each with this number of dimensions and none of size zero."""
     missing = [name for name in dimensions if name not in state]
     if missing:
-        raise UserError(f"{path}: missing keys: {', '.join(missing)} (in timm's names). It is no whole model; fetch it again.")
+        raise UserError(f"{path}: missing keys: {', '.join(missing)} (in timm's names). It is no complete model; fetch it again.")
     for name, count in dimensions.items():
         if state[name].ndim != count or not all(state[name].shape):
             shape = list(state[name].shape)
@@ -125,13 +128,13 @@ def need(state: State, dimensions: dict[str, int], path: str | Path) -> None:
             )
 
 
-def depth(state: State, beginning: str) -> int:
-    """Number of blocks: of different numbers that follow `beginning`."""
-    return len({name[len(beginning) :].split(".")[0] for name in state if name.startswith(beginning)})
+def depth(state: State, prefix: str) -> int:
+    """Count the blocks of a state dict: the different numbers that follow `prefix`."""
+    return len({name[len(prefix) :].split(".")[0] for name in state if name.startswith(prefix)})
 
 
-def split(state: State) -> tuple[State, State]:
-    """(encoder, decoder) of official names; heads and teachers are set aside."""
+def split_decoder(state: State) -> tuple[State, State]:
+    """Return (encoder, decoder) of a state dict under official names. Heads and teachers are left out."""
     decoder = {name: tensor for name, tensor in state.items() if name.startswith(DECODER)}
-    encoder = {name: tensor for name, tensor in state.items() if not name.startswith(DECODER + ASIDE)}
+    encoder = {name: tensor for name, tensor in state.items() if not name.startswith(DECODER + OTHER_PARTS)}
     return encoder, decoder

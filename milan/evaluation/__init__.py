@@ -1,1 +1,1 @@
-"""How good an encoder is: linear evaluation, nearest neighbours, fine-tuning, zero-shot."""
+"""Measure an encoder: linear evaluation, nearest neighbours, fine-tuning, zero-shot classification."""

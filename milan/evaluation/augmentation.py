@@ -1,4 +1,4 @@
-"""Augmentation of labelled training images: the linear probe's crop, RandAugment and random erasing."""
+"""Augment labelled training images: the linear probe's crop, RandAugment and random erasing."""
 
 import math
 
@@ -11,19 +11,21 @@ from milan.data.transforms import IMAGENET
 
 
 def draw_simple_crop(height: int, width: int, scale: list[float], generator: torch.Generator) -> tuple[int, int, int, int, bool]:
-    """As draw_crop, without the retries: height and width are cut to the image's (the linear probe's crop in
-    MAE and MILAN, util/crop.py, after BYOL)."""
-    area, log_ratio, top, left, flip = torch.rand(5, generator=generator).tolist()
-    target = height * width * (scale[0] + (scale[1] - scale[0]) * area)
-    ratio = math.exp(math.log(3 / 4) + (math.log(4 / 3) - math.log(3 / 4)) * log_ratio)
-    w, h = (
-        max(1, min(round(side), room)) for side, room in ((math.sqrt(target * ratio), width), (math.sqrt(target / ratio), height))
-    )
-    return int(top * (height - h + 1)), int(left * (width - w + 1)), h, w, flip < 0.5
+    """Draw the linear probe's crop of a height x width image: (top, left, height, width, flip), in pixels.
+
+    Unlike transforms.draw_crop it draws area and ratio once and cuts the sides to the image's
+    (util/crop.py of MAE and MILAN, after BYOL). scale: smallest and largest share of the image's area."""
+    area_draw, ratio_draw, top_draw, left_draw, flip_draw = torch.rand(5, generator=generator).tolist()
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * area_draw)
+    ratio = math.exp(math.log(3 / 4) + (math.log(4 / 3) - math.log(3 / 4)) * ratio_draw)
+    crop_width = max(1, min(round(math.sqrt(area * ratio)), width))
+    crop_height = max(1, min(round(math.sqrt(area / ratio)), height))
+    top, left = int(top_draw * (height - crop_height + 1)), int(left_draw * (width - crop_width + 1))
+    return top, left, crop_height, crop_width, flip_draw < 0.5
 
 
 class FinetuneAugment:
-    """RandAugment (on the cropped uint8 image, timm's) before, and random erasing after normalisation."""
+    """Apply timm's RandAugment to a cropped uint8 image (3, S, S); rand_augment: timm's specification, None for none."""
 
     def __init__(self, rand_augment: str | None, size: int):
         from timm.data.auto_augment import rand_augment_transform
@@ -39,7 +41,7 @@ class FinetuneAugment:
 
 
 def random_erasing(images: Tensor, probability: float) -> Tensor:
-    """Normalised (B, 3, H, W): each image, with this probability, loses a rectangle to per-pixel noise."""
+    """Replace a rectangle of each image by per-pixel noise, with this probability; images (B, 3, H, W) are normalised."""
     from timm.data.random_erasing import RandomErasing
 
     return RandomErasing(probability, mode="pixel", max_count=1, num_splits=0, device=images.device)(images)

@@ -1,4 +1,4 @@
-"""Linear evaluation: one linear layer behind a batch norm without parameters, over frozen features."""
+"""Linear evaluation: batch norm without parameters and one linear layer, trained on frozen features."""
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from milan.data import seeding
 
 
 class LinearHead(nn.Module):
-    """BatchNorm (no affine, eps 1e-6) and Linear (normal 0.01), as MAE and MILAN probe (main_linprobe.py)."""
+    """Batch norm (not affine, eps 1e-6) and a linear layer (weights N(0, 0.01)), as in main_linprobe.py of MAE and MILAN."""
 
     def __init__(self, dim: int, classes: int):
         super().__init__()
@@ -18,23 +18,26 @@ class LinearHead(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, D) -> (B, classes)."""
+        """Return logits (B, classes) of features (B, D)."""
         return self.linear(self.norm(features))
 
 
 class ProbeLoss(nn.Module):
-    """Cross entropy of the head on features, which carry no gradient."""
+    """Cross entropy of the head; the features carry no gradient."""
 
     def __init__(self, head: LinearHead):
         super().__init__()
         self.head = head
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Return the scalar loss of features (B, D) and labels (B,)."""
         return nn.functional.cross_entropy(self.head(features.float()).float(), labels)
 
 
 class FeatureViews(Dataset):
-    """Features of V fixed views: item (epoch, index) -> {"features": (D,), "label"}; epoch e uses view e mod V."""
+    """Features of V fixed views: item (epoch, index) is {"features": (D,), "label"}; epoch e uses view e mod V.
+
+    views: V tensors (n, D); labels: (n,)."""
 
     def __init__(self, views: list[Tensor], labels: Tensor):
         self.views, self.labels = views, labels
@@ -48,7 +51,7 @@ class FeatureViews(Dataset):
 
 
 def probe_top1(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, epochs: int = 40) -> float:
-    """Top-1 in % of a quick linear probe on features held in memory (Adam, batches of 256)."""
+    """Return top-1 in % of a linear probe trained with Adam (batches of 256) on features (n, D) held in memory."""
     seeding.seed_globals(0, "probe")
     head = LinearHead(train.shape[1], int(train_labels.max()) + 1)
     optimizer = torch.optim.Adam(head.parameters(), lr=5e-3)

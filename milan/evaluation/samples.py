@@ -1,4 +1,4 @@
-"""Records as training and evaluation samples: torch data sets whose every draw is keyed by (epoch, index)."""
+"""Training samples of labelled images: torch data sets whose random draws depend on (seed, epoch, index) alone."""
 
 import torch
 from torch.utils.data import Dataset
@@ -8,14 +8,15 @@ from milan.data.records import Records
 
 
 class LabelledSamples(Dataset):
-    """One augmented training view of one labelled image: item (epoch, index) -> {"image", "label"}.
+    """Augmented labelled images: item (epoch, index) is {"image": uint8 (3, size, size), "label"}.
 
-    draw: transforms.draw_crop or draw_simple_crop; augment: image -> image, drawing from the global generators.
-    `subset` lists the record indices in use (None: all)."""
+    scale: smallest and largest share of the image's area in a crop; draw_crop: transforms.draw_crop or
+    augmentation.draw_simple_crop; augment: image -> image, drawing from the global generators; subset: indices of the
+    records in use (None: all)."""
 
-    def __init__(self, records: Records, seed: int, size: int, scale: list[float], draw, augment=None, subset=None):
+    def __init__(self, records: Records, seed: int, size: int, scale: list[float], draw_crop, augment=None, subset=None):
         self.records, self.seed, self.size, self.scale = records, seed, size, scale
-        self.draw, self.augment, self.subset = draw, augment, subset
+        self.draw_crop, self.augment, self.subset = draw_crop, augment, subset
 
     def __len__(self) -> int:
         return len(self.records) if self.subset is None else len(self.subset)
@@ -25,7 +26,7 @@ class LabelledSamples(Dataset):
         index = position if self.subset is None else self.subset[position]
         record = self.records[index]
         image = transforms.decode(record["image"], record["name"])
-        box = self.draw(*image.shape[1:], self.scale, seeding.generator(self.seed, "crop", epoch, index))
+        box = self.draw_crop(*image.shape[1:], self.scale, seeding.generator(self.seed, "crop", epoch, index))
         image = transforms.crop(image, box, self.size)
         if self.augment is not None:
             seeding.seed_globals(self.seed, "augment", epoch, index)
@@ -33,8 +34,8 @@ class LabelledSamples(Dataset):
         return {"image": image, "label": torch.tensor(record["label"])}
 
 
-class OneView(Dataset):
-    """The training views of one epoch as a plain data set: item index -> what `samples` gives for (epoch, index)."""
+class EpochView(Dataset):
+    """One epoch of a data set keyed by (epoch, index): item index is samples[epoch, index]."""
 
     def __init__(self, samples: Dataset, epoch: int):
         self.samples, self.epoch = samples, epoch
@@ -47,10 +48,10 @@ class OneView(Dataset):
 
 
 def balanced_subset(labels: list[int], share: float, seed: int) -> list[int] | None:
-    """Indices of a share of the images, the same number (at least one) of every class; None for all of them."""
+    """Draw the indices of a share of every class, at least one image each; None (all images) for a share of 1 or more."""
     if share >= 1:
         return None
     by_class: dict[int, list[int]] = {}
     for index in seeding.permutation(len(labels), seed, "subset").tolist():
         by_class.setdefault(labels[index], []).append(index)
-    return sorted(i for members in by_class.values() for i in members[: max(1, round(share * len(members)))])
+    return sorted(index for members in by_class.values() for index in members[: max(1, round(share * len(members)))])

@@ -1,7 +1,7 @@
-"""Zero-shot classification by the pretrained student itself: its prediction of CLIP's class token beside the classes' texts.
+"""Classify images by the pretrained student's prediction of CLIP's class token, without labels or training.
 
-The teacher's text tower was never meant for the student; that it serves, is what predicting CLIP features comes to. No
-label is used, and nothing is trained.
+The predicted class token is compared with CLIP's text embeddings of the class names, as CLIP's own zero-shot
+classification compares the real one.
 """
 
 from pathlib import Path
@@ -11,51 +11,56 @@ from torch import Tensor
 
 from milan.data.evaluation_view import CentreSamples
 from milan.data.records import Records
-from milan.evaluation import evaluate
+from milan.evaluation import inference, scores
 from milan.method import masking
 from milan.method.model import MaskedPretraining, load_pretrained
 from milan.params import Params
 from milan.teacher.class_text import read_class_text
-from milan.training import distributed
+from milan.training.device import autocast, resolve_precision
 
-SEEN = ("zero_shot", "zero_shot_masked")  # the whole image; the share that pretraining left visible
+MEASURES = ("zero_shot_top1", "zero_shot_masked_top1")  # of whole images; of the patches that a training mask would keep
 
 
-def files(weights: Path, teacher: Path) -> list[Path]:
-    """What the accuracies follow from, beside the encoder; of these what there is."""
+def input_files(weights: Path, teacher: Path) -> list[Path]:
+    """Return the files that the accuracies depend on besides the encoder, as far as they exist."""
     return [path for path in (weights / "decoder.safetensors", teacher / "class_text.safetensors") if path.exists()]
 
 
-def accuracies(p: Params, variant: str, seed: int, weights: Path, teacher: Path, val: Records, device: torch.device) -> dict:
-    """{"zero_shot_top1": %, "zero_shot_masked_top1": %} over the validation images; nothing for a student that predicts no
-    CLIP features or came without its decoder, and for a teacher without text.
+def accuracies(
+    params: Params, variant: str, seed: int, weights: Path, teacher: Path, val: Records, device: torch.device
+) -> dict[str, float]:
+    """Return top-1 in % over the validation images for each of MEASURES.
 
-    Masks are random whatever the variant's own, so that all see alike and no teacher is asked: a function of (seed, index)."""
-    text, recipe = read_class_text(teacher), p.pretrain.ablation[variant]
-    if text is None or recipe.target != "clip" or not (weights / "decoder.safetensors").exists():
+    Empty when the student does not predict CLIP features or has no decoder file, or when the teacher has no text.
+    Masks are random for every variant, so that all are measured alike and no teacher is needed; a mask depends on
+    (seed, index)."""
+    text, row = read_class_text(teacher), params.pretrain.ablation[variant]
+    if text is None or row.target != "clip" or not (weights / "decoder.safetensors").exists():
         return {}
-    model = load_pretrained(weights, p.model, recipe, p.pretrain.mask_ratio, text.embeddings.shape[1]).to(device).eval()
-    precision = distributed.resolve_precision(p.compute, device)
+    model = load_pretrained(weights, params.model, row, params.pretrain.mask_ratio, text.embeddings.shape[1]).to(device).eval()
+    precision = resolve_precision(params.compute, device)
 
     def predict(images: Tensor, index: Tensor) -> Tensor:
-        with distributed.autocast(precision, device):
-            return class_tokens(model, images, noise_of(seed, index, model.n_patches).to(device))
+        with autocast(precision, device):
+            return predict_class_tokens(model, images, mask_noise(seed, index, model.n_patches).to(device))
 
-    x = p.linear_eval
-    views = CentreSamples(val, x.resize, p.model.image_size)
-    found, labels = evaluate.outputs(predict, views, x.micro_batch, device, "zero-shot", p.runtime.workers, ("index",))
-    tops = [dict(evaluate.accuracy(tokens @ text.embeddings.T, labels, "")) for tokens in found.unbind(dim=1)]
-    return {f"{name}_top1": top["/top1"] for name, top in zip(SEEN, tops, strict=True)}
+    views = CentreSamples(val, params.linear_eval.resize, params.model.image_size)
+    batch_size, workers = params.linear_eval.micro_batch, params.runtime.workers
+    tokens, labels = inference.model_outputs(predict, views, batch_size, device, "zero-shot", workers, ("index",))
+    top1 = [dict(scores.accuracy(view @ text.embeddings.T, labels, ""))["/top1"] for view in tokens.unbind(dim=1)]
+    return dict(zip(MEASURES, top1, strict=True))
 
 
-def noise_of(seed: int, index: Tensor, n_patches: int) -> Tensor:
-    """(B, N) Gumbel noise of the samples of these indices (B,), which is not that of any training epoch."""
+def mask_noise(seed: int, index: Tensor, n_patches: int) -> Tensor:
+    """Return Gumbel noise (B, N) for the samples of these indices (B,), different from that of every training epoch."""
     return torch.stack([masking.gumbel(seed, 0, i, n_patches, purpose="zero-shot mask") for i in index.tolist()])
 
 
-def class_tokens(model: MaskedPretraining, images: Tensor, noise: Tensor) -> Tensor:
-    """images (B, 3, H, W) normalised, noise (B, N) -> (B, 2, D) float32: the decoder's class token, of whole images and of
-    the n_visible patches that the noise keeps."""
-    whole = masking.whole(len(images), model.n_patches).to(images.device)
-    seen = (whole, masking.sample_visible(noise, model.n_visible))
-    return torch.stack([model.predict(images, v, masking.complement(v, model.n_patches))[:, 0].float() for v in seen], dim=1)
+def predict_class_tokens(model: MaskedPretraining, images: Tensor, noise: Tensor) -> Tensor:
+    """Return the decoder's class tokens (B, 2, D) float32: of whole images, and of the n_visible patches chosen by the noise.
+
+    images: (B, 3, H, W) normalised; noise: (B, N)."""
+    whole = masking.all_patches(len(images), model.n_patches).to(images.device)
+    views = (whole, masking.sample_visible(noise, model.n_visible))
+    tokens = [model.predict(images, visible, masking.complement(visible, model.n_patches))[:, 0].float() for visible in views]
+    return torch.stack(tokens, dim=1)

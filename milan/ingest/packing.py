@@ -8,14 +8,13 @@ comes after (a killed one, a full disk, broken files that were mended) packs ane
 import io
 from collections.abc import Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from milan.core.code import code_digest
 from milan.core.errors import UserError
 from milan.core.files import json_digest, read_json, write_json
 from milan.core.parallel import ordered
@@ -37,7 +36,6 @@ class Packing:
     processes: int
     short_side: int | None = None
     classes: int = 255
-    code: str = field(default_factory=code_digest)
 
     def pack(self, splits: dict[str, list[dict]]) -> dict[str, dict]:
         """Write the items of each split into shards. Returns the manifest's entries; raises one UserError that lists every
@@ -100,7 +98,7 @@ class Packing:
 
     def key(self, items: list[dict]) -> str:
         said = [{name: value.identity() if name in PLACES else value for name, value in item.items()} for item in items]
-        return json_digest(self.code, self.short_side, self.classes, said)
+        return json_digest(self.short_side, self.classes, said)
 
 
 class Broken(Exception):

@@ -1,1 +1,1 @@
-"""The paper: model, masking, encoder, decoders, position embedding, target bank, pretraining samples."""
+"""The paper's method: model, masking, encoder, decoders, position embedding, target bank, pretraining samples."""

@@ -13,14 +13,16 @@ from milan.training.weights import load_into
 
 
 def build_vit(model: Model, **options) -> VisionTransformer:
-    """timm's ViT of the recipe's size: names, shapes and epsilon of the published checkpoints (LayerNorm 1e-6)."""
-    size = {"img_size": model.image_size, "patch_size": model.patch_size}
-    tower = {"embed_dim": model.encoder.embed_dim, "depth": model.encoder.depth, "num_heads": model.encoder.num_heads}
-    return VisionTransformer(**size, **tower, **{"num_classes": 0, "global_pool": "token", **options})
+    """Build timm's ViT of the recipe's size, with names, shapes and epsilon (LayerNorm 1e-6) of the published checkpoints.
+
+    options: passed to timm over the defaults here."""
+    grid = {"img_size": model.image_size, "patch_size": model.patch_size}
+    size = {"embed_dim": model.encoder.embed_dim, "depth": model.encoder.depth, "num_heads": model.encoder.num_heads}
+    return VisionTransformer(**grid, **size, **{"num_classes": 0, "global_pool": "token", **options})
 
 
 class Encoder(nn.Module):
-    """ViT over visible patches, with a fixed sin-cos position embedding (models_milan.py, after MAE)."""
+    """A ViT over the visible patches, with a fixed sin-cos position embedding (models_milan.py, after MAE)."""
 
     def __init__(self, model: Model):
         super().__init__()
@@ -29,31 +31,34 @@ class Encoder(nn.Module):
         initialise_encoder(self.vit, model.grid)
 
     def forward(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
-        """images (B, 3, H, W) normalised; visible (B, K) indices or None for all -> (B, 1+K, D), class token
-        first, then the visible patches in the order of `visible`, after the final norm."""
+        """Encode images: (B, 1+K, D) after the final norm, class token first, then the patches in the order of `visible`.
+
+        images: (B, 3, H, W) normalised. visible: (B, K) patch indices; None encodes all N patches in image order."""
         vit = self.vit
-        patches, positions = patchify(images, self.patch_size), vit.pos_embed[:, 1:].expand(len(images), -1, -1)
+        patches = patchify(images, self.patch_size)
+        positions = vit.pos_embed[:, 1:].expand(len(images), -1, -1)
         if visible is not None:
             patches, positions = masking.gather(patches, visible), masking.gather(positions, visible)
-        cls = (vit.cls_token + vit.pos_embed[:, :1]).expand(len(images), -1, -1)
-        return vit.norm(vit.blocks(torch.cat([cls, self.embed(patches) + positions], dim=1)))
+        class_token = (vit.cls_token + vit.pos_embed[:, :1]).expand(len(images), -1, -1)
+        return vit.norm(vit.blocks(torch.cat([class_token, self.embed(patches) + positions], dim=1)))
 
     def embed(self, patches: Tensor) -> Tensor:
-        """(B, K, p p 3) -> (B, K, D): timm's convolution as the matrix product that it is, so that what is masked costs
+        """Embed patches, (B, K, p p 3) -> (B, K, D): timm's convolution as a matrix product, so that masked patches cost
         nothing."""
-        proj = self.vit.patch_embed.proj
-        return nn.functional.linear(patches, proj.weight.permute(0, 2, 3, 1).flatten(1), proj.bias)
+        convolution = self.vit.patch_embed.proj
+        return nn.functional.linear(patches, convolution.weight.permute(0, 2, 3, 1).flatten(1), convolution.bias)
 
 
 def load_encoder(path: Path, model: Model) -> Encoder:
-    """The encoder that the pretrain stage wrote, by the recipe's sizes. Raises UserError when it is of others."""
+    """Load the encoder that the pretrain stage wrote. Raises UserError when it does not have the recipe's sizes."""
     encoder = Encoder(model)
     load_into(encoder.vit, path)
     return encoder
 
 
 def initialise_encoder(vit: VisionTransformer, grid: int) -> None:
-    """Xavier-uniform linears, and the patch embedding seen as one; N(0, 0.02) class token; sin-cos positions."""
+    """Initialise as MAE does: Xavier-uniform linears (the patch embedding counts as one), class token from a normal
+    distribution with standard deviation 0.02, sin-cos positions."""
     initialise_linears(vit)
     nn.init.xavier_uniform_(vit.patch_embed.proj.weight.view(vit.embed_dim, -1))
     nn.init.normal_(vit.cls_token, std=0.02)
@@ -62,6 +67,7 @@ def initialise_encoder(vit: VisionTransformer, grid: int) -> None:
 
 
 def initialise_linears(module: nn.Module) -> None:
+    """Set the weights of all linear layers to Xavier-uniform draws and their biases to zero."""
     for child in module.modules():
         if isinstance(child, nn.Linear):
             nn.init.xavier_uniform_(child.weight)
@@ -69,7 +75,7 @@ def initialise_linears(module: nn.Module) -> None:
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
-    """(B, 3, H, W) -> (B, N, p p 3), pixels of a patch row by row, channels last (MAE's order)."""
+    """Cut images into patches, (B, 3, H, W) -> (B, N, p p 3): pixels row by row, channels last (MAE's order)."""
     batch, channels, height, width = images.shape
-    grid = images.reshape(batch, channels, height // patch_size, patch_size, width // patch_size, patch_size)
-    return grid.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, patch_size**2 * channels)
+    patches = images.reshape(batch, channels, height // patch_size, patch_size, width // patch_size, patch_size)
+    return patches.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, patch_size**2 * channels)

@@ -6,6 +6,7 @@ float32 (n, V, N), boxes-00000.npy int32 (n, V, 5) = top, left, height, width, f
 (n, V, 3), the CRC-32 of each of the three, which every reading of a view compares. bank.json is written last.
 """
 
+import hashlib
 import os
 import shutil
 import zlib
@@ -67,12 +68,22 @@ def crc(arrays: dict[str, np.ndarray]) -> np.ndarray:
     )
 
 
+def content_digest(folder: Path) -> str:
+    """Digest of a finished bank's content, however it is cut into shards. Raises UserError when the bank is not complete."""
+    return Bank(folder).info["content"]
+
+
 def has_shard(folder: Path, number: int) -> bool:
     return all((folder / f"{name}-{number:05d}.npy").exists() for name in FILES)
 
 
-def finish(folder: Path, **entries) -> None:
-    write_checked(folder / "bank.json", entries)
+def finish(folder: Path, *, views: int, shard_images: int, feature_dim: int, images: int) -> None:
+    """Write bank.json, with a digest of the shards' content: of every view's CRC-32, in the order of the images."""
+    digest = hashlib.sha256(f"{images} images, {views} views, {feature_dim} features".encode())
+    for number in range(-(-images // shard_images) if views else 0):
+        digest.update(np.load(folder / f"crc-{number:05d}.npy", allow_pickle=False).tobytes())
+    entries = {"views": views, "shard_images": shard_images, "feature_dim": feature_dim, "images": images}
+    write_checked(folder / "bank.json", {**entries, "content": digest.hexdigest()})
 
 
 class Bank:
@@ -83,7 +94,7 @@ class Bank:
         path = self.folder / "bank.json"
         if not path.exists():
             raise UserError(f"{folder} holds no bank.json, so it is no complete target bank: run `dvc repro` to extract it.")
-        self.info = read_checked(path, views=int, shard_images=int, feature_dim=int, images=int)
+        self.info = read_checked(path, views=int, shard_images=int, feature_dim=int, images=int, content=str)
         sizes = [self.info[name] for name in ("views", "shard_images", "feature_dim", "images")]
         if min(sizes) < 1:
             raise UserError(f"{path} tells of no views, or of no images: set extract_targets.views and run `dvc repro` again.")

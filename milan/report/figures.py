@@ -22,9 +22,9 @@ from milan.method.model import MaskedPretraining, in_image_order, load_pretraine
 from milan.params import Params, read_params
 from milan.report import plots
 from milan.report.plots import plt
-from milan.segmentation import miou, segmenter
-from milan.segmentation.scenes import resize_scene, scene
-from milan.training import distributed
+from milan.segmentation import inference, miou, upernet
+from milan.segmentation.scenes import decode_scene, resize_scene
+from milan.training.device import autocast, resolve_precision, set_up
 from milan.training.weights import load_into, load_weights
 
 FOLDERS = "MILAN_FIGURES"  # set by the figures stage: {"params", "outs", "metrics", "curves", "published", "figures"}
@@ -50,7 +50,7 @@ class Project:
         usual = {"outs": f"outs/{p.scale}", "metrics": f"reports/metrics/{p.scale}", "curves": f"reports/curves/{p.scale}"}
         usual |= {"published": p.report.published, "figures": "reports/figures"}
         project = cls(p, {name: Path(given.get(name, path)) for name, path in usual.items()})
-        project.device = distributed.set_up(p.compute)
+        project.device = set_up(p.compute)
         return project
 
     def save(self, figure: Figure, name: str) -> Image:
@@ -83,10 +83,10 @@ class Project:
         model = load_pretrained(folder, p.model, p.pretrain.ablation[variant], p.pretrain.mask_ratio, feature_dim)
         return model.to(self.device).eval()
 
-    def trained_segmenter(self, variant: str, classes: int) -> segmenter.Segmenter:
+    def trained_segmenter(self, variant: str, classes: int) -> upernet.Segmenter:
         m, e, s = self.params.model, self.params.model.encoder, self.params.segment
         sizes = (s.crop_size, m.patch_size, e.embed_dim, e.depth, e.num_heads, classes, s.channels, s.aux_channels, s.out_blocks)
-        model = segmenter.Segmenter(*sizes, norm="batch")
+        model = upernet.Segmenter(*sizes, norm="batch")
         load_into(model, self.weights("segment", variant, "segmenter"))
         return model.to(self.device).eval()
 
@@ -191,34 +191,30 @@ def neighbours(features: Tensor, k: int) -> Tensor:
 def segment(project: Project, variant: str, scenes: list[tuple[Tensor, Tensor]], classes: int) -> list[Tensor]:
     """Predicted labels (H, W) of each (image, labels), as the segment stage judges them."""
     model, found = project.trained_segmenter(variant, classes), []
-    precision = distributed.resolve_precision(project.params.compute, project.device)
+    precision = resolve_precision(project.params.compute, project.device)
     for _, alike in groupby(scenes, key=lambda scene: scene[0].shape):
         for some in chunks(alike, 50):
             images = torch.stack(
                 [resize_scene(image, None, project.params.segment.resize, 1.0)[0] for image, _ in some]
             )
-            with distributed.autocast(precision, project.device):
+            with autocast(precision, project.device):
                 logits = scene_logits(project, model, transforms.normalise(images.to(project.device)), classes)
-            found += upsampled(logits, some[0][1].shape).argmax(dim=1).cpu()
+            found += upernet.resize_maps(logits, some[0][1].shape).argmax(dim=1).cpu()
     return found
 
 
-def scene_logits(project: Project, model: segmenter.Segmenter, images: Tensor, classes: int) -> Tensor:
+def scene_logits(project: Project, model: upernet.Segmenter, images: Tensor, classes: int) -> Tensor:
     s = project.params.segment
     if images.shape[2:] == (s.crop_size, s.crop_size):  # one window an image: a whole batch at once
-        return upsampled(model(images)[0].float(), images.shape[2:])
-    return torch.cat([segmenter.slide_logits(model, image[None], s.crop_size, s.stride, classes) for image in images])
-
-
-def upsampled(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    return nn.functional.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
+        return upernet.resize_maps(model(images)[0].float(), images.shape[2:])
+    return torch.cat([inference.slide_logits(model, image[None], s.crop_size, s.stride, classes) for image in images])
 
 
 def scenes_to_judge(project: Project, val: Records) -> list[tuple[Tensor, Tensor]]:
     """(image, labels) of all validation scenes, or of as many as this machine can segment in a short while."""
     each = project.params.segment.crop_size**2
     most = SCENES if project.device.type == "cuda" else min(SCENES, max(8, PIXELS_ON_CPU // each))
-    return [scene(val[i], len(val.manifest["classes"])) for i in spread(len(val), most).tolist()]
+    return [decode_scene(val[i], len(val.manifest["classes"])) for i in spread(len(val), most).tolist()]
 
 
 def class_iou(predicted: list[Tensor], scenes: list[tuple[Tensor, Tensor]], classes: int) -> list[float]:

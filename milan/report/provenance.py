@@ -78,10 +78,11 @@ def newest(name: str, entry: dict, found: list[Run]) -> Run | None:
     return max(agreeing, key=lambda run: run.started, default=None)
 
 
-def read_data(folder: Path) -> Data:
+def read_data(folder: Path, source: str | None) -> Data:
+    """Return a packed data set's counts and digest; source: the folder that it was packed from, None for the built-in world."""
     manifest = read_manifest(folder)
     splits = {name: split["images"] for name, split in manifest["splits"].items()}
-    return Data(folder, splits, discreet(str(manifest.get("source", ""))), file_digest(folder / "manifest.json"))
+    return Data(folder, splits, discreet(source or "the built-in world"), file_digest(folder / "manifest.json"))
 
 
 def finished_runs(experiment: str) -> list[Run]:

@@ -1,1 +1,1 @@
-"""How well an encoder transfers to segmentation: UPerNet, mIoU, scene samples."""
+"""Transfer an encoder to semantic segmentation: UPerNet, scene samples, sliding-window inference, mIoU."""

@@ -1,4 +1,4 @@
-"""Segmentation samples: scenes with their labels, and the training crop of mmsegmentation's ADE20K pipeline."""
+"""Segmentation samples: scenes with labels, and the augmentation of mmsegmentation's ADE20K pipeline."""
 
 import random
 
@@ -14,10 +14,11 @@ from milan.segmentation.miou import reduce_zero_label
 
 
 class SceneSamples(Dataset):
-    """One training view of one scene: item (epoch, index) -> {"image" uint8 (3, C, C), "label" uint8 (C, C)}."""
+    """Augmented scenes: item (epoch, index) is {"image": uint8 (3, C, C), "label": uint8 (C, C)}.
+
+    crop: the keyword arguments of scene_crop; C is its crop_size."""
 
     def __init__(self, records: Records, seed: int, classes: int, **crop):
-        """crop: the keyword arguments of scene_crop."""
         self.records, self.seed, self.classes, self.crop = records, seed, classes, crop
 
     def __len__(self) -> int:
@@ -25,32 +26,33 @@ class SceneSamples(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         epoch, index = key
-        image, labels = scene(self.records[index], self.classes)
+        image, labels = decode_scene(self.records[index], self.classes)
         seeding.seed_globals(self.seed, "scene", epoch, index)
         image, labels = scene_crop(image, labels, **self.crop)
         return {"image": image, "label": labels}
 
 
-def scene(record: dict, classes: int) -> tuple[Tensor, Tensor]:
-    """uint8 (3, H, W) image and uint8 (H, W) labels 0..classes-1, 255 ignored, of one scene record."""
+def decode_scene(record: dict, classes: int) -> tuple[Tensor, Tensor]:
+    """Decode a scene record into an image, uint8 (3, H, W), and labels, uint8 (H, W): 0..classes - 1, 255 ignored."""
     image = transforms.decode(record["image"], record["name"])
     return image, reduce_zero_label(transforms.decode_annotation(record["mask"], record["name"]), classes)
 
 
 def scene_crop(
     image: Tensor, labels: Tensor, *, crop_size: int, resize: list[int], ratio: list[float], max_share: float, photometric: bool
-):
-    """Training view of a scene: random scale, random crop, flip, colour (mmsegmentation's ADE20K pipeline).
+) -> tuple[Tensor, Tensor]:
+    """Scale, crop, flip and recolour a scene at random (mmsegmentation's ADE20K pipeline), with the global generator.
 
-    image uint8 (3, H, W); labels uint8 (H, W), 255 ignored. The crop is drawn up to 10 times until no
-    class fills more than `max_share` of its labelled pixels. Smaller scenes are padded (image 0, label 255)."""
+    image: uint8 (3, H, W); labels: uint8 (H, W), 255 ignored; resize: (long, short) sides in pixels before the random
+    scale, drawn from `ratio`. The crop is drawn up to 10 times, until no class fills more than `max_share` of its labelled
+    pixels. Smaller scenes are padded, images with 0 and labels with 255."""
     image, labels = resize_scene(image, labels, resize, random.uniform(*ratio))
     for _ in range(10):
         top, left = (random.randint(0, max(side - crop_size, 0)) for side in labels.shape)
         counts = labels[top : top + crop_size, left : left + crop_size].flatten().bincount(minlength=256)[:255]
         if (counts > 0).sum() > 1 and counts.max() < max_share * counts.sum():
             break
-    image, labels = (t[..., top : top + crop_size, left : left + crop_size] for t in (image, labels))
+    image, labels = (array[..., top : top + crop_size, left : left + crop_size] for array in (image, labels))
     if random.random() < 0.5:
         image, labels = image.flip(-1), labels.flip(-1)
     if photometric:
@@ -59,8 +61,10 @@ def scene_crop(
     return F.pad(image, pad, fill=0), F.pad(labels.unsqueeze(0), pad, fill=255).squeeze(0)
 
 
-def resize_scene(image: Tensor, labels: Tensor | None, resize: list[int], ratio: float):
-    """Fit into (long, short) = resize * ratio, keeping the aspect (mmcv's rescale rule)."""
+def resize_scene(image: Tensor, labels: Tensor | None, resize: list[int], ratio: float) -> tuple[Tensor, Tensor | None]:
+    """Fit an image (..., 3, H, W) and its labels (H, W) into (long, short) = resize * ratio, keeping the aspect.
+
+    The rounding is that of mmcv's rescale_size."""
     long, short = sorted((round(side * ratio) for side in resize), reverse=True)
     height, width = image.shape[-2:]
     factor = min(long / max(height, width), short / min(height, width))
@@ -73,20 +77,23 @@ def resize_scene(image: Tensor, labels: Tensor | None, resize: list[int], ratio:
 
 
 def photometric_distortion(image: Tensor) -> Tensor:
-    """Brightness +-32/255, contrast and saturation 0.5-1.5, hue +-18 degrees, each half of the time."""
+    """Change brightness by up to 32/255, contrast and saturation by 0.5 to 1.5, hue by up to 18 degrees.
+
+    Each change is made with probability 1/2; contrast comes second or last (mmsegmentation's PhotoMetricDistortion)."""
     if random.random() < 0.5:
         image = (image.float() + random.uniform(-32, 32)).clamp(0, 255).to(torch.uint8)
     contrast_last = random.random() < 0.5
     if not contrast_last:
-        image = contrast(image)
+        image = random_contrast(image)
     if random.random() < 0.5:
         image = F.adjust_saturation(image, random.uniform(0.5, 1.5))
     if random.random() < 0.5:
         image = F.adjust_hue(image, random.uniform(-18, 18) / 360)
-    return contrast(image) if contrast_last else image
+    return random_contrast(image) if contrast_last else image
 
 
-def contrast(image: Tensor) -> Tensor:
+def random_contrast(image: Tensor) -> Tensor:
+    """Scale the pixel values by 0.5 to 1.5 with probability 1/2."""
     if random.random() < 0.5:
         return (image.float() * random.uniform(0.5, 1.5)).clamp(0, 255).to(torch.uint8)
     return image

@@ -1,1 +1,1 @@
-"""The fine-tuned classifier behind HTTP."""
+"""Serve the fine-tuned classifier over HTTP."""

@@ -1,7 +1,7 @@
-"""The fine-tuned classifier as a model of MLflow's: what `mlflow models serve` and `mlflow models predict` run.
+"""The fine-tuned classifier as an MLflow model, run by `mlflow models serve` and `mlflow models predict`.
 
-MLflow copies this file and the package into the model and runs this file when it saves and when it loads the model
-("models from code"); it needs mlflow itself, as no stage does.
+MLflow copies this file and the package into the model, and runs this file when it saves and when it loads the model
+("models from code"). Unlike the stages, this file imports mlflow.
 """
 
 from pathlib import Path
@@ -14,14 +14,16 @@ from mlflow.pyfunc import PythonModel
 from milan.core.errors import UserError
 
 
-class Served(PythonModel):
-    """A table with a column `image` of encoded files (base64 in JSON) -> classes and probabilities, best first, a row
-    each; the parameter top_k says how many. One bad image refuses the request, status 400, naming its row."""
+class ServedClassifier(PythonModel):
+    """Answer a table whose column `image` holds encoded images (base64 in JSON) with classes and probabilities.
+
+    Each row gets its top_k classes (a parameter, 5 by default), best first. A single bad image refuses the request: status
+    400, naming its row."""
 
     def load_context(self, context) -> None:
-        from milan.serve.classify import Classify  # torch: not while the model is only saved
+        from milan.serve.classify import ImageClassifier  # here: saving the model does not need torch
 
-        self.classify = Classify(Path(context.artifacts["classifier"]))
+        self.classify = ImageClassifier(Path(context.artifacts["classifier"]))
 
     def predict(self, context, model_input: pd.DataFrame, params: dict | None = None) -> list[dict]:
         try:
@@ -30,4 +32,4 @@ class Served(PythonModel):
             raise MlflowException.invalid_parameter_value(str(error)) from None
 
 
-set_model(Served())
+set_model(ServedClassifier())

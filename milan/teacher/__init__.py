@@ -1,1 +1,1 @@
-"""What CLIP sees: image towers, the small CLIP that is trained here, released teachers, texts of the classes."""
+"""MILAN's teacher: image towers, the small CLIP that is trained here, released teachers, class texts."""

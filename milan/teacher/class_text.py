@@ -1,7 +1,7 @@
-"""What the teacher's text tower makes of the names of the classes: unit vectors in the space of the student's predictions.
+"""Text embeddings of the class names by the teacher's text tower: unit vectors in the space of the student's predictions.
 
-The teacher stage asks once, while the whole CLIP is at hand, and writes class_text.safetensors, "embeddings" (K, D), and
-class_text.json, which says what was asked. A teacher without a text tower, and images without labels, have neither.
+The teacher stage computes them while it holds the whole CLIP, and writes class_text.safetensors ("embeddings", (K, D)) and
+class_text.json (names and prompts). A teacher without a text tower, and images without labels, have neither file.
 """
 
 from pathlib import Path
@@ -16,25 +16,28 @@ FILE = "class_text.safetensors"
 
 
 class Wording(NamedTuple):
-    """What a text tower is asked: each name in each of the prompts, which hold a {} for it."""
+    """The texts of the classes: each name in each of the prompts."""
 
     names: list[str]  # of the classes, in the order of the labels
-    prompts: list[str]
+    prompts: list[str]  # with {} in place of the name
 
 
 class ClassText(NamedTuple):
+    """The text embeddings of the classes."""
+
     names: list[str]
     embeddings: Tensor  # (K, D) float32, unit rows
 
 
 def save_class_text(folder: Path, wording: Wording, embeddings: Tensor) -> None:
+    """Write class_text.safetensors and class_text.json. embeddings: (K, D)."""
     save_weights(folder / FILE, {"embeddings": embeddings})
     write_json(folder / "class_text.json", {"names": list(wording.names), "prompts": list(wording.prompts)})
 
 
 def read_class_text(folder: Path) -> ClassText | None:
-    """None when this teacher was not asked. Raises UserError when a file is damaged."""
+    """Read the class texts of a teacher; None when it has none. Raises UserError when a file is damaged."""
     if not (Path(folder) / FILE).exists():
         return None
-    said = read_json(Path(folder) / "class_text.json", names=list)
-    return ClassText(said["names"], load_weights(Path(folder) / FILE)["embeddings"])
+    wording = read_json(Path(folder) / "class_text.json", names=list)
+    return ClassText(wording["names"], load_weights(Path(folder) / FILE)["embeddings"])

@@ -1,4 +1,4 @@
-"""Training the built-in teacher: CLIP on captioned images, with open_clip's model, tokenizer and loss."""
+"""Train the built-in teacher: samples, loss and parameter groups for CLIP on captioned images, with open_clip's loss."""
 
 from open_clip.loss import ClipLoss
 from open_clip.model import CLIP
@@ -12,7 +12,8 @@ from milan.training import distributed
 
 
 class Captioned(Dataset):
-    """item (epoch, index) -> {"image": uint8 (3, S, S), "tokens": (context,) int64}: one crop and its caption."""
+    """Captioned images: item (epoch, index) -> {"image": uint8 (3, S, S), "tokens": (context,) int64}, one random crop and its
+    caption."""
 
     def __init__(self, records: Records, tokenizer: Tokenizer, seed: int, size: int, crop_scale: list[float]):
         self.records, self.seed, self.size, self.scale = records, seed, size, crop_scale
@@ -38,17 +39,14 @@ class Contrast(nn.Module):
         self.loss = ClipLoss(gather_with_grad=True, rank=distributed.rank(), world_size=distributed.world_size())
 
     def forward(self, images: Tensor, tokens: Tensor) -> Tensor:
-        """images (B, 3, S, S) normalised, tokens (B, context) -> scalar."""
+        """Return the loss, a scalar. images: (B, 3, S, S) normalised; tokens: (B, context)."""
         image_features, text_features, scale = self.model(images, tokens)
         return self.loss(image_features.float(), text_features.float(), scale)
 
 
 def decay_groups(model: CLIP, weight_decay: float) -> list[dict]:
-    """No decay for one-dimensional parameters and the logit scale, as open_clip trains."""
-    named = list(model.named_parameters())
-    plain = [p for name, p in named if p.ndim < 2 or "logit_scale" in name]
-    kept = {id(p) for p in plain}
-    return [
-        {"params": plain, "weight_decay": 0.0},
-        {"params": [p for _, p in named if id(p) not in kept], "weight_decay": weight_decay},
-    ]
+    """Return the optimizer's parameter groups. As in open_clip, one-dimensional parameters and the logit scale do not decay."""
+    decayed, undecayed = [], []
+    for name, parameter in model.named_parameters():
+        (undecayed if parameter.ndim < 2 or "logit_scale" in name else decayed).append(parameter)
+    return [{"params": undecayed, "weight_decay": 0.0}, {"params": decayed, "weight_decay": weight_decay}]

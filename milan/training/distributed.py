@@ -1,155 +1,105 @@
-"""Thin words over torch.distributed: one function, in one process or in many (torchrun's own launcher starts
-them on each node; milan/training/nodes.py brings the nodes together)."""
+"""Process groups: a stage's function in one process, or in many that share every batch.
+
+On one machine the stage starts the processes by torch.distributed.elastic. On several machines torchrun starts the stage's
+command on each (docs/cluster.md): then rank 0 is the stage, and the other ranks run only the function that it launches.
+Processes meet in a store of torch's, which also carries the first failure, so that one process can say it for all.
+"""
 
 import contextlib
 import ctypes
 import datetime
+import functools
+import importlib
+import json
 import logging
 import os
+import pickle
 import signal
 import socket
 import sys
 import tempfile
 import traceback
-import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 import torch.distributed as dist
-from timm.layers import set_fused_attn
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from milan.core.errors import PREEMPTED, Preempted, UserError
 from milan.core.parallel import end_with
-from milan.params import Compute, Params
-from milan.training import nodes
+from milan.core.program import fail
+from milan.params import Params
+from milan.training.device import resolve_device
 
 PR_SET_PDEATHSIG = 1  # prctl(2): the signal that a process gets when its parent dies
 STOP_SECONDS = 300  # between the signal that asks a process to save and end, and the one that ends it
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+WAIT = datetime.timedelta(days=1)  # for rank 0's launch; if rank 0 ends without one, the wait ends
+CALL, FAILURE, LOST = "milan/call", "milan/failure", "milan/lost"  # keys of the store
 
 
 def rank() -> int:
+    """Return this process's number in the group, 0 outside one."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
+    """Return the number of processes of the group, 1 outside one."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def resolve_device(compute: Compute) -> torch.device:
-    """The device of this process: cuda:<local rank> or cpu."""
-    kind = compute.device
-    if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UserError("compute.device is cuda, but torch sees no GPU here. Use `-S compute.device=auto` or check the driver.")
-    return torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device("cpu")
+# Starting a function in many processes.
 
 
-def resolve_precision(compute: Compute, device: torch.device) -> str:
-    """fp32, bf16 or fp16; auto takes bf16 where the hardware computes in it."""
-    if compute.precision != "auto":
-        return compute.precision
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    capable = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-    return "bf16" if capable else "fp32"
+def launch(function: Callable[..., dict], params: Params, *arguments) -> dict:
+    """Run function(params, *arguments) in every process and return rank 0's value. A stage launches once.
+
+    Raises the first failure of any process, after the others are stopped: a UserError as it is, a fault of this program as a
+    RuntimeError with its traceback, a lost process as a UserError, and Preempted after a signal."""
+    if started_by_torchrun():
+        return launch_from_rank_0(function, params, arguments)
+    if params.world_size == 1:
+        return function(params, *arguments)
+    return launch_here(function, params, arguments)
 
 
-def autocast(precision: str, device: torch.device):
-    return torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "fp32")
-
-
-def set_up(compute: Compute) -> torch.device:
-    """Threads, determinism and device of this process; called at the start of every process."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch|open_clip")
-    torch.set_num_threads(compute.threads)
-    device = resolve_device(compute)
-    choose_attention(resolve_precision(compute, device), device)
-    if compute.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # a twentieth of a small model's step; no kernel reads it
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-    return device
-
-
-def choose_attention(precision: str, device: torch.device) -> None:
-    """Whether models built from here on use torch's fused attention (timm's switch, which our decoder follows): on a
-    CPU its backward pass in bf16 takes three to nine times as long as the products written out (benchmarks/step.py)."""
-    set_fused_attn(not (device.type == "cpu" and precision == "bf16"))
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where this node's processes of one launch run and meet the others."""
-
-    folder: Path  # shared by all processes: words of failures, and on one node the meeting itself
-    kind: str  # of device: cuda or cpu
-    processes: int  # on each node
-    node: int = 0  # 0 is the head, where the stage runs
-    nodes: int = 1
-    address: str = ""  # of the head, and a free port there; for several nodes
-    port: int = 0
-
-
-def launch(function: Callable[..., dict], p: Params, *arguments) -> dict:
-    """function(p, *arguments) in runtime.processes processes on each of runtime.nodes nodes; the value that rank 0, on
-    this node, returns. Raises here what went wrong in any process (the others are stopped): a UserError as it is, a lost
-    process as a UserError, Preempted after a signal."""
-    if p.world == 1:
-        return function(p, *arguments)
-    kind, runtime = resolve_device(p.compute).type, p.runtime
-    if runtime.nodes == 1:
-        with tempfile.TemporaryDirectory() as folder:
-            return on_this_node(function, (p, *arguments), Place(Path(folder), kind, runtime.processes))
-    with nodes.called(function, kind, runtime.processes, runtime.nodes) as call:
-        place = Place(call.folder, kind, runtime.processes, 0, runtime.nodes, call.address, call.port)
-        return on_this_node(function, (p, *arguments), place)
-
-
-def on_this_node(function: Callable[..., dict], arguments: tuple | None, place: Place) -> dict:
-    """This node's processes of a launch; on other nodes than the head the arguments come from rank 0."""
+def launch_here(function: Callable[..., dict], params: Params, arguments: tuple) -> dict:
+    """Run the function in runtime.processes processes of this machine."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    if place.kind == "cuda" and place.processes > torch.cuda.device_count():
-        raise UserError(
-            f"runtime.processes is {place.processes}, and {socket.gethostname()} has {torch.cuda.device_count()} GPU(s): set it to "
-            "the number of GPUs of a node (a run continues with another number)."
-        )
     for name in ("torch.distributed.elastic", "torch.distributed.elastic.agent.server.api"):  # which has a level of its own
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    processes = params.runtime.processes
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
-        nproc_per_node=place.processes,
+        nproc_per_node=processes,
         run_id="milan",
         monitor_interval=0.2,
         max_restarts=0,
         shutdown_timeout=STOP_SECONDS,
         rdzv_backend="static",
-        rdzv_endpoint=f"127.0.0.1:{nodes.free_port()}",
+        rdzv_endpoint="127.0.0.1:0",
         rdzv_configs={"rank": 0},
         # Forking spares each process the seconds of importing torch; CUDA does not survive it.
         start_method="spawn" if torch.cuda.is_available() else "fork",
     )
-    try:
-        with handlers_restored():
-            return elastic_launch(config, in_process)(place, function, arguments)[0]
-    except SignalException:
-        raise Preempted from None
-    except Exception as error:
-        raise failure_of(place.folder, error) from None
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder, "store"))
+        try:
+            with handlers_restored():
+                return elastic_launch(config, run_here)(path, function, params, arguments)[0]
+        except SignalException:
+            raise Preempted from None
+        except Exception as error:
+            raise first_failure(dist.FileStore(path, processes), error) from None
 
 
 @contextlib.contextmanager
 def handlers_restored() -> Iterator[None]:
-    """The launcher takes over the signals that end a process, and keeps them; give them back."""
+    """Restore the handlers of the signals that end a process: elastic's launcher replaces them."""
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
     before = [signal.getsignal(number) for number in numbers]
     try:
@@ -159,70 +109,189 @@ def handlers_restored() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def in_process(place: Place, function: Callable[..., dict], arguments: tuple | None) -> dict:
-    """One process of a launch: joins the group, runs, and leaves word of its failure."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)  # outside training (milan/training/loop.py) there is nothing to save
+def run_here(path: str, function: Callable[..., dict], params: Params, arguments: tuple) -> dict:
+    """Run the function in a process that launch_here started.
+
+    The store is a file and not elastic's own: a connection that reaches the launcher while it forks another process can
+    leave a lock of the C library shut in that process for ever."""
+    end_by_signals()
     end_with(os.getppid())
     with contextlib.suppress(AttributeError):  # of Linux; torch asks for SIGINT, which in training would mean: save and end
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    local = int(os.environ["LOCAL_RANK"])
-    rank = place.node * place.processes + local
-    watch = nodes.Watch(place.folder, place.node, place.nodes, rank) if place.nodes > 1 and local == 0 else None
+    store = dist.FileStore(path, params.runtime.processes)
     try:
-        if watch:
-            watch.start()
-        join(place, rank, local)
-        value = function(*(from_rank_0(arguments) if place.nodes > 1 else arguments))
-        with contextlib.suppress(Exception):
-            dist.destroy_process_group()
-        if watch:
-            watch.leave()
+        join(store, resolve_device(params.compute).type)
+        value = function(params, *arguments)
+        leave()
         return value
     except BaseException as error:
-        kind = kind_of(error)
-        nodes.leave_word(place.folder, kind, rank, traceback.format_exc() if kind == "crash" else str(error))
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(PREEMPTED if kind == "stopped" else 1)  # at once: what tidies up may wait for processes that are gone
+        leave_word(store, error)
+        end(error)
 
 
-def join(place: Place, rank: int, local: int) -> None:
-    """Make this process one of the group. It meets the others apart from the launcher: a connection that comes in while
-    that one forks another process can leave a lock of the C library shut in it for ever."""
-    world = place.nodes * place.processes
-    if place.kind == "cuda":
+def end_by_signals() -> None:
+    """Let signals end this process at once. Training (milan/training/loop.py) has handlers of its own, which save first."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+
+
+# Ranks that torchrun started.
+
+
+def started_by_torchrun() -> bool:
+    """Return whether torchrun started this process as one of several. (A Kubernetes operator sets RANK, too, but no LOCAL_RANK.)"""
+    return "LOCAL_RANK" in os.environ and int(os.environ["WORLD_SIZE"]) > 1
+
+
+@contextlib.contextmanager
+def torchrun() -> Iterator[None]:
+    """Surround a stage that may launch. Of the ranks that torchrun started only 0 enters; the others run the function that
+    it launches, if it launches one, and end with status 0. Without torchrun it does nothing."""
+    if not started_by_torchrun():
+        yield
+        return
+    end_with(os.getppid())
+    if os.environ["RANK"] != "0":
+        take_part()
+        sys.exit()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(dist.DistError):  # the store is gone with the node that held it
+            torchrun_store().set(CALL, b"")
+
+
+@functools.cache
+def torchrun_store() -> dist.Store:
+    """Connect to the store of torchrun, at MASTER_ADDR and MASTER_PORT."""
+    return next(dist.rendezvous("env://"))[0]
+
+
+def launch_from_rank_0(function: Callable[..., dict], params: Params, arguments: tuple) -> dict:
+    """Run the function here, and call the other ranks to run it too."""
+    store, kind = torchrun_store(), resolve_device(params.compute).type
+    module = sys.modules["__main__"].__spec__.name if function.__module__ == "__main__" else function.__module__
+    store.set(CALL, pickle.dumps((module, function.__name__, kind, params, arguments)))
+    try:
+        join(store, kind)
+        value = function(params, *arguments)
+        leave()
+        return value
+    except BaseException as error:
+        leave_word(store, error)
+        raise first_failure(store, error) from None
+
+
+def take_part() -> None:
+    """Run the function that rank 0 launches. A failure ends this process; rank 0 says it, or, where rank 0 cannot, the first
+    process of this node."""
+    end_by_signals()
+    try:
+        store = torchrun_store()
+        store.wait([CALL], WAIT)
+        if call := store.get(CALL):
+            module, name, kind, params, arguments = pickle.loads(call)
+            here = resolve_device(params.compute).type
+            if here != kind:
+                raise UserError(
+                    f"Rank 0 computes on {kind}, and {socket.gethostname()} on {here}: set compute.device, or mend its driver."
+                )
+            join(store, kind)
+            getattr(importlib.import_module(module), name)(params, *arguments)
+            leave()
+    except BaseException as error:
+        leave_word(torchrun_store(), error)
+        failure = first_failure(torchrun_store(), error)
+        if isinstance(failure, LostProcess) and os.environ["LOCAL_RANK"] == "0" != os.environ["GROUP_RANK"]:
+            with contextlib.suppress(SystemExit):
+                fail(str(failure))
+        end(error)
+
+
+# Joining, leaving, failing.
+
+
+def join(store: dist.Store, kind: str) -> None:
+    """Make this process one of the group. kind: cuda or cpu, alike in all processes.
+
+    Raises UserError on a machine with fewer GPUs than processes."""
+    local, processes = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    if kind == "cuda":
+        if processes > torch.cuda.device_count():
+            raise UserError(
+                f"{processes} processes were started on {socket.gethostname()}, which has {torch.cuda.device_count()} GPU(s): set "
+                "runtime.processes (under torchrun, --nproc-per-node) to the number of GPUs of a node (a run continues with "
+                "another number)."
+            )
         torch.cuda.set_device(local)
-    if place.nodes == 1:
-        store = dist.FileStore(str(place.folder / "meeting"), world)
-    else:
-        store = dist.TCPStore(place.address, place.port, world, rank == 0, datetime.timedelta(seconds=nodes.WAIT_SECONDS))
-    dist.init_process_group("nccl" if place.kind == "cuda" else "gloo", store=store, rank=rank, world_size=world)
-
-
-def kind_of(error: BaseException) -> str:
-    """stopped: by a signal; user: to be said as it is; lost: the end of another process, as this one sees it; crash: a
-    fault of this program."""
-    if isinstance(error, Preempted | UserError):
-        return "stopped" if isinstance(error, Preempted) else "user"
-    return "lost" if isinstance(error, dist.DistError) or "/gloo/" in str(error) else "crash"
-
-
-def failure_of(folder: Path, error: Exception) -> BaseException:
-    """The most telling failure that the processes of all nodes left behind."""
-    if nodes.words(folder, "stopped"):
-        return Preempted()
-    for kind, wrap in (("user", UserError), ("crash", RuntimeError)):
-        for word in nodes.words(folder, kind):
-            return wrap(word)
-    seen = [word[:150] for word in nodes.words(folder, "lost")]
-    return UserError(
-        f"A training process was lost ({seen[0] if seen else type(error).__name__}): it may have been killed, for "
-        "instance for want of memory. What was saved is kept; run `dvc repro` again and it continues."
+    dist.init_process_group(
+        "nccl" if kind == "cuda" else "gloo", store=store, rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"])
     )
 
 
+def leave() -> None:
+    """Leave the group."""
+    with contextlib.suppress(Exception):
+        dist.destroy_process_group()
+
+
+class LostProcess(UserError):
+    """Another process ended without a word."""
+
+
+def kind_of(error: BaseException) -> str:
+    """Return what a failure is: stopped (by a signal), user (a UserError), lost (the end of another process, as this one
+    sees it) or crash (a fault of this program)."""
+    if isinstance(error, Preempted | KeyboardInterrupt):
+        return "lost" if sibling_is_gone() else "stopped"
+    if isinstance(error, UserError):
+        return "user"
+    return "lost" if isinstance(error, dist.DistError) or "/gloo/" in str(error) else "crash"
+
+
+def sibling_is_gone() -> bool:
+    """Return whether the launcher has seen another of its processes end. Then the SIGTERM that reached this one followed from
+    that; a launcher that was asked to stop sends the signal to all before it looks at any."""
+    return len(psutil.Process(os.getppid()).children()) < int(os.environ["LOCAL_WORLD_SIZE"])
+
+
+def leave_word(store: dist.Store, error: BaseException) -> None:
+    """Record why this process fails, for the others to say. The first word counts."""
+    kind = kind_of(error)
+    text = traceback.format_exc() if kind == "crash" else str(error)
+    if isinstance(error, Preempted):
+        text = "its launcher ended the others"
+    with contextlib.suppress(dist.DistError):  # the store is gone with the node that held it
+        store.compare_set(LOST if kind == "lost" else FAILURE, "", json.dumps([kind, text]))
+
+
+def first_failure(store: dist.Store, error: BaseException) -> BaseException:
+    """Return the failure to raise: the first that any process left word of. error: the failure as this process sees it."""
+    kind, text = "lost", type(error).__name__
+    with contextlib.suppress(dist.DistError):
+        for key in (LOST, FAILURE):
+            if store.check([key]):
+                kind, text = json.loads(store.get(key))
+    if kind == "lost":
+        return LostProcess(
+            f"A training process was lost ({text[:150]}): it may have been killed, for instance for want of memory. What was "
+            "saved is kept; run `dvc repro` again and it continues."
+        )
+    return {"stopped": Preempted, "user": UserError, "crash": RuntimeError}[kind](*([text] if kind != "stopped" else []))
+
+
+def end(error: BaseException) -> None:
+    """End this process at once (what tidies up may wait for processes that are gone), with a report for its launcher."""
+    get_error_handler().record_exception(error)
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(PREEMPTED if isinstance(error, Preempted) else 1)
+
+
+# Collective operations; in a single process they return what they are given.
+
+
 def from_rank_0(value):
-    """Rank 0's value, in every process."""
+    """Return rank 0's value in every process."""
     if dist.is_initialized():
         box = [value]
         dist.broadcast_object_list(box)
@@ -231,7 +300,7 @@ def from_rank_0(value):
 
 
 def mean(value: torch.Tensor) -> torch.Tensor:
-    """Mean over processes."""
+    """Return the mean over processes."""
     if dist.is_initialized():
         value = value.clone()
         dist.all_reduce(value)
@@ -240,7 +309,7 @@ def mean(value: torch.Tensor) -> torch.Tensor:
 
 
 def total(value: torch.Tensor) -> torch.Tensor:
-    """Sum over processes."""
+    """Return the sum over processes."""
     if dist.is_initialized():
         value = value.clone()
         dist.all_reduce(value)

@@ -23,7 +23,8 @@ from milan.data import seeding
 from milan.params import Compute, Runtime, Training
 from milan.training import distributed, optim
 from milan.training.batch_norm import RunningStatistics
-from milan.training.resume import Scratch
+from milan.training.device import autocast, resolve_precision
+from milan.training.resume import SavedState
 
 CURVE_POINTS = 100
 CHECK_STEPS = 10  # between two looks at the loss, which make the host wait for the device
@@ -100,7 +101,7 @@ class FitSettings:
     compute: Compute
     runtime: Runtime
     seed: int
-    scratch: Scratch
+    saved: SavedState
     log: Callable[[dict], None] = unlogged
     schedule: Callable[..., float] = optim.lr_at
     micro_batch: int | None = None
@@ -110,7 +111,7 @@ def fit(
     model: nn.Module, dataset: Dataset, optimizer: torch.optim.Optimizer, run: FitSettings, to_inputs: Callable[[dict], tuple]
 ) -> list[dict]:
     """Train model, whose forward(*to_inputs(batch)) is the loss, and return the curve: a point every few steps
-    {"step", "epoch", "loss", "lr"}. Continues from run.scratch when it holds a state.
+    {"step", "epoch", "loss", "lr"}. Continues from run.saved when it holds a state.
 
     Raises UserError on a non-finite loss, naming the step and the last good save."""
     return Loop(model, dataset, optimizer, run, to_inputs).train()
@@ -120,7 +121,7 @@ class Loop:
     def __init__(self, model, dataset, optimizer, run: FitSettings, to_inputs):
         self.model, self.optimizer, self.run, self.to_inputs = model, optimizer, run, to_inputs
         self.device = next(model.parameters()).device
-        self.precision = distributed.resolve_precision(run.compute, self.device)
+        self.precision = resolve_precision(run.compute, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         t = run.training
         self.order = Order(len(dataset), t.batch_size, run.micro_batch or t.micro_batch, t.epochs, run.seed)
@@ -204,7 +205,7 @@ class Loop:
             last = micro == self.accumulation - 1
             wait = contextlib.nullcontext() if last or self.world == 1 else self.forward.no_sync()
             with wait:
-                with distributed.autocast(self.precision, self.device):
+                with autocast(self.precision, self.device):
                     loss = self.forward(*inputs)
                 self.scaler.scale(loss / self.accumulation).backward()
             self.running.note()
@@ -251,14 +252,14 @@ class Loop:
     def stop_on_non_finite(self, loss: float) -> None:
         raise UserError(
             f"{self.run.name}: the loss became {loss} at or shortly before step {self.step} of {self.order.total_steps} "
-            f"(learning rate {self.lr:.3g}); {self.run.scratch.kept()}. Lower this stage's lr, set clip_grad, or use compute.precision=bf16 or fp32."
+            f"(learning rate {self.lr:.3g}); {self.run.saved.kept()}. Lower this stage's lr, set clip_grad, or use compute.precision=bf16 or fp32."
         )
 
     def save_when_due(self, asked_to_stop: bool) -> None:
         """The last step is saved too, so that an evaluation that is interrupted needs no step again."""
         due = time.monotonic() - self.saved_at >= self.run.runtime.save_seconds
         if self.rank == 0 and (due or asked_to_stop or self.step == self.order.total_steps):
-            self.run.scratch.save(self.step, self.state())
+            self.run.saved.save(self.step, self.state())
             self.saved_at = time.monotonic()
         if asked_to_stop:
             distributed.barrier()  # nobody leaves before the state is saved: the first to leave ends the others
@@ -277,17 +278,19 @@ class Loop:
         }
 
     def resume(self) -> None:
-        newest = distributed.from_rank_0(self.run.scratch.newest() if self.rank == 0 else None)
+        newest = distributed.from_rank_0(self.run.saved.newest() if self.rank == 0 else None)
         if newest is None:
             return
-        state = self.run.scratch.read(newest, self.device)
+        if self.rank == 0:
+            self.run.saved.note_edits()
+        state = self.run.saved.read(newest, self.device)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.curve, self.checked = state["step"], state["curve"], state["checked"]
         if self.rank == 0:
             print(
-                f"{self.run.name}: continuing from step {self.step} of {self.order.total_steps} ({self.run.scratch.folder})",
+                f"{self.run.name}: continuing from step {self.step} of {self.order.total_steps} ({self.run.saved.folder})",
                 flush=True,
             )
 

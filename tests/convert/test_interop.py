@@ -1,4 +1,4 @@
-"""Checkpoints in other people's layouts: read, refused, converted, and back to the same bits."""
+"""Checkpoints in other projects' layouts: reading, refusals, conversion, and round trips to the same bits."""
 
 import argparse
 import os
@@ -18,10 +18,11 @@ SIZE = Model("tiny", 12, 4, TransformerSize(24, 2, 3), TransformerSize(16, 2, 2)
 
 
 def official(decoder: str = "prompt") -> dict[str, torch.Tensor]:
-    """A whole pretraining checkpoint under official names, every value its own."""
+    """Return a complete pretraining checkpoint under official names, with random values."""
     model = MaskedPretraining(SIZE, AblationRow("clip", decoder, "random"), 0.5, 20)
     generator = torch.Generator().manual_seed(0)
-    names = {n.removeprefix("encoder.vit.").removeprefix("decoder."): t for n, t in model.state_dict().items()}
+    tensors = model.state_dict().items()
+    names = {name.removeprefix("encoder.vit.").removeprefix("decoder."): tensor for name, tensor in tensors}
     return {name: torch.randn(tensor.shape, generator=generator) for name, tensor in names.items()}
 
 
@@ -29,8 +30,11 @@ def encoder_of(state):
     return {name: tensor for name, tensor in state.items() if not name.startswith(("decoder_", "mask_token"))}
 
 
-def same(a, b) -> bool:
-    return a.keys() == b.keys() and all(a[name].dtype == b[name].dtype and a[name].equal(b[name]) for name in a)
+def same(ours, theirs) -> bool:
+    """Return whether two state dicts have the same names, types and values."""
+    return ours.keys() == theirs.keys() and all(
+        tensor.dtype == theirs[name].dtype and tensor.equal(theirs[name]) for name, tensor in ours.items()
+    )
 
 
 @pytest.fixture
@@ -70,7 +74,7 @@ def test_reads_mmpretrain_with_teacher_and_preprocessor(pth):
     assert same(interop.read(path), state)
 
 
-def test_reads_timm_and_our_own(tmp_path):
+def test_reads_timm_which_is_our_own(tmp_path):
     state = encoder_of(official())
     save_file(state, tmp_path / "encoder.safetensors")
     assert same(interop.read_encoder(tmp_path / "encoder.safetensors", SIZE), state)
@@ -89,27 +93,27 @@ def test_mmpretrain_names_of_mae_and_milan():
 
 @pytest.mark.parametrize("decoder", ["prompt", "mae"])
 def test_round_trips_are_exact(pth, tmp_path, decoder):
-    """Through every layout and back; half precision and position tables (here: noise) are carried over as they are."""
+    """Through every layout and back, half precision and position tables (here noise) keep their values."""
     state = official(decoder)
     state["blocks.0.attn.qkv.weight"] = state["blocks.0.attn.qkv.weight"].half()
     start, mm, timm_file, rest, back = (
         pth({"model": state}),
         *(tmp_path / n for n in ("mm.pth", "e.safetensors", "d.safetensors", "back.pth")),
     )
-    assert run("convert", start, mm, "--to", "mmpretrain") == 0
+    assert run(start, mm, "--to", "mmpretrain") == 0
     assert same(torch.load(mm, weights_only=True)["state_dict"], layouts.to_mmpretrain(state))
-    assert run("convert", mm, timm_file, "--to", "timm", "--decoder", rest) == 0
+    assert run(mm, timm_file, "--to", "timm", "--decoder", rest) == 0
     assert same(load_file(timm_file), encoder_of(state))
     assert same(load_file(rest), {name: state[name] for name in state.keys() - encoder_of(state).keys()})
-    assert run("convert", timm_file, back, "--to", "official", "--decoder", rest) == 0
+    assert run(timm_file, back, "--to", "official", "--decoder", rest) == 0
     assert same(torch.load(back, weights_only=True)["model"], state)
 
 
 def test_encoder_alone_converts(tmp_path, pth, capsys):
     state = official()
-    assert run("convert", pth({"model": state}), tmp_path / "e.safetensors", "--to", "timm") == 0
+    assert run(pth({"model": state}), tmp_path / "e.safetensors", "--to", "timm") == 0
     assert "decoder tensors left out" in capsys.readouterr().out
-    assert run("convert", tmp_path / "e.safetensors", tmp_path / "o.pth", "--to", "official") == 0
+    assert run(tmp_path / "e.safetensors", tmp_path / "o.pth", "--to", "official") == 0
     assert same(torch.load(tmp_path / "o.pth", weights_only=True)["model"], encoder_of(state))
 
 
@@ -117,7 +121,7 @@ def test_timm_loads_strictly(tmp_path, pth):
     """Into timm's own model; vit_base differs from vit_tiny in its sizes alone."""
     model = timm.create_model("vit_tiny_patch16_224", num_classes=0)
     state = {name: tensor.detach() + 1 for name, tensor in model.state_dict().items()}
-    assert run("convert", pth({"model": state}), tmp_path / "e.safetensors", "--to", "timm") == 0
+    assert run(pth({"model": state}), tmp_path / "e.safetensors", "--to", "timm") == 0
     model.load_state_dict(load_file(tmp_path / "e.safetensors"), strict=True)
     assert model.norm.bias.eq(1).all()
 
@@ -133,13 +137,13 @@ def clip_state() -> dict[str, torch.Tensor]:
 def test_openai_clip_there_and_back(tmp_path, pth):
     state = clip_state()
     integers = {name: torch.tensor(7) for name in interop.CLIP_INTEGERS}
-    assert run("convert", pth({**state, **integers}), tmp_path / "c.safetensors", "--to", "timm") == 0
-    assert run("convert", tmp_path / "c.safetensors", tmp_path / "c.pt", "--to", "openai") == 0
+    assert run(pth({**state, **integers}), tmp_path / "c.safetensors", "--to", "timm") == 0
+    assert run(tmp_path / "c.safetensors", tmp_path / "c.pt", "--to", "openai") == 0
     assert same(torch.load(tmp_path / "c.pt", weights_only=True), {n: t for n, t in state.items() if n.startswith("visual.")})
 
 
-def test_openai_clip_means_the_same_in_timm():
-    """The same images give the same features in open_clip's tower and in timm's with the converted weights."""
+def test_openai_clip_gives_the_same_features_in_timm():
+    """open_clip's tower and timm's with the converted weights give the same features."""
     from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
     from timm.layers import QuickGELU
     from timm.models.vision_transformer import VisionTransformer
@@ -165,7 +169,7 @@ def refused(path, *words) -> None:
     assert all(word in str(caught.value) for word in (str(path), *words)), caught.value
 
 
-def test_refuses_with_the_exact_list(pth):
+def test_a_refusal_lists_the_keys(pth):
     state = official()
     del state["norm.weight"], state["blocks.1.mlp.fc2.bias"]
     state["blocks.2.norm1.weight"] = torch.zeros(24)
@@ -180,50 +184,50 @@ def test_refuses_with_the_exact_list(pth):
     refused(pth(clip_state()), "CLIP")
 
 
-def test_convert_refuses_what_is_not_whole(pth, tmp_path, capsys):
+def test_convert_refuses_an_incomplete_model(pth, tmp_path, capsys):
     state = official()
     for name in ("pos_embed", "blocks.0.norm1.bias", "decoder_norm.bias", "decoder_embed.weight"):
         broken = {key: tensor for key, tensor in state.items() if key != name}
-        assert run("convert", pth({"model": broken}), tmp_path / "out.pth", "--to", "mmpretrain") == 1
+        assert run(pth({"model": broken}), tmp_path / "out.pth", "--to", "mmpretrain") == 1
         assert name in capsys.readouterr().err
-    assert run("convert", pth({"model": state}), tmp_path / "out.safetensors", "--to", "official") == 1
-    assert run("convert", pth({"model": state}), tmp_path / "out.pth", "--to", "openai") == 1
-    assert run("convert", pth(clip_state()), tmp_path / "out.pth", "--to", "official") == 1
-    assert run("convert", pth({"model": state}), tmp_path / "out.pth", "--to", "official", "--decoder", "d.safetensors") == 1
+    assert run(pth({"model": state}), tmp_path / "out.safetensors", "--to", "official") == 1
+    assert run(pth({"model": state}), tmp_path / "out.pth", "--to", "openai") == 1
+    assert run(pth(clip_state()), tmp_path / "out.pth", "--to", "official") == 1
+    assert run(pth({"model": state}), tmp_path / "out.pth", "--to", "official", "--decoder", "d.safetensors") == 1
     assert not (tmp_path / "out.pth").exists()
 
 
-def turned_down(capsys, *arguments) -> str:
-    """What convert says of bad input; it writes nothing."""
-    assert run("convert", *arguments) == 1 and not arguments[1].is_file()
+def conversion_error(capsys, *arguments) -> str:
+    """Return the error text of convert for bad input; it writes nothing."""
+    assert run(*arguments) == 1 and not arguments[1].is_file()
     return capsys.readouterr().err
 
 
 def test_convert_refuses_a_decoder_file_without_a_decoder(tmp_path, capsys):
     save_file(encoder_of(official()), tmp_path / "e.safetensors")
     arguments = (tmp_path / "e.safetensors", tmp_path / "out.pth", "--to", "official", "--decoder", tmp_path / "e.safetensors")
-    assert "e.safetensors holds no decoder tensors" in turned_down(capsys, *arguments)
+    assert "e.safetensors holds no decoder tensors" in conversion_error(capsys, *arguments)
 
 
 def test_convert_writes_a_decoder_only_beside_the_encoder(pth, tmp_path, capsys):
     source, target = pth({"model": official()}), tmp_path / "e.safetensors"
     for other in (target, tmp_path / "d.pth"):
-        assert "of its own" in turned_down(capsys, source, target, "--to", "timm", "--decoder", other)
+        assert "of its own" in conversion_error(capsys, source, target, "--to", "timm", "--decoder", other)
     (tmp_path / "file").touch()
-    assert "file: File exists" in turned_down(capsys, source, target, "--to", "timm", "--decoder", tmp_path / "file/d.safetensors")
+    assert "file: File exists" in conversion_error(capsys, source, target, "--to", "timm", "--decoder", tmp_path / "file/d.safetensors")
 
 
 @pytest.mark.parametrize("name", ["decoder_norm.bias", "pos_embed"])
 @pytest.mark.parametrize("value", [float("nan"), 1j])
-def test_convert_refuses_what_is_no_weights(pth, tmp_path, capsys, name, value):
+def test_convert_refuses_tensors_that_are_no_weights(pth, tmp_path, capsys, name, value):
     state = official()
     broken = {**state, name: torch.full(state[name].shape, value)}
-    assert f"in.pth: {name}" in turned_down(capsys, pth({"model": broken}), tmp_path / "out.pth", "--to", "mmpretrain")
+    assert f"in.pth: {name}" in conversion_error(capsys, pth({"model": broken}), tmp_path / "out.pth", "--to", "mmpretrain")
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (1, 1, 1, 1, 1), (0, 0), (1, 0, 24), (64, 3, 0, 0)])
-def test_convert_refuses_what_is_misshapen(pth, tmp_path, capsys, shape):
-    """Numbers of dimensions and zero sizes, in MILAN's layout and in both of CLIP's."""
+def test_convert_refuses_misshapen_tensors(pth, tmp_path, capsys, shape):
+    """Wrong numbers of dimensions and sizes of zero, in MILAN's layout and in both of CLIP's."""
     clip = clip_state()
     cases = [(official(), "pos_embed"), (official(), "patch_embed.proj.weight")]
     cases += [(clip, f"visual.{name}") for name in ("class_embedding", "positional_embedding", "conv1.weight", "proj")]
@@ -232,23 +236,23 @@ def test_convert_refuses_what_is_misshapen(pth, tmp_path, capsys, shape):
         path = pth({**state, name: torch.zeros(shape)})
         layout = "official" if "mask_token" in state else "openai" if "cls_token" in state else "timm"
         target = tmp_path / ("out.safetensors" if layout == "timm" else "out.pth")
-        assert "in.pth" in turned_down(capsys, path, target, "--to", layout), name
+        assert "in.pth" in conversion_error(capsys, path, target, "--to", layout), name
 
 
-def test_names_that_are_no_text_are_refused(pth):
+def test_keys_that_are_no_text_are_refused(pth):
     refused(pth({"model": {**official(), 5: torch.ones(2)}}), "not tensors by name: 5")
 
 
-def test_out_that_cannot_be_written_is_named(pth, tmp_path, capsys):
+def test_an_output_that_cannot_be_written_is_named(pth, tmp_path, capsys):
     source = pth({"model": official()})
     (tmp_path / "folder.pth").mkdir()
-    assert "folder.pth: Is a directory" in turned_down(capsys, source, tmp_path / "folder.pth", "--to", "official")
-    assert "in.pth: File exists" in turned_down(capsys, source, source / "out.pth", "--to", "official")
+    assert "folder.pth: Is a directory" in conversion_error(capsys, source, tmp_path / "folder.pth", "--to", "official")
+    assert "in.pth: File exists" in conversion_error(capsys, source, source / "out.pth", "--to", "official")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.pth", "in.pth"]
 
 
 class Payload:
-    """Unpickling it runs a shell command."""
+    """An object whose unpickling runs a shell command."""
 
     def __init__(self, sentinel):
         self.sentinel = sentinel
@@ -271,7 +275,7 @@ def test_a_malicious_pickle_is_refused_and_does_not_run(tmp_path, where):
         torch.save(contents[where], path)
     refused(path, "pickle", "Nothing in it was run")
     assert not sentinel.exists()
-    if where != "bare pickle":  # the payload is a real one
+    if where != "bare pickle":  # the payload does run without the check
         torch.load(path, weights_only=False)
         assert sentinel.exists()
 
@@ -283,7 +287,7 @@ def test_torchscript_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["in.pth", "in.safetensors"])
 @pytest.mark.parametrize("data", [b"", b"<html>404</html>", bytes(range(256)) * 9, "half"])
-def test_what_is_no_checkpoint_is_refused(tmp_path, name, data):
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, name, data):
     path = tmp_path / name
     if data == "half":
         (torch.save if name.endswith("pth") else save_file)(encoder_of(official()), path)
@@ -294,7 +298,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, name, data):
 
 
 def test_a_flipped_byte_in_a_download_is_found(pth, tmp_path):
-    """torch.load itself would take it."""
+    """torch.load itself accepts it."""
     path = pth({"model": {**official(), "cls_token": torch.full((1, 1, 24), 7.0)}})
     whole = path.read_bytes()
     place = whole.index(torch.full((24,), 7.0).numpy().tobytes())
@@ -303,7 +307,7 @@ def test_a_flipped_byte_in_a_download_is_found(pth, tmp_path):
     refused(path, "in.pth is damaged: in/data/", "Download or write it again")
 
 
-def test_what_holds_no_weights_is_refused(pth, tmp_path):
+def test_a_file_without_weights_is_refused(pth, tmp_path):
     refused(tmp_path / "absent.pth", "no file")
     refused(tmp_path, "is a folder")
     refused(pth({"epoch": 3}), "no state dict")
@@ -315,5 +319,5 @@ def test_help_names_the_layouts(capsys):
     with pytest.raises(SystemExit) as caught:
         run("--help")
     assert caught.value.code == 0
-    said = capsys.readouterr().out
-    assert all(word in said for word in ("timm", "official", "mmpretrain", "openai"))
+    output = capsys.readouterr().out
+    assert output.startswith("usage: python -m milan.convert ") and all(word in output for word in ("timm", "official", "mmpretrain", "openai"))

@@ -1,4 +1,4 @@
-"""pretrain.weights: with a released MILAN checkpoint and no CLIP at all, the evaluations run, and on exactly its weights."""
+"""pretrain.weights: the evaluations run on exactly the weights of a released MILAN checkpoint, without any teacher."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from milan.core.errors import UserError
 from milan.core.files import read_checked
-from milan.core.typed import build
+from milan.core.validation import validate
 from milan.method.model import MaskedPretraining
 from milan.params import AblationRow, Model, Params
 from milan.teacher.clip import load_teacher
@@ -50,16 +50,16 @@ def recipe(tree, workplace):
     def params(**others) -> Params:
         for place, value in {**SETTINGS, **others}.items():
             change(tree, place, value)
-        return build(Params, tree, "params.yaml")
+        return validate(Params, tree, "params.yaml")
 
     return params
 
 
 def released(model: Model, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Encoder and decoder under official names, every value its own."""
-    whole = MaskedPretraining(model, AblationRow("clip", "prompt", "semantic"), 0.75, 20).state_dict()
+    """Return encoder and decoder under official names, with random values."""
+    tensors = MaskedPretraining(model, AblationRow("clip", "prompt", "semantic"), 0.75, 20).state_dict()
     generator = torch.Generator().manual_seed(seed)
-    names = {name.removeprefix("encoder.vit.").removeprefix("decoder."): tensor.shape for name, tensor in whole.items()}
+    names = {name.removeprefix("encoder.vit.").removeprefix("decoder."): tensor.shape for name, tensor in tensors.items()}
     return {name: torch.randn(shape, generator=generator) for name, shape in names.items()}
 
 
@@ -99,8 +99,8 @@ def test_a_released_checkpoint_is_evaluated_without_any_teacher(recipe, workplac
     assert not (workplace / "pretrain/decoder.safetensors").exists()
 
     given = {"records": workplace / "prepare_imagenet", "weights": workplace / "pretrain", "teacher": workplace / "teacher"}
-    found = run(linear_eval, p, workplace, variant="milan", seed=0, **given)
-    assert 0 <= found["linear_eval/top1"] <= 100 and not any("zero_shot" in name for name in found)
+    metrics = run(linear_eval, p, workplace, variant="milan", seed=0, **given)
+    assert 0 <= metrics["linear_eval/top1"] <= 100 and not any("zero_shot" in name for name in metrics)
 
     torch.save({"model": released(p.model, seed=1)}, "milan.pth")
     assert up_to_pretrain(p, workplace)["recipe"] != first["recipe"]
@@ -121,7 +121,7 @@ def test_a_checkpoint_that_is_absent_or_of_another_size_is_refused(recipe, workp
         up_to_pretrain(p, workplace)
 
 
-def test_otherwise_the_teacher_is_there_as_ever(recipe, workplace, tree):
+def test_without_released_weights_the_teacher_is_built(recipe, workplace, tree):
     tiny = dict(tree["teacher"]["tiny"])
     p = recipe(**{"pretrain.weights": None})
     assert not p.no_teacher
@@ -132,7 +132,7 @@ def test_otherwise_the_teacher_is_there_as_ever(recipe, workplace, tree):
 
 
 @pytest.mark.parametrize("stage", ["teacher", "extract_targets", "pretrain"])
-def test_dvc_knows_what_decides_whether_there_is_a_teacher(stage):
+def test_dvc_tracks_the_params_that_decide_whether_there_is_a_teacher(stage):
     listed = set(entry(stage)["params"])
     assert listed & {"pretrain.weights", "pretrain"}
     assert listed & {"teacher.pretrained", "teacher"}

@@ -4,19 +4,16 @@ import errno
 import hashlib
 import json
 import os
-import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 
 from milan.core import files
 from milan.core.errors import UserError
 from milan.params import TransformerSize
-from milan.training.resume import Scratch
-from milan.training.weights import load_into, load_weights, save_weights
+from tests.conftest import ROOT
 
 
 def names(folder: Path) -> list[str]:
@@ -28,6 +25,15 @@ def raising(error: OSError):
         raise error
 
     return fail
+
+
+def test_a_temporary_workspace_uses_the_scratch_folder_of_the_project(tmp_path):
+    """States saved there outlive the workspace, which DVC deletes."""
+    for folder, scratch in ((tmp_path, ".scratch"), (tmp_path / ".dvc/tmp/exps/standalone/tmp1", "../../../../../.scratch")):
+        folder.mkdir(parents=True, exist_ok=True)
+        asked = [sys.executable, "-c", "from milan.core.files import SCRATCH; print(SCRATCH)"]
+        said = subprocess.run(asked, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+        assert said.stdout == f"{scratch}\n"
 
 
 def test_write_whole_makes_folders_and_replaces(tmp_path):
@@ -191,102 +197,6 @@ def test_a_digest_follows_from_its_parts():
         )
         == 6
     )
-
-
-# Weights and states.
-
-
-def test_weights_of_another_recipe_are_refused_and_named(tmp_path):
-    save_weights(tmp_path / "w", torch.nn.Linear(2, 3).state_dict())
-    fitting = torch.nn.Linear(2, 3)
-    load_into(fitting, tmp_path / "w")
-    assert fitting.weight.tolist() == load_file(tmp_path / "w")["weight"].tolist()
-    with pytest.raises(UserError, match=r"w does not fit the model. misshapen: weight is \[3, 2\], not \[4, 2\], bias .*made by another recipe.*dvc repro"):
-        load_into(torch.nn.Linear(2, 4), tmp_path / "w")
-
-
-def test_equal_weights_give_equal_bytes_and_metadata_is_kept(tmp_path):
-    one, two = torch.arange(6.0).view(2, 3), torch.ones(2)
-    save_weights(tmp_path / "a", {"x": one, "y": two}, made="f", seed=3)
-    save_weights(tmp_path / "b", {"y": two.clone(), "x": one.T.contiguous().T}, seed=3, made="f")
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    with safe_open(tmp_path / "b", "pt") as file:
-        (about,) = map(json.loads, file.metadata().values())
-        assert about.pop("sha256") == hashlib.sha256(
-            b"x torch.float32 [2, 3] " + struct.pack("<6f", *range(6)) + b"y torch.float32 [2] " + struct.pack("<2f", 1, 1)
-        ).hexdigest()
-        assert list(file.metadata()) == ["milan"] and about == {"made": "f", "seed": 3}
-        assert file.get_tensor("x").tolist() == [[0, 1, 2], [3, 4, 5]]
-
-
-def test_any_flipped_byte_of_weights_is_found_and_the_file_named(tmp_path):
-    path, weights = tmp_path / "w.safetensors", {"x": torch.arange(6.0).view(2, 3), "n": torch.tensor(3), "b": torch.tensor([True])}
-    save_weights(path, weights, seed=3)
-    whole = path.read_bytes()
-    for place in range(len(whole)):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
-        try:
-            found = load_weights(path)
-            assert found.keys() == weights.keys() and all(found[name].equal(weights[name]) for name in weights)
-            assert whole[place : place + 1] in b"seed3" or not whole[place : place + 1].strip()  # what is said about them
-        except UserError as error:
-            assert str(path) in str(error) and "is damaged" in str(error)
-    path.write_bytes(whole)
-    assert load_weights(path)["n"] == 3
-
-
-def test_the_last_two_states_are_kept(workplace):
-    scratch = Scratch("stage", "recipe")
-    assert scratch.load() is None
-    for step in (5, 10, 1000):
-        scratch.save(step, {"step": step})
-    assert names(scratch.folder) == ["state-000000010.pt", "state-000001000.pt"]
-    assert scratch.load() == {"step": 1000}
-    scratch.clean()
-    assert scratch.load() is None and not scratch.folder.exists()
-
-
-@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "one byte"])
-def test_a_damaged_state_is_named_and_passed_over(workplace, damage, capsys):
-    scratch = Scratch("stage", "recipe")
-    for step in (5, 10):
-        scratch.save(step, {"step": step, "w": torch.full((50,), float(step))})
-    newest = scratch.saves()[0]
-    data = newest.read_bytes()
-    middle = len(data) // 2
-    changed = {
-        "cut": data[:-7],
-        "flipped": data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :],
-        "empty": b"",
-        "one byte": data[:1],
-    }
-    newest.write_bytes(changed[damage])
-    assert scratch.load()["step"] == 5
-    said = capsys.readouterr().err
-    assert "state-000000010.pt is damaged" in said and "falling back" in said
-    scratch.saves()[1].write_bytes(b"")
-    assert scratch.load() is None
-
-
-def test_a_state_cannot_run_code(workplace, tmp_path):
-    class Malice:
-        def __reduce__(self):
-            return (Path.touch, (tmp_path / "harm",))
-
-    scratch = Scratch("stage", "recipe")
-    scratch.save(1, {"step": Malice()})
-    with pytest.raises(UserError, match=r"state-000000001\.pt is refused.*Nothing in it was run"):
-        scratch.load()
-    assert not (tmp_path / "harm").exists()
-
-
-def test_states_of_other_recipes_and_other_code_are_not_seen(workplace, monkeypatch):
-    Scratch("stage", "one").save(1, {"step": 1})
-    assert Scratch("stage", "one").load() == {"step": 1}
-    assert Scratch("stage", "two").load() is None
-    assert Scratch("other", "one").load() is None
-    monkeypatch.setattr("milan.training.resume.code_digest", lambda: "edited")
-    assert Scratch("stage", "one").load() is None
 
 
 def test_a_folder_in_which_nothing_came_to_be_leaves_nothing(tmp_path):

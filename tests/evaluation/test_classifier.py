@@ -1,4 +1,4 @@
-"""Fine-tuning: the encoder's weights arrive, the right ones are trained, and at the rates of the recipe."""
+"""Fine-tuning: loading the encoder, trained parameters, layer-wise learning rates, and the loss."""
 
 import dataclasses
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from milan.core.errors import UserError
-from milan.core.typed import build
+from milan.core.validation import validate
 from milan.data import seeding
 from milan.evaluation.classifier import FinetuneLoss, build_classifier
 from milan.method.encoder import Encoder
@@ -19,24 +19,24 @@ CLASSES = 5
 
 @pytest.fixture
 def recipe(tree) -> Finetune:
-    return build(Params, tree, "params.yaml").finetune
+    return validate(Params, tree, "params.yaml").finetune
 
 
 @pytest.fixture
 def encoder() -> dict[str, torch.Tensor]:
-    """An encoder whose every tensor is filled with a number of its own."""
+    """Encoder weights in which every tensor is filled with a different number."""
     weights = Encoder(MODEL).vit.state_dict()
     return {name: torch.full_like(tensor, 0.01 * (place + 1)) for place, (name, tensor) in enumerate(weights.items())}
 
 
 @pytest.mark.parametrize("pooling, unused", [("mean", {"norm.weight", "norm.bias"}), ("cls", set())])
-def test_every_encoder_weight_arrives(recipe, encoder, pooling, unused):
+def test_every_encoder_weight_is_loaded(recipe, encoder, pooling, unused):
     vit = build_classifier(MODEL, dataclasses.replace(recipe, pooling=pooling), CLASSES, encoder)
-    found = vit.state_dict()
-    assert set(encoder) - set(found) == unused
+    loaded = vit.state_dict()
+    assert set(encoder) - set(loaded) == unused
     for name in set(encoder) - unused:
-        assert (found[name] == encoder[name]).all(), name
-    assert set(found) - set(encoder) == {"head.weight", "head.bias"} | (
+        assert (loaded[name] == encoder[name]).all(), name
+    assert set(loaded) - set(encoder) == {"head.weight", "head.bias"} | (
         {"fc_norm.weight", "fc_norm.bias"} if pooling == "mean" else set()
     )
 
@@ -53,7 +53,7 @@ def test_an_encoder_of_another_size_is_refused(recipe):
         build_classifier(MODEL, recipe, CLASSES, wider)
 
 
-def test_the_head_is_drawn_anew(recipe, encoder):
+def test_the_head_is_initialised_anew(recipe, encoder):
     seeding.seed_globals(0, "head")
     vit = build_classifier(MODEL, recipe, 1000, encoder)
     assert vit.head.weight.std().item() == pytest.approx(0.02, rel=0.03) and (vit.head.bias == 0).all()
@@ -69,16 +69,16 @@ def logits(recipe: Finetune, encoder: dict, images: torch.Tensor) -> torch.Tenso
     return build_classifier(MODEL, recipe, CLASSES, encoder).eval()(images).detach()
 
 
-def test_mean_pooling_does_not_use_the_encoder_s_final_norm(recipe):
+def test_mean_pooling_ignores_the_encoder_s_final_norm(recipe):
     encoder, images = random_encoder(), torch.randn(2, 3, 16, 16)
-    harmed = {**encoder, "norm.weight": torch.full((16,), 1e4), "norm.bias": torch.full((16,), -1e4)}
+    changed = {**encoder, "norm.weight": torch.full((16,), 1e4), "norm.bias": torch.full((16,), -1e4)}
     mean, cls = dataclasses.replace(recipe, pooling="mean"), dataclasses.replace(recipe, pooling="cls")
-    assert torch.equal(logits(mean, encoder, images), logits(mean, harmed, images))
-    assert (logits(cls, encoder, images) - logits(cls, harmed, images)).abs().max() > 10
+    assert torch.equal(logits(mean, encoder, images), logits(mean, changed, images))
+    assert (logits(cls, encoder, images) - logits(cls, changed, images)).abs().max() > 10
 
 
 def test_mean_pooling_by_hand(recipe):
-    """Mean of the patch tokens after the last block, the class token left out, then the new norm and the head."""
+    """Average the patch tokens after the last block, without the class token; then apply the new norm and the head."""
     images = torch.randn(2, 3, 16, 16)
     seeding.seed_globals(0, "head")
     vit = build_classifier(MODEL, dataclasses.replace(recipe, pooling="mean"), CLASSES, random_encoder()).eval()
@@ -89,7 +89,7 @@ def test_mean_pooling_by_hand(recipe):
         torch.testing.assert_close(vit(images), expected)
 
 
-def test_everything_is_trained_positions_included(recipe, encoder):
+def test_every_parameter_is_trained_also_the_position_embedding(recipe, encoder):
     vit = build_classifier(MODEL, recipe, CLASSES, encoder)
     assert all(parameter.requires_grad for parameter in vit.parameters())
     vit(torch.randn(2, 3, 16, 16)).square().sum().backward()
@@ -102,8 +102,8 @@ def test_layer_decay_by_hand():
     vit.pos_embed.requires_grad_(True)
     vit.reset_classifier(3)
     groups = optim.layer_decay_groups(vit, 0.05, 0.8, lambda name: optim.vit_layer_id(name, 4), 4)
-    of = {name: group for group in groups for name in group["names"]}
-    assert set(of) == {name for name, _ in vit.named_parameters()}
+    group_of = {name: group for group in groups for name in group["names"]}
+    assert set(group_of) == {name for name, _ in vit.named_parameters()}
     expected = {
         "cls_token": (0.32768, 0), "pos_embed": (0.32768, 0),
         "patch_embed.proj.weight": (0.32768, 0.05), "patch_embed.proj.bias": (0.32768, 0),
@@ -112,7 +112,7 @@ def test_layer_decay_by_hand():
         "norm.weight": (1, 0), "head.weight": (1, 0.05), "head.bias": (1, 0),
     }  # fmt: skip
     for name, (scale, decay) in expected.items():
-        assert (of[name]["lr_scale"], of[name]["weight_decay"]) == (pytest.approx(scale), decay), name
+        assert (group_of[name]["lr_scale"], group_of[name]["weight_decay"]) == (pytest.approx(scale), decay), name
     optimizer = optim.adamw(groups, (0.9, 0.999))
     optim.set_lr(optimizer, 10.0)
     assert sorted({round(group["lr"], 6) for group in optimizer.param_groups}) == [3.2768, 4.096, 5.12, 6.4, 8.0, 10.0]
@@ -121,8 +121,8 @@ def test_layer_decay_by_hand():
 # The loss.
 
 
-class Constant(torch.nn.Module):
-    """The same logits whatever the image; remembers the images."""
+class ConstantLogits(torch.nn.Module):
+    """A model that returns the same logits for every image and keeps the images."""
 
     def __init__(self, row):
         super().__init__()
@@ -134,29 +134,29 @@ class Constant(torch.nn.Module):
 
 
 def test_label_smoothing_by_hand(recipe):
-    """Three classes, smoothing 0.3: 0.8 on the label, 0.1 on each other."""
+    """Smoothing 0.3 over three classes: target 0.8 for the label, 0.1 for each other class."""
     plain = dataclasses.replace(recipe, mixup=0, cutmix=0, label_smoothing=0.3)
     row = [0.0, 1.0, 3.0]
     logs = torch.tensor(row).log_softmax(0)
-    loss = FinetuneLoss(Constant(row), plain, 3)(torch.zeros(2, 3, 4, 4), torch.tensor([2, 2]))
+    loss = FinetuneLoss(ConstantLogits(row), plain, 3)(torch.zeros(2, 3, 4, 4), torch.tensor([2, 2]))
     assert loss.item() == pytest.approx(-(0.1 * logs[0] + 0.1 * logs[1] + 0.8 * logs[2]).item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("mixup, cutmix", [(0.8, 1.0), (0.8, 0), (0, 1.0)])
-def test_mixed_targets_sum_to_one_and_tell_how_the_images_were_mixed(recipe, mixup, cutmix):
-    """Image i is all i; its partner is its mirror in the batch. The mean pixel is the labels' own mixture."""
+def test_mixed_targets_match_the_mixed_images(recipe, mixup, cutmix):
+    """Every pixel of image i is i, and i is mixed with image 3 - i: the mean pixel equals the targets' mean label."""
     mixing = dataclasses.replace(recipe, mixup=mixup, cutmix=cutmix, label_smoothing=0.0)
     images = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 20, 20)
     for seed in range(10):
         seeding.seed_globals(seed, "mix")
-        mixed, targets = FinetuneLoss(Constant([0.0] * 4), mixing, 4).mixup(images.clone(), torch.arange(4))
+        mixed, targets = FinetuneLoss(ConstantLogits([0.0] * 4), mixing, 4).mixup(images.clone(), torch.arange(4))
         assert targets.sum(dim=1).tolist() == pytest.approx([1] * 4)
         assert (mixed.mean(dim=(1, 2, 3)) - targets @ torch.arange(4.0)).abs().max() < 1e-5
         assert ((targets > 0) & torch.tensor([[i in (j, 3 - j) for i in range(4)] for j in range(4)])).equal(targets > 0)
 
 
 def test_the_mixed_loss_by_hand(recipe):
-    """With equal logits every target costs log 4."""
+    """With equal logits every target has the loss log 4."""
     mixing = dataclasses.replace(recipe, mixup=0.8, cutmix=1.0, label_smoothing=0.1)
-    loss = FinetuneLoss(Constant([0.0] * 4), mixing, 4)(torch.rand(4, 3, 8, 8), torch.arange(4))
+    loss = FinetuneLoss(ConstantLogits([0.0] * 4), mixing, 4)(torch.rand(4, 3, 8, 8), torch.arange(4))
     assert loss.item() == pytest.approx(torch.tensor(4.0).log().item(), rel=1e-5)

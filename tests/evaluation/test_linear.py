@@ -1,4 +1,4 @@
-"""The linear probe: its head by hand, its views in turn."""
+"""The linear probe: head, loss, views by epoch, LARS; values worked out by hand."""
 
 import pytest
 import torch
@@ -8,19 +8,19 @@ from milan.evaluation.linear import FeatureViews, LinearHead, ProbeLoss, probe_t
 from milan.training import optim
 
 
-def test_the_head_normalises_with_the_batch_and_learns_its_statistics():
+def test_in_training_the_head_uses_batch_statistics_and_updates_the_running_ones():
     head = LinearHead(2, 3)
     features = torch.tensor([[0.0, 10], [2, 10], [4, 40]])
-    found = head.train().norm(features)
+    normalised = head.train().norm(features)
     # First feature: mean 2, variance (4 + 0 + 4) / 3. Second: mean 20, variance (100 + 100 + 400) / 3.
-    assert found[:, 0].tolist() == pytest.approx([-2 / (8 / 3) ** 0.5, 0, 2 / (8 / 3) ** 0.5], abs=1e-5)
-    assert found[:, 1].tolist() == pytest.approx([-10 / 200**0.5, -10 / 200**0.5, 20 / 200**0.5], abs=1e-5)
-    # Momentum 0.1, from mean 0 and variance 1; the running variance is the unbiased one.
+    assert normalised[:, 0].tolist() == pytest.approx([-2 / (8 / 3) ** 0.5, 0, 2 / (8 / 3) ** 0.5], abs=1e-5)
+    assert normalised[:, 1].tolist() == pytest.approx([-10 / 200**0.5, -10 / 200**0.5, 20 / 200**0.5], abs=1e-5)
+    # Momentum 0.1, starting from mean 0 and variance 1; the running variance is the unbiased one.
     assert head.norm.running_mean.tolist() == pytest.approx([0.2, 2.0])
     assert head.norm.running_var.tolist() == pytest.approx([0.9 + 0.4, 0.9 + 30])
 
 
-def test_in_evaluation_the_head_uses_what_it_learned():
+def test_in_evaluation_the_head_uses_the_running_statistics():
     head = LinearHead(2, 1).eval()
     head.norm.running_mean.copy_(torch.tensor([1.0, 2]))
     head.norm.running_var.copy_(torch.tensor([4.0, 9]))
@@ -31,7 +31,7 @@ def test_in_evaluation_the_head_uses_what_it_learned():
     assert head.norm.eps == 1e-6
 
 
-def test_the_head_starts_small_and_trains_only_its_layer():
+def test_the_head_starts_small_and_only_its_linear_layer_is_trained():
     torch.manual_seed(0)
     head = LinearHead(512, 100)
     assert sorted(name for name, _ in head.named_parameters()) == ["linear.bias", "linear.weight"]
@@ -47,7 +47,7 @@ def test_the_loss_is_the_cross_entropy_of_the_head():
     assert loss.item() == pytest.approx(torch.log(1 + torch.tensor(2.0).exp()).item(), abs=1e-4)
 
 
-def test_epoch_e_sees_view_e_mod_v():
+def test_epoch_e_uses_view_e_mod_v():
     views = [torch.arange(4.0)[:, None] + 10 * view for view in range(3)]
     data = FeatureViews(views, torch.tensor([5, 6, 7, 8]))
     assert len(data) == 4
@@ -56,16 +56,16 @@ def test_epoch_e_sees_view_e_mod_v():
         assert data[epoch, index]["label"] == 5 + index
 
 
-def test_the_quick_probe_separates_what_can_be_and_nothing_else():
+def test_the_quick_probe_learns_informative_features_and_not_noise():
     labels = torch.arange(400) % 4
     noise = torch.randn(400, 8, generator=seeding.generator(0, "noise"))
-    telling = torch.cat([torch.nn.functional.one_hot(labels, 4) * 4.0, noise], dim=1)
-    assert probe_top1(telling[:300], labels[:300], telling[300:], labels[300:]) == 100
+    informative = torch.cat([torch.nn.functional.one_hot(labels, 4) * 4.0, noise], dim=1)
+    assert probe_top1(informative[:300], labels[:300], informative[300:], labels[300:]) == 100
     assert probe_top1(noise[:300], labels[:300], noise[300:], labels[300:]) < 50
 
 
-def test_lars_adapts_matrices_and_leaves_vectors():
-    """One step without momentum: a matrix moves by lr x 0.001 |w| / |g| x g, a bias by lr x g."""
+def test_lars_adapts_the_rate_of_matrices_and_not_of_vectors():
+    """One step without momentum moves a matrix by lr x 0.001 |w| / |g| x g and a bias by lr x g."""
     head = LinearHead(2, 2)
     with torch.no_grad():
         head.linear.weight.copy_(torch.tensor([[3.0, 0], [0, 4]]))

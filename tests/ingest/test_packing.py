@@ -263,7 +263,7 @@ def test_a_removed_file_shifts_what_follows_and_leaves_no_shard_too_many(tmp_pat
     assert found == pack(tmp_path / "whole", left) and len(found) == 1 + 3
 
 
-@pytest.mark.parametrize("change", ["bytes", "time", "name", "label", "shrink", "code", "cut shard", "no shard"])
+@pytest.mark.parametrize("change", ["bytes", "time", "name", "label", "shrink", "cut shard", "no shard"])
 def test_a_shard_of_other_items_or_settings_is_not_reused(tmp_path, given, read, change):
     spoiled(given[4])
     refusal(tmp_path / "out", train=given)
@@ -281,7 +281,7 @@ def test_a_shard_of_other_items_or_settings_is_not_reused(tmp_path, given, read,
     elif change == "no shard":
         shard.unlink()
     else:
-        options |= {"short_side": 8} if change == "shrink" else {"code": "edited"}
+        options |= {"short_side": 8}
     read.clear()
     found = pack(tmp_path / "out", given, **options)
     assert len(read) == 3

@@ -1,4 +1,4 @@
-"""Position embeddings against numbers of the official release (golden case I) and against plain definitions."""
+"""Position embeddings: compared with numbers of the official release (golden case I) and with their plain definition."""
 
 import math
 import zlib
@@ -18,8 +18,8 @@ def test_sincos_table_by_definition():
     for row in range(3):
         for column in range(3):
             halves = []
-            for place in (column, row):
-                angles = [place / 10000 ** (k / 2) for k in range(2)]
+            for position in (column, row):
+                angles = [position / 10000 ** (k / 2) for k in range(2)]
                 halves += [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
             assert torch.allclose(table[1 + 3 * row + column], torch.tensor(halves), atol=1e-7)
 
@@ -30,7 +30,7 @@ def test_sincos_table_of_the_release():
     assert row[[0, 1, 128, 256, 257]].tolist() == official
 
 
-def test_sincos_table_needs_quarters():
+def test_sincos_table_needs_a_width_divisible_by_four():
     with pytest.raises(ValueError, match="divisible by 4, not 6"):
         sincos_pos_embed(dim=6, grid=2)
 
@@ -55,6 +55,6 @@ def test_interpolation_keeps_an_equal_grid_and_the_axes():
 
 
 @pytest.mark.parametrize("shape", [(1, 7, 4), (2, 5, 4), (5, 4)])
-def test_interpolation_refuses_what_is_no_grid(shape):
+def test_interpolation_refuses_a_table_of_no_square_grid(shape):
     with pytest.raises(ValueError, match="pos_embed"):
         interpolate_pos_embed(torch.zeros(shape), grid=4)

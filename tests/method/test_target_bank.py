@@ -31,10 +31,12 @@ def box(image: int, view: int) -> list[int]:
     return [image, view, 16 + image, 16 + view, (image + view) % 2]
 
 
-def write_bank(folder) -> None:
-    for number, start in enumerate(range(0, IMAGES, SHARD)):
-        span = range(start, min(start + SHARD, IMAGES))
+def write_bank(folder, shard: int = SHARD, first: float = 0) -> None:
+    """first: added to the first number of all."""
+    for number, start in enumerate(range(0, IMAGES, shard)):
+        span = range(start, min(start + shard, IMAGES))
         features = [[[[sentinel(i, v, t, c) for c in range(D)] for t in range(1 + N)] for v in range(VIEWS)] for i in span]
+        features[0][0][0][0] += first if number == 0 else 0
         importance = [[[i + v / 10 + t / 100 for t in range(N)] for v in range(VIEWS)] for i in span]
         boxes = [[box(i, v) for v in range(VIEWS)] for i in span]
         kinds = (np.float16, np.float32, np.int32)
@@ -42,7 +44,7 @@ def write_bank(folder) -> None:
         assert not target_bank.has_shard(folder, number)
         target_bank.write_shard(folder, number, arrays)
         assert target_bank.has_shard(folder, number)
-    target_bank.finish(folder, views=VIEWS, shard_images=SHARD, feature_dim=D, images=IMAGES)
+    target_bank.finish(folder, views=VIEWS, shard_images=shard, feature_dim=D, images=IMAGES)
 
 
 @pytest.fixture
@@ -73,6 +75,14 @@ def test_the_size_is_what_lies_on_the_disk(bank):
 def test_only_whole_files_lie_under_final_names(bank):
     kept = {path.name for path in bank.folder.iterdir()}
     assert kept == {"bank.json", *(f"{name}-{number:05d}.npy" for name in target_bank.FILES for number in range(3))}
+
+
+def test_the_digest_is_of_the_content(bank, tmp_path):
+    """However it is cut into shards; bank.json alone tells one bank from another of the same size."""
+    write_bank(tmp_path / "other shards", shard=3)
+    write_bank(tmp_path / "other feature", first=0.25)
+    same, other = (target_bank.content_digest(tmp_path / name) for name in ("other shards", "other feature"))
+    assert same == target_bank.content_digest(bank.folder) != other
 
 
 def test_a_view_follows_from_seed_view_and_image_alone():

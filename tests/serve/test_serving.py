@@ -1,4 +1,4 @@
-"""A fine-tuned classifier, from the finetune stage's spool into MLflow's registry, and served from there over HTTP."""
+"""The fine-tuned classifier: from the finetune stage's spool into MLflow's registry, and served from there over HTTP."""
 
 import base64
 import contextlib
@@ -24,9 +24,9 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
 from milan.core.errors import UserError
-from milan.evaluation.classifier import About, save_classifier
+from milan.evaluation.classifier import ClassifierInfo, save_classifier
 from milan.params import Model, TransformerSize
-from milan.serve.classify import Classify
+from milan.serve.classify import ImageClassifier
 from milan.tracking import logger, tracker
 from tests.tracking.test_tracker import write_spool
 
@@ -37,16 +37,16 @@ TAGS = {"stage": "finetune", "scale": "test", "git_revision": "abc", "variant": 
 
 
 def small_vit(seed: int) -> VisionTransformer:
-    """timm's own, not by the project's builder; with a head that tells images apart."""
+    """Build timm's ViT without the project's builder, with a head large enough to tell images apart."""
     torch.manual_seed(seed)
     vit = VisionTransformer(16, 8, embed_dim=16, depth=2, num_heads=2, num_classes=len(CLASSES), global_pool="avg").eval()
     torch.nn.init.normal_(vit.head.weight)
     return vit
 
 
-def weights(folder: Path, seed: int) -> Path:
+def save_weights(folder: Path, seed: int) -> Path:
     vit = small_vit(seed)
-    save_classifier(folder, vit, About(MODEL, "mean", 20, CLASSES))
+    save_classifier(folder, vit, ClassifierInfo(MODEL, "mean", 20, CLASSES))
     return folder
 
 
@@ -58,8 +58,8 @@ def picture(kind: str = "JPEG", size: tuple[int, int] = (40, 28)) -> bytes:
     return out.getvalue()
 
 
-def chances(data: bytes, seed: int) -> dict[str, float]:
-    """The evaluation transform and the forward pass, written out with PIL and numpy: short side 20, centre 16."""
+def expected_probabilities(data: bytes, seed: int) -> dict[str, float]:
+    """Apply the evaluation transform (short side 20, central 16) and the forward pass with PIL and numpy."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
     width, height = image.size
     image = image.resize((20 * width // height, 20), Image.Resampling.BICUBIC)
@@ -72,7 +72,7 @@ def chances(data: bytes, seed: int) -> dict[str, float]:
 
 
 def bomb(side: int) -> bytes:
-    """A PNG of a few bytes that says it has side x side pixels."""
+    """Make a PNG of a few bytes whose header claims side x side pixels."""
     chunks = [b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0), b"IDAT" + zlib.compress(b""), b"IEND"]
     framed = [struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks]
     return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
@@ -80,14 +80,20 @@ def bomb(side: int) -> bytes:
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory):
-    """A folder in which three finetune stages have ended: two results of milan, and the first one made again."""
+    """Make a folder in which three finetune stages have ended: two results of milan, then the first one made again. A queued
+    experiment, in a workspace of DVC's, has then made the second one again."""
     folder = tmp_path_factory.mktemp("serving")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        for place, seed in enumerate((0, 1, 0), 1):
+        for place, seed in enumerate((0, 1, 0, 1), 1):
+            if place == 4:
+                logger.serve(None)
+                workspace = folder / ".dvc/tmp/exps/tmp1"
+                workspace.mkdir(parents=True)
+                patch.chdir(workspace)
             spool = write_spool([{**START, "tags": TAGS}], place)
-            out = weights(folder / "outs" / str(seed), seed).relative_to(folder)
+            out = save_weights(Path("outs") / str(seed), seed)
             tracker.Tracker(spool).classifier(out, "classifier-milan-0", "milan-test-classifier", "milan")
             tracker.Tracker(spool).event("end", status="FINISHED")
         logger.serve(None)
@@ -101,49 +107,49 @@ def client(desk) -> mlflow.MlflowClient:
 
 @pytest.fixture(scope="module")
 def server(desk):
-    """`mlflow models serve`, away from the project: the model brings its code along."""
+    """Start `mlflow models serve` outside the project: the model brings its own code. Yields the address."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = "-m mlflow models serve -m models:/milan-test-classifier@milan --env-manager local --host 127.0.0.1"
     environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{desk}/mlflow.db"}
     environment.pop("PYTHONPATH", None)
-    with open(desk / "served.txt", "wb") as said:
+    with open(desk / "served.txt", "wb") as log:
         process = subprocess.Popen(
             [sys.executable, *command.split(), "--port", str(port)],
             cwd=desk,
             env={**environment, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"},
-            stdout=said,
-            stderr=said,
+            stdout=log,
+            stderr=log,
             start_new_session=True,
         )
     try:
         yield wait_for(f"http://127.0.0.1:{port}", process, desk / "served.txt")
     finally:
-        with contextlib.suppress(ProcessLookupError):  # it never came up
+        with contextlib.suppress(ProcessLookupError):  # the server never started
             os.killpg(process.pid, signal.SIGTERM)
         process.wait()
 
 
-def wait_for(address: str, process: subprocess.Popen, said: Path) -> str:
+def wait_for(address: str, process: subprocess.Popen, log: Path) -> str:
     for _ in range(1200):
-        assert process.poll() is None, said.read_text()
+        assert process.poll() is None, log.read_text()
         try:
             requests.get(f"{address}/ping", timeout=5).raise_for_status()
             return address
         except requests.RequestException:
             time.sleep(0.1)
-    raise AssertionError(said.read_text())
+    raise AssertionError(log.read_text())
 
 
-def ask(server: str, images: list, **more) -> requests.Response:
+def post(server: str, images: list, **more) -> requests.Response:
     rows = [[base64.b64encode(image).decode() if isinstance(image, bytes) else image] for image in images]
     return requests.post(
         f"{server}/invocations", json={"dataframe_split": {"columns": ["image"], "data": rows}, **more}, timeout=60
     )
 
 
-def test_a_version_a_result_and_an_alias_on_the_last_one_made(desk, client):
-    """The result that came again has added none."""
+def test_each_new_result_is_a_version_and_the_alias_is_on_the_last_one(desk, client):
+    """A result that is made again adds no version, and a queued experiment leaves the alias where it is."""
     versions = {v.version: v for v in client.search_model_versions("name = 'milan-test-classifier'")}
     assert sorted(map(str, versions)) == ["1", "2"]
     (first,) = [v for v in versions.values() if str(v.version) == "1"]
@@ -151,12 +157,12 @@ def test_a_version_a_result_and_an_alias_on_the_last_one_made(desk, client):
     assert first.tags["dvc"] == tracker.dvc_hash(desk / "outs/0")
     assert str(client.get_model_version_by_alias("milan-test-classifier", "milan").version) == "1"
     outputs = [client.get_run(run.info.run_id).outputs for run in client.search_runs(["1"], "tags.stage = 'finetune'")]
-    assert sorted(f"models:/{made.model_outputs[0].model_id}" == first.source for made in outputs) == [False, True, True]
+    assert sorted(f"models:/{made.model_outputs[0].model_id}" == first.source for made in outputs) == [False, False, True, True]
 
 
-def test_the_weights_lie_in_the_store_once_and_no_pickle_anywhere(desk):
+def test_the_store_has_the_weights_once_and_no_pickle(desk):
     stored = list((desk / "mlartifacts").rglob("*"))
-    assert sum(path.suffix == ".safetensors" for path in stored) == 2, "of two results"
+    assert sum(path.suffix == ".safetensors" for path in stored) == 2, "one for each of two results"
     assert not [path for path in stored if path.suffix in (".pkl", ".pickle", ".pt", ".pth", ".bin")]
 
 
@@ -165,20 +171,20 @@ def test_the_model_names_no_folder_of_this_machine(desk):
     assert "code_path: " in about.read_text() and not re.search(r"[ '\"]/", about.read_text()), about.read_text()
 
 
-def test_an_image_over_http_gets_the_answer_of_the_forward_pass(server):
+def test_http_answers_equal_the_forward_pass(server):
     data = picture()
-    answer = ask(server, [data]).json()["predictions"]
-    expected = chances(data, seed=0)
+    answer = post(server, [data]).json()["predictions"]
+    expected = expected_probabilities(data, seed=0)
     assert answer[0]["classes"] == sorted(CLASSES, key=expected.get, reverse=True)[:5]
     # 0.02: torchvision's bicubic differs from PIL's by a grey level or two.
     assert answer[0]["probabilities"] == pytest.approx([expected[name] for name in answer[0]["classes"]], abs=0.02)
-    assert max(expected.values()) - min(expected.values()) > 0.1, "an image that tells"
+    assert max(expected.values()) - min(expected.values()) > 0.1, "the image must tell the classes apart"
 
 
-def test_two_images_and_all_classes(server):
+def test_a_request_with_two_images_and_all_classes(server):
     one, other = picture(), picture("PNG", (16, 50))
-    both = ask(server, [other, one], params={"top_k": 100}).json()["predictions"]
-    alone = [ask(server, [data], params={"top_k": 6}).json()["predictions"][0] for data in (other, one)]
+    both = post(server, [other, one], params={"top_k": 100}).json()["predictions"]
+    alone = [post(server, [data], params={"top_k": 6}).json()["predictions"][0] for data in (other, one)]
     for together, single in zip(both, alone):
         assert together["classes"] == single["classes"] and set(single["classes"]) == set(CLASSES)
         assert together["probabilities"] == pytest.approx(single["probabilities"], abs=1e-5)
@@ -186,29 +192,29 @@ def test_two_images_and_all_classes(server):
     assert both[0]["probabilities"] != pytest.approx(both[1]["probabilities"], abs=0.01)
 
 
-BAD = {
+BAD_IMAGES = {
     "a text": (b"GIF89? No, a note.", "image 1 is no JPEG, PNG, WEBP or BMP file"),
-    "nothing": (b"", "image 1 is no JPEG, PNG, WEBP or BMP file"),
-    "a file cut short": (picture(size=(200, 200))[:-100], "image 1 is damaged"),
+    "an empty file": (b"", "image 1 is no JPEG, PNG, WEBP or BMP file"),
+    "a truncated file": (picture(size=(200, 200))[:-100], "image 1 is damaged"),
     "a bomb": (bomb(100_000), "image 1 has more than 50,000,000 pixels"),
-    "a lesser bomb": (bomb(10_000), "image 1 has more than 50,000,000 pixels"),
+    "a smaller bomb": (bomb(10_000), "image 1 has more than 50,000,000 pixels"),
     "no base64": ("%%%", "image 1 is no JPEG"),
     "a number": (5, "Failed to convert column image"),
     "null": (None, "Failed to convert column image"),
 }
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_a_bad_image_is_refused_and_named_and_the_server_goes_on(server, name):
-    image, said = BAD[name]
-    answer = ask(server, [picture(), image])
+@pytest.mark.parametrize("name", BAD_IMAGES)
+def test_a_bad_image_is_named_with_status_400_and_the_server_goes_on(server, name):
+    image, message = BAD_IMAGES[name]
+    answer = post(server, [picture(), image])
     assert answer.status_code == 400 and answer.headers["content-type"] == "application/json"
-    assert said in answer.json()["message"]
-    assert ask(server, [picture()]).ok
+    assert message in answer.json()["message"]
+    assert post(server, [picture()]).ok
 
 
 @pytest.mark.parametrize(
-    "body, said",
+    "body, message",
     [
         ({"dataframe_split": {"columns": ["image"], "data": []}}, "There is no image"),
         ({"dataframe_split": {"columns": ["picture"], "data": [["aaaa"]]}}, "image"),
@@ -217,53 +223,53 @@ def test_a_bad_image_is_refused_and_named_and_the_server_goes_on(server, name):
         ([], "Received a list"),
     ],
 )
-def test_a_bad_request_is_refused(server, body, said):
+def test_a_bad_request_is_refused(server, body, message):
     answer = requests.post(f"{server}/invocations", json=body, timeout=60)
-    assert answer.status_code == 400 and said in answer.json()["message"]
+    assert answer.status_code == 400 and message in answer.json()["message"]
 
 
-def test_what_is_no_json_is_refused(server):
+def test_a_body_that_is_no_json_is_refused(server):
     answer = requests.post(f"{server}/invocations", data=b"\xff{", headers={"content-type": "application/json"}, timeout=60)
     assert answer.status_code == 400
 
 
-# Without a server
+# Without a server.
 
 
-def test_raw_bytes_in_python(desk):
-    classify = Classify(weights(desk / "plain", 1))
+def test_encoded_bytes_are_classified_in_python(desk):
+    classify = ImageClassifier(save_weights(desk / "plain", 1))
     data = picture()
     (answer,) = classify([data], 1)
-    expected = chances(data, seed=1)
+    expected = expected_probabilities(data, seed=1)
     assert answer["classes"] == [max(CLASSES, key=expected.get)]
     assert answer["probabilities"] == pytest.approx([max(expected.values())], abs=0.02)
 
 
-def test_an_image_as_large_as_allowed_is_read_and_one_pixel_more_is_not(desk, monkeypatch):
-    classify = Classify(weights(desk / "plain", 1))
-    monkeypatch.setattr("milan.serve.classify.PIXELS", 40 * 28)
+def test_an_image_of_the_largest_size_is_read_and_a_larger_one_is_not(desk, monkeypatch):
+    classify = ImageClassifier(save_weights(desk / "plain", 1))
+    monkeypatch.setattr("milan.serve.classify.MAX_PIXELS", 40 * 28)
     classify([picture()], 1)
     with pytest.raises(UserError, match="image 0 has more than 1,120 pixels"):
         classify([picture("PNG", (41, 28))], 1)
 
 
-def test_weights_that_changed_before_the_logger_came_are_not_registered(desk, client, capsys):
-    """A later run has overwritten them: what is registered would not be what the run made."""
+def test_weights_that_changed_before_delivery_are_not_registered(desk, client, capsys):
+    """A later run has overwritten them: a version would hold other weights than the run made."""
     spool = write_spool([{**START, "tags": TAGS}], 4)
-    tracker.Tracker(spool).classifier(weights(desk / "outs/2", 2), "classifier-milan-0", "milan-test-classifier", "milan")
+    tracker.Tracker(spool).classifier(save_weights(desk / "outs/2", 2), "classifier-milan-0", "milan-test-classifier", "milan")
     tracker.Tracker(spool).event("end", status="FINISHED")
-    weights(desk / "outs/2", 3)
+    save_weights(desk / "outs/2", 3)
     logger.serve(None)
     assert "has changed since it was made: not registered" in capsys.readouterr().out
     assert len(client.search_model_versions("name = 'milan-test-classifier'")) == 2 and not spool.exists()
 
 
 def test_a_classifier_that_does_not_fit_its_description_is_refused(tmp_path):
-    folder = weights(tmp_path, 0)
+    folder = save_weights(tmp_path, 0)
     about = json.loads((folder / "classifier.json").read_text())
     (folder / "classifier.json").write_text(json.dumps({**about, "classes": CLASSES[:3]}))
     with pytest.raises(UserError, match="(?s)does not fit the model.*head"):
-        Classify(folder)
+        ImageClassifier(folder)
     (folder / "classifier.json").write_text(json.dumps({**about, "pooling": "max"}))
     with pytest.raises(UserError, match="classifier.json:pooling"):
-        Classify(folder)
+        ImageClassifier(folder)

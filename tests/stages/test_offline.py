@@ -40,7 +40,8 @@ socket.getaddrinfo = lookup
 
 WORK = """
 from milan.params import read_params
-from milan.teacher.clip import ClipTower, Tokenizer, build_tiny
+from milan.teacher.clip import Tokenizer, build_tiny
+from milan.teacher.towers import ClipTower
 from milan.evaluation.classifier import build_classifier
 from milan.method.encoder import Encoder
 from milan.method.model import MaskedPretraining

@@ -1,5 +1,6 @@
 """The whole pipeline at smoke scale, as a user runs it: in a fresh clone, by DVC."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -88,27 +89,83 @@ def test_forced_reruns_leave_the_same_lock(clone):
     before = lock(clone)
     forced = [stage for stage in yaml.safe_load(before)["stages"] if stage != "pretrain@milan-0"]
     said = dvc(clone, "repro", "-f", "-s", *forced)
-    assert said.count(STAGE_WORDS) == len(forced) == 11
+    assert said.count(STAGE_WORDS) == len(forced) == 10
     assert lock(clone) == before
 
 
 def test_killed_pretraining_continues_to_the_same_weights(clone):
+    """Over edits of code that cannot change them, too."""
     before = lock(clone)
-    params = yaml.safe_load((clone / "params.yaml").read_text())
-    assert params["runtime"]["save_seconds"] <= 1
-    victim = subprocess.Popen(
-        [*DVC, "repro", "-f", "-s", "pretrain@milan-0"], cwd=clone, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
-    )
-    wait_for(lambda: list(clone.glob(".scratch/pretrain-milan-0-*/state-*.pt")), victim)
-    os.killpg(victim.pid, signal.SIGKILL)
-    victim.wait()
+    kill_pretraining(clone)
     assert not (clone / "outs/smoke/pretrain/milan-0/encoder.safetensors").exists()
-    # Forced again, as DVC would fetch the undisturbed run's weights from its cache.
-    said = dvc(clone, "repro", "-f", "-s", "pretrain@milan-0")
-    assert "continuing from step" in said
+    with edited(clone, "milan/tracking/tracker.py", "milan/report/table.py"):
+        # Forced again, as DVC would fetch the undisturbed run's weights from its cache.
+        said = dvc(clone, "repro", "-f", "-s", "pretrain@milan-0")
+    assert "continuing from step" in said and "the code has changed" not in said
     assert lock(clone) == before
     assert not list(clone.glob(".scratch/pretrain-milan-0-*"))
+
+
+def test_pretraining_goes_on_over_an_edit_of_the_method_and_its_result_is_marked(clone):
+    before, metrics = lock(clone), clone / "reports/metrics/smoke/pretrain/milan-0.json"
+    clean = json.loads(metrics.read_text())
+    kill_pretraining(clone)
+    with edited(clone, "milan/method/masking.py"):
+        said = dvc(clone, "repro", "-f", "-s", "pretrain@milan-0")
+    assert "continuing from step" in said and "changed since this state was saved (milan/method/masking.py)" in said
+    assert json.loads(metrics.read_text()) == {**clean, "edited_while_training": "milan/method/masking.py"}
+    (clone / "dvc.lock").write_bytes(before)
+    metrics.write_text(json.dumps(clean, indent=1, sort_keys=True) + "\n")
+    assert "up to date" in dvc(clone, "status", "pretrain@milan-0")  # only a comment was edited: the weights are the same
+
+
+def test_code_that_is_edited_while_it_runs_makes_no_clean_result(clone):
+    before = lock(clone)
+    running = started(clone, "repro", "-f", "-s", "pretrain@milan-0")
+    wait_for(lambda: list(clone.glob(".scratch/pretrain-milan-0-*/state-*.pt")), running)
+    with edited(clone, "milan/method/masking.py"):
+        said, _ = running.communicate()
+    assert running.returncode != 0 and lock(clone) == before
+    assert "milan/method/masking.py changed while pretrain milan seed 0 ran" in " ".join(said.split())
+    assert "continuing from step" in dvc(clone, "repro", "-f", "-s", "pretrain@milan-0")  # nothing is trained again
+    assert lock(clone) == before
+
+
+def test_another_learning_rate_starts_afresh_and_says_what_it_leaves(clone):
+    kill_pretraining(clone)
+    tree = yaml.safe_load((clone / "params.yaml").read_text())
+    tree["pretrain"] |= {"lr": tree["pretrain"]["lr"] / 2, "epochs": 1, "warmup_epochs": 0}
+    (clone / "other.yaml").write_text(yaml.safe_dump(tree))
+    words = yaml.safe_load(lock(clone))["stages"]["pretrain@milan-0"]["cmd"].replace("$MILAN_LAUNCHER python", sys.executable)
+    said = run([*words.replace("outs/smoke/pretrain", "outs/other").split(), "--params", "other.yaml"], clone)
+    assert "pretrain-milan-0: starts at step 0 and leaves the state of another recipe" in said
+    assert "pretrain.lr is 0.001, was 0.002" in said and "continuing" not in said
+    dvc(clone, "repro", "-f", "-s", "pretrain@milan-0")
+
+
+@contextlib.contextmanager
+def edited(folder: Path, *names: str):
+    """A comment at the end of some source files, for a while."""
+    before = {name: (folder / name).read_text() for name in names}
+    for name, text in before.items():
+        (folder / name).write_text(text + "\n# touched\n")
+    yield
+    for name, text in before.items():
+        (folder / name).write_text(text)
+
+
+def started(folder: Path, *words: str) -> subprocess.Popen:
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+    return subprocess.Popen([*DVC, *words], cwd=folder, env=ENVIRONMENT, **options)
+
+
+def kill_pretraining(folder: Path) -> None:
+    """kill -9 to a forced pretraining and DVC above it, once a state is saved."""
+    assert yaml.safe_load((folder / "params.yaml").read_text())["runtime"]["save_seconds"] <= 1
+    victim = started(folder, "repro", "-f", "-s", "pretrain@milan-0")
+    wait_for(lambda: list(folder.glob(".scratch/pretrain-milan-0-*/state-*.pt")), victim)
+    os.killpg(victim.pid, signal.SIGKILL)
+    victim.wait()
 
 
 def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
@@ -184,13 +241,15 @@ def children(runs: list, parent) -> list:
     return [r for r in runs if r.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
 
 
-def test_an_edit_of_the_table_reruns_only_reports(clone):
-    """By DVC's own word: what `dvc repro` would run once `code` has seen the edit."""
-    source, said = clone / "milan/report/table.py", []
-    before = source.read_text()
-    for text in (before + "\n# touched\n", before):
-        source.write_text(text)
-        dvc(clone, "repro", "-s", "code")
-        said.append(dvc(clone, "repro", "--dry"))
-    would_run = [{line.split("'")[1] for line in text.splitlines() if STAGE_WORDS in line} for text in said]
-    assert would_run == [{"report", "figures", "page"}, set()]
+def test_status_tells_of_an_edit_at_once(clone):
+    """By DVC's own word, with no step before it; and what is undone is no edit."""
+    elsewhere = ("milan/segmentation/miou.py", "milan/evaluation/linear.py", "milan/tracking/tracker.py", "milan/report/table.py")
+    with edited(clone, *elsewhere):
+        assert "up to date" in dvc(clone, "status", "pretrain@milan-0", "extract_targets", "prepare_imagenet")
+        changed = json.loads(dvc(clone, "status", "--json"))
+    assert set(changed) == {"teacher", "segment@milan-0", "linear_eval@milan-0", "finetune@milan-0", "report", "figures", "page"}
+    with edited(clone, "milan/method/model.py"):
+        said = dvc(clone, "status", "pretrain@milan-0")
+        dry = dvc(clone, "repro", "-s", "--dry", "pretrain@milan-0")
+    assert "milan/method" in said and "Running stage 'pretrain@milan-0'" in dry
+    assert "up to date" in dvc(clone, "status")

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from milan.data.records import Records
 from tests import layouts
 from tests.stages.test_pipeline import clone_of, dvc
-from tests.teacher.test_released import INTEGERS, program
+from tests.teacher.test_released import INTEGERS, torchscript
 
 KINDS = [("JPEG", "RGB"), ("JPEG", "CMYK"), ("JPEG", "L"), ("PNG", "RGB")]  # all of them named .JPEG
 
@@ -88,7 +88,7 @@ def teacher(tmp_path_factory):
     config = open_clip.get_model_config("ViT-B-16-quickgelu")
     state = CLIP(**{name: config[name] for name in ("embed_dim", "quick_gelu", "vision_cfg", "text_cfg")}).state_dict()
     path = tmp_path_factory.mktemp("clip") / "ViT-B-16.pt"
-    torch.jit.save(program({**state, **INTEGERS}), path)
+    torch.jit.save(torchscript({**state, **INTEGERS}), path)
     return path
 
 

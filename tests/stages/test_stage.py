@@ -1,5 +1,6 @@
 """Stage scripts given something wrong: one paragraph that names it, a status that is not 0, and no out."""
 
+import copy
 import importlib
 import io
 import os
@@ -16,13 +17,15 @@ import yaml
 from PIL import Image
 
 from milan.core.errors import UserError
-from milan.core.typed import build
+from milan.core.identity import Identity, flatten, identify
+from milan.core.validation import validate
 from milan.data import records
 from milan.method.encoder import Encoder
 from milan.params import Params
-from milan.stage import Stage, flat
+from milan.stage import Stage
 from milan.tracking.tracker import Tracker
 from milan.training.weights import save_weights
+from stages import prepare_imagenet, pretrain
 from tests.conftest import ROOT, change, forked, script, write_split
 
 
@@ -91,7 +94,7 @@ def test_an_unknown_params_key(desk, tree):
 def test_a_negative_epoch_count_stops_a_stage_that_does_not_train(desk, tree):
     change(tree, "pretrain.epochs", -3)
     write_recipe(tree)
-    assert "pretrain:epochs: -3.0 must be above 0" in run_light("prepare_ade20k", *PREPARE)
+    assert "pretrain.epochs: -3 must be above 0" in run_light("prepare_ade20k", *PREPARE)
 
 
 def test_a_missing_recipe(desk):
@@ -180,7 +183,7 @@ def test_without_labels_what_needs_them_says_what_runs(desk, tree, name):
     found = {split: records.Records("records", split) for split in ("train", "val", "pairs")}
     assert {split: len(some) for split, some in found.items()} == {"train": 9, "val": 1, "pairs": 2}
     assert set(found["train"][0]) == {"image", "name"} and found["train"].manifest["classes"] == []
-    encoder = Encoder(build(Params, tree, "params.yaml").model).vit.state_dict()
+    encoder = Encoder(validate(Params, tree, "params.yaml").model).vit.state_dict()
     save_weights(desk / "weights" / "encoder.safetensors", encoder)
     given = ["--variant", "milan", "--seed", "0", "--records", "records", "--weights", "weights", *MADE]
     own = {"linear_eval": ["--teacher", "teacher"], "finetune": ["--confusion", "confusion.csv"]}
@@ -319,11 +322,11 @@ def test_weights_that_do_not_fit(desk):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("place, kept", [("training.optim.adamw", []), ("evaluation.evaluate.knn_top1", ["state-000000003.pt"])])
+@pytest.mark.parametrize("place, kept", [("training.optim.adamw", []), ("evaluation.scores.knn_top1", ["state-000000003.pt"])])
 def test_a_preemption_outside_training(desk, tree, monkeypatch, processes, place, kept):
     """SIGTERM to the stage before its first step, or in the evaluation after its third: 75, no metrics, the steps kept."""
     arguments = pretrained_folder(desk)
-    save_weights(desk / "weights" / "encoder.safetensors", Encoder(build(Params, tree, "p").model).vit.state_dict())
+    save_weights(desk / "weights" / "encoder.safetensors", Encoder(validate(Params, tree, "p").model).vit.state_dict())
     tree["runtime"]["processes"] = processes
     for name in ("pretrain", "linear_eval", "finetune", "segment"):
         tree[name]["batch_size"] = 4
@@ -384,11 +387,62 @@ def test_ctrl_c_in_real(desk):
     assert not Path("outs/data").exists()
 
 
+@pytest.mark.parametrize("edited", [False, True])
+def test_a_half_packed_set_is_continued_only_by_the_code_that_began_it(workplace, tree, monkeypatch, edited):
+    met = []
+
+    def pack(root: Path, folder: Path, *_) -> None:
+        met.append((root, [path.name for path in folder.iterdir()]))
+        (folder / "train-00000.arrow").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare_imagenet, "pack", pack)
+    monkeypatch.setattr(prepare_imagenet, "draw", lambda root, _: root.mkdir(parents=True, exist_ok=True))
+    for code in ("1", "2" if edited else "1"):
+        made = Stage("prepare_imagenet", Namespace(out=Path("outs/data")), validate(Params, tree, "params.yaml"))
+        made.code = {"milan/ingest/packing.py": code}
+        with pytest.raises(KeyboardInterrupt):
+            prepare_imagenet.main(made)
+    (first_world, nothing), (second_world, left) = met
+    assert nothing == [] and left == ([] if edited else ["train-00000.arrow"])
+    assert (first_world == second_world) is not edited  # nor are drawings of the earlier code packed
+
+
+def test_pretraining_is_of_its_own_row_and_of_the_bank_s_content(workplace, tree, monkeypatch):
+    """What another variant, the figures or the size of a shard are, is no other recipe; another bank is."""
+    (manifest := Path("records/manifest.json")).parent.mkdir()
+    manifest.write_text("{}")
+    (weights := Path("teacher/teacher.safetensors")).parent.mkdir()
+    weights.write_text("")
+    bank = ["content 1"]
+    monkeypatch.setattr("milan.method.target_bank.content_digest", lambda _: bank[0])
+
+    def digest() -> str:
+        given = Namespace(variant="milan", seed=0, records=manifest.parent, teacher=weights.parent, bank=Path("bank"))
+        return pretrain.identify(Stage("pretrain", given, validate(Params, tree, "params.yaml"))).digest
+
+    base = digest()
+    change(tree, "pretrain.ablation.mine", {"target": "clip", "decoder": "mae", "masking": "semantic"})
+    change(tree, "extract_targets.figure_images", 7)
+    change(tree, "extract_targets.shard_images", 7)
+    change(tree, "seeds", [0, 1])
+    change(tree, "runtime.save_seconds", 3)
+    assert digest() == base
+    bank[0] = "content 2"
+    assert digest() != base
+    bank[0] = "content 1"
+    for key, value in {"compute.precision": "bf16", "pretrain.lr": 0.5, "pretrain.ablation.milan.masking": "random"}.items():
+        before = copy.deepcopy(tree)
+        change(tree, key, value)
+        assert digest() != base
+        tree = before
+
+
 # Its small parts.
 
 
 def stage(tree: dict, **arguments) -> Stage:
-    found = Stage("pretrain", Namespace(**arguments), build(Params, tree, "params.yaml"))
+    found = Stage("pretrain", Namespace(**arguments), validate(Params, tree, "params.yaml"))
     found.tracker = Tracker(Path("spool.jsonl"))
     return found
 
@@ -397,26 +451,40 @@ def test_a_recipe_digest_follows_recipe_variation_and_inputs(workplace, tree):
     Path("in").write_text("1")
     plain = dict(variant="milan", seed=0)
     one = stage(tree, **plain)
-    base = one.recipe_digest(one.params.pretrain, inputs=[Path("in")])
-    assert stage(tree, **plain).recipe_digest(one.params.pretrain, inputs=[Path("in")]) == base
+    section = {"pretrain": one.params.pretrain}
+    base = one.identify(section, data=Path("in")).digest
+    assert stage(tree, **plain).identify(section, data=Path("in")).digest == base
     others = {
-        stage(tree, **{**plain, "seed": 1}).recipe_digest(one.params.pretrain, inputs=[Path("in")]),
-        stage(tree, **{**plain, "variant": "mae"}).recipe_digest(one.params.pretrain, inputs=[Path("in")]),
-        one.recipe_digest(one.params.finetune, inputs=[Path("in")]),
-        one.recipe_digest(one.params.pretrain),
+        stage(tree, **{**plain, "seed": 1}).identify(section, data=Path("in")).digest,
+        stage(tree, **{**plain, "variant": "mae"}).identify(section, data=Path("in")).digest,
+        one.identify({"finetune": one.params.finetune}, data=Path("in")).digest,
+        one.identify(section).digest,
+        one.identify(section, other=Path("in")).digest,
     }
     Path("in").write_text("2")
-    others.add(one.recipe_digest(one.params.pretrain, inputs=[Path("in")]))
-    assert len(others) == 5 and base not in others
+    others.add(one.identify(section, data=Path("in")).digest)
+    assert len(others) == 6 and base not in others
     with pytest.raises(UserError, match="absent is missing"):
-        one.recipe_digest(inputs=[Path("absent")])
+        one.identify({}, data=Path("absent"))
+
+
+def test_what_differs_is_named_by_its_key(tree):
+    before = identify({"pretrain": validate(Params, tree, "p").pretrain}, {"records": "d1"})
+    change(tree, "pretrain.lr", 0.5)
+    change(tree, "pretrain.epochs", 3)
+    after = identify({"pretrain": validate(Params, tree, "p").pretrain}, {"records": "d2"})
+    assert after.differences(before.values) == (
+        f"input records is d2, was d1; pretrain.epochs is 3.0, was {before.values['pretrain.epochs']}; "
+        f"pretrain.lr is 0.5, was {before.values['pretrain.lr']}"
+    )
+    assert after.differences({}).endswith(f"and {len(after.values) - 5} more")
 
 
 def test_metrics_and_curve_are_written_as_dvc_reads_them(workplace, tree):
     made = stage(tree, metrics=Path("m/m.json"), curve=Path("c/c.csv"), variant="milan", seed=3)
-    made.write_metrics({"b/top1": 12.345678, "a/images": 5}, "f00d")
+    made.write_metrics({"b/top1": 12.345678, "a/images": 5}, Identity({"a": "1"}))
     made.write_curve([{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}])
-    assert Path("m/m.json").read_text() == '{\n "a/images": 5,\n "b/top1": 12.3457,\n "recipe": "f00d"\n}\n'
+    assert Path("m/m.json").read_text() == '{\n "a/images": 5,\n "b/top1": 12.3457,\n "recipe": "{digest}"\n}\n'.replace("{digest}", Identity({"a": "1"}).digest)
     assert Path("c/c.csv").read_text() == "step,loss\n1,0.5\n2,0.25\n"
     made.write_curve([])
     assert Path("c/c.csv").read_text() == "step,epoch,loss,lr\n"
@@ -424,7 +492,7 @@ def test_metrics_and_curve_are_written_as_dvc_reads_them(workplace, tree):
 
 
 def test_the_recipe_lies_flat_for_mlflow(tree):
-    found = flat(build(Params, tree, "params.yaml"))
+    found = flatten(validate(Params, tree, "params.yaml"))
     assert found["pretrain.ablation.milan.masking"] == "semantic"
     assert found["model.encoder.depth"] == tree["model"]["encoder"]["depth"]
     assert found["variants"] == tree["variants"] and found["teacher.pretrained"] is None

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from milan.core.typed import build
+from milan.core.validation import validate
 from milan.params import Params
 from stages import extract_targets, finetune, linear_eval, prepare_ade20k, prepare_imagenet, pretrain, report, segment, teacher
 from tests.conftest import ROOT, change, run_main
@@ -43,7 +43,7 @@ def run(module, p: Params, name: str, **arguments) -> dict:
 def p(tree, workplace) -> Params:
     for place, value in SETTINGS.items():
         change(tree, place, value)
-    return build(Params, tree, "params.yaml")
+    return validate(Params, tree, "params.yaml")
 
 
 def test_every_variant_gets_its_row(p, workplace):

@@ -1,4 +1,4 @@
-"""The teacher: open_clip's own numbers read out whole, its tokenizer renumbered, its weights stored exactly."""
+"""CLIP as the teacher: the same numbers as open_clip's, a renumbered tokenizer, weights stored exactly, class embeddings, loss."""
 
 import copy
 
@@ -15,23 +15,21 @@ from milan.params import TinyClip
 from milan.teacher import contrast
 from milan.teacher.class_text import Wording
 from milan.teacher.clip import (
-    ClipTower,
     Tokenizer,
     build_tiny,
     embed_classes,
-    in_heads,
     load_teacher,
-    mean_attention,
     save_no_teacher,
     save_teacher,
 )
+from milan.teacher.towers import ClipTower, mean_attention, queries_keys_values
 
 CAPTIONS = ["a photo of a red disc", "a photo of a striped square", "a picture of two stars", ""]
 SIZES = dict(embed_dim=12, width=32, layers=3, head_width=8, text_width=24, text_heads=3, text_layers=2, context_length=12)
 
 
 def tiny(conv_stem: bool, vocabulary: int = 40) -> CLIP:
-    """Weights far from their initialisation: attention that points somewhere, biases and norms that are not 0 and 1."""
+    """Build a CLIP whose weights are far from their initialisation: uneven attention, biases and norms other than 0 and 1."""
     seeding.seed_globals(0, "clip")
     model = build_tiny(TinyClip(**SIZES, conv_stem=conv_stem), 32, 8, vocabulary).eval()
     with torch.no_grad():
@@ -57,7 +55,7 @@ def test_the_class_token_is_open_clip_s_image_feature(model):
 
 
 def test_patch_features_are_the_projected_normed_tokens(model):
-    """open_clip gives its tokens before the projection when asked; it norms them as it norms the class token."""
+    """With output_tokens open_clip returns its tokens before the projection, normalised like the class token."""
     model.visual.output_tokens = True
     pooled, tokens = model.visual(IMAGES)
     model.visual.output_tokens = False
@@ -67,7 +65,7 @@ def test_patch_features_are_the_projected_normed_tokens(model):
 
 
 def test_importance_is_the_last_block_s_attention_from_the_class_token(model):
-    """torch's own multi-head attention says its weights when asked."""
+    """torch's own multi-head attention returns its weights with need_weights."""
     caught = []
     last = model.visual.transformer.resblocks[-1]
     hook = last.ln_1.register_forward_hook(lambda module, args, out: caught.append(out))
@@ -80,7 +78,7 @@ def test_importance_is_the_last_block_s_attention_from_the_class_token(model):
 
 
 def test_importance_follows_its_patch():
-    """The class token's query and the patches' keys set by hand: patch 5 gets all attention."""
+    """With the class token's query and the patches' keys set by hand, patch 5 gets all attention."""
     block = tiny(False).visual.transformer.resblocks[-1]
     tokens = torch.zeros(1, 17, 32)
     tokens[0, :, 0] = 1
@@ -90,22 +88,22 @@ def test_importance_follows_its_patch():
         block.attn.in_proj_weight.zero_(), block.attn.in_proj_bias.zero_()
         block.attn.in_proj_bias[:32:8] = 50.0  # each head's query: its first channel
         block.attn.in_proj_weight[32:64:8, 1] = 1.0  # each head's key: the second channel
-    query, keys, _ = in_heads(block, tokens)
+    query, keys, _ = queries_keys_values(block, tokens)
     attention = mean_attention(query[:, :, :1], keys)[0]
     assert attention.argmax() == 6 and attention[6] > 0.999 and attention.sum() == pytest.approx(1)
 
 
-def test_a_lowered_tower_keeps_its_norms_and_says_nearly_the_same(model):
-    """bf16 keeps 8 bits; what these few layers of large weights make of it is within a tenth."""
+def test_a_lowered_tower_keeps_its_norms_and_gives_nearly_the_same(model):
+    """bf16 keeps 8 bits, so these few layers of large weights differ by up to a tenth."""
     features, importance = ClipTower(model.visual)(IMAGES)
     lowered = ClipTower(copy.deepcopy(model.visual)).lowered("bf16")
     kinds = {name: parameter.dtype for name, parameter in lowered.named_parameters()}
     assert kinds["visual.transformer.resblocks.0.mlp.c_fc.weight"] == kinds["visual.proj"] == torch.bfloat16
     assert kinds["visual.ln_post.weight"] == kinds["visual.positional_embedding"] == torch.float32
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        found, attention = lowered(IMAGES)
-    assert torch.nn.functional.cosine_similarity(found.float(), features, dim=-1).min() > 0.999
-    torch.testing.assert_close(attention, importance, rtol=0.15, atol=1e-3)
+        lowered_features, lowered_importance = lowered(IMAGES)
+    assert torch.nn.functional.cosine_similarity(lowered_features.float(), features, dim=-1).min() > 0.999
+    torch.testing.assert_close(lowered_importance, importance, rtol=0.15, atol=1e-3)
     unchanged = ClipTower(copy.deepcopy(model.visual)).lowered("fp32")(IMAGES)
     assert unchanged[0].equal(features) and unchanged[1].equal(importance)
 
@@ -155,7 +153,7 @@ def test_a_released_teacher_keeps_the_whole_vocabulary():
 # On disk.
 
 
-def stored(folder, conv_stem: bool = True):
+def store_tiny(folder, conv_stem: bool = True):
     tokenizer = Tokenizer.of_corpus(CAPTIONS, 12)
     model = tiny(conv_stem, len(tokenizer))
     config = {
@@ -171,24 +169,24 @@ def stored(folder, conv_stem: bool = True):
 
 @pytest.mark.parametrize("conv_stem", [False, True])
 def test_a_teacher_comes_back_exactly(tmp_path, conv_stem):
-    model, tokenizer, config = stored(tmp_path / "teacher", conv_stem)
-    again, words, told = load_teacher(tmp_path / "teacher")
-    assert told == config and torch.equal(words(CAPTIONS), tokenizer(CAPTIONS))
+    model, tokenizer, config = store_tiny(tmp_path / "teacher", conv_stem)
+    again, loaded_tokenizer, loaded_config = load_teacher(tmp_path / "teacher")
+    assert loaded_config == config and torch.equal(loaded_tokenizer(CAPTIONS), tokenizer(CAPTIONS))
     for name, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
     assert torch.equal(again.encode_image(IMAGES), model.encode_image(IMAGES))
-    assert torch.equal(again.encode_text(words(CAPTIONS)), model.encode_text(tokenizer(CAPTIONS)))
+    assert torch.equal(again.encode_text(loaded_tokenizer(CAPTIONS)), model.encode_text(tokenizer(CAPTIONS)))
     assert not again.training and not any(parameter.requires_grad for parameter in again.parameters())
 
 
 def test_the_same_teacher_is_the_same_files(tmp_path):
     for name in ("one", "two"):
-        stored(tmp_path / name)
+        store_tiny(tmp_path / name)
     for file in ("teacher.safetensors", "teacher.json"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
 
-def test_no_teacher_is_said(tmp_path):
+def test_a_folder_of_no_teacher_is_refused(tmp_path):
     save_no_teacher(tmp_path)
     assert read_checked(tmp_path / "teacher.json") == {"kind": "none"}
     with pytest.raises(UserError, match="holds no teacher"):
@@ -198,21 +196,21 @@ def test_no_teacher_is_said(tmp_path):
 def test_a_class_is_the_unit_mean_of_unit_features():
     tokenizer = Tokenizer.of_corpus(CAPTIONS, 12)
     model = tiny(False, len(tokenizer))
-    found = embed_classes(model, tokenizer, Wording(["red disc", "stars"], ["a photo of a {}", "a picture of two {}"]))
-    assert found.shape == (2, 12)
+    embeddings = embed_classes(model, tokenizer, Wording(["red disc", "stars"], ["a photo of a {}", "a picture of two {}"]))
+    assert embeddings.shape == (2, 12)
     for row, texts in enumerate(
         (["a photo of a red disc", "a picture of two red disc"], ["a photo of a stars", "a picture of two stars"])
     ):
         features = model.encode_text(tokenizer(texts)).double().numpy()
         mean = (features / np.linalg.norm(features, axis=1, keepdims=True)).mean(axis=0)
-        assert found[row].tolist() == pytest.approx((mean / np.linalg.norm(mean)).tolist(), abs=1e-5)
+        assert embeddings[row].tolist() == pytest.approx((mean / np.linalg.norm(mean)).tolist(), abs=1e-5)
 
 
 # Its training.
 
 
 def test_the_contrast_by_hand():
-    """Two pairs: the mean of both directions' cross entropies of scale x cosine."""
+    """The loss is the mean of both directions' cross entropies of scale x cosine, here over three pairs."""
     tokenizer = Tokenizer.of_corpus(CAPTIONS, 12)
     model = tiny(True, len(tokenizer))
     tokens = tokenizer(CAPTIONS[:3])

@@ -1,5 +1,5 @@
-"""Any teacher: timm's own attention and features read out whole, other grids and sizes brought to the student's by rules
-that can be worked out by hand."""
+"""Frozen teachers: the same features and attention as timm's; other grids and sizes resampled to the student's, as computed by
+hand."""
 
 import pytest
 import torch
@@ -9,8 +9,8 @@ from timm.models.vision_transformer import VisionTransformer
 from milan.core.errors import UserError
 from milan.data import seeding, transforms
 from milan.params import Compute
-from milan.teacher.clip import Tower
-from milan.teacher.frozen import TimmTower, look, on_grid
+from milan.teacher.frozen import compute_targets, resample_to_grid
+from milan.teacher.towers import TimmTower, Tower
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 4, "num_classes": 0}
 KINDS = {
@@ -25,7 +25,7 @@ CPU = Compute("cpu", 1, "fp32", True, False)
 
 @pytest.fixture(params=KINDS)
 def vit(request) -> VisionTransformer:
-    """Weights far from their initialisation."""
+    """Build a ViT whose weights are far from their initialisation."""
     seeding.seed_globals(0, "vit")
     kind, options = KINDS[request.param]
     vit = kind(**SIZES, **options).eval().requires_grad_(False)
@@ -43,7 +43,7 @@ def test_features_are_timm_s_without_registers(vit):
 
 
 def test_importance_is_the_softmax_that_timm_computes(vit):
-    """Without its fused kernel timm makes the whole matrix, and its dropout sees it."""
+    """Without its fused kernel timm computes the whole attention matrix, and its dropout layer sees it."""
     caught, last = [], vit.blocks[-1].attn
     last.fused_attn = False
     hook = last.attn_drop.register_forward_hook(lambda module, args, out: caught.append(out))
@@ -53,25 +53,25 @@ def test_importance_is_the_softmax_that_timm_computes(vit):
     assert importance.shape == (3, 16) and (importance.sum(dim=1) < 1).all() and importance.std() > 0.005
 
 
-def test_a_lowered_timm_tower_says_nearly_the_same(vit):
+def test_a_lowered_timm_tower_gives_nearly_the_same(vit):
     features, importance = TimmTower(vit)(IMAGES)
     lowered = TimmTower(vit).lowered("bf16")
     kinds = {name: parameter.dtype for name, parameter in lowered.named_parameters()}
     assert kinds["visual.blocks.0.attn.qkv.weight"] == torch.bfloat16 and kinds["visual.pos_embed"] == torch.float32
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        found, attention = lowered(IMAGES)
-    assert attention.dtype == torch.float32
-    assert torch.nn.functional.cosine_similarity(found.float(), features, dim=-1).min() > 0.99
-    torch.testing.assert_close(attention, importance, rtol=0.2, atol=2e-3)
+        lowered_features, lowered_importance = lowered(IMAGES)
+    assert lowered_importance.dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(lowered_features.float(), features, dim=-1).min() > 0.99
+    torch.testing.assert_close(lowered_importance, importance, rtol=0.2, atol=2e-3)
 
 
-@pytest.mark.parametrize("options, said", [
+@pytest.mark.parametrize("options, message", [
     ({"class_token": False, "global_pool": "avg"}, "no class token"),
     ({"global_pool": "avg"}, "mean of its patches"),
-    ({"img_size": (32, 16)}, "squares, and this one looks at 32 x 16"),
+    ({"img_size": (32, 16)}, "square images, and this one takes 32 x 16 pixels"),
 ])  # fmt: skip
-def test_a_vit_that_says_no_importance_is_refused(options, said):
-    with pytest.raises(UserError, match=said):
+def test_a_vit_without_an_importance_is_refused(options, message):
+    with pytest.raises(UserError, match=message):
         TimmTower(VisionTransformer(**{**SIZES, **options}))
 
 
@@ -79,31 +79,33 @@ def test_a_vit_that_says_no_importance_is_refused(options, said):
 
 
 def tokens(maps: torch.Tensor) -> torch.Tensor:
-    """(G, G) -> (1, 1 + G G, 1) with a class token of 1000."""
+    """Return maps (G, G) as tokens (1, 1 + G G, 1) with a class token of 1000."""
     return torch.cat([torch.tensor([1000.0]), maps.flatten()]).view(1, -1, 1)
 
 
-def test_the_same_grid_is_not_touched():
+def test_features_on_the_same_grid_are_returned_as_they_are():
     features, importance = torch.randn(2, 17, 5).bfloat16(), torch.rand(2, 16)
-    found = on_grid(features, importance, 4, 4)
-    assert found[0] is features and found[1] is importance
+    same_features, same_importance = resample_to_grid(features, importance, 4, 4)
+    assert same_features is features and same_importance is importance
 
 
 @pytest.mark.parametrize("source, target", [(16, 14), (28, 14), (7, 14), (3, 5)])
 def test_a_ramp_stays_a_ramp(source, target):
-    """Over places in the image, patch centres at (i + 1/2) / G; beyond the outermost centres it is level."""
-    place = (torch.arange(source) + 0.5) / source
-    found, _ = on_grid(tokens(place.expand(source, source) + 10 * place[:, None]), torch.ones(1, source**2), source, target)
-    aim = ((torch.arange(target) + 0.5) / target).clamp(place[0], place[-1])
-    assert found.dtype == torch.float32 and found[0, 0, 0] == 1000
-    torch.testing.assert_close(found[0, 1:, 0].view(target, target), aim.expand(target, target) + 10 * aim[:, None])
+    """Patch centres are at (i + 1/2) / G of the image's side; beyond the outermost centres the ramp is level."""
+    centres = (torch.arange(source) + 0.5) / source
+    ramp = centres.expand(source, source) + 10 * centres[:, None]
+    resampled, _ = resample_to_grid(tokens(ramp), torch.ones(1, source**2), source, target)
+    expected = ((torch.arange(target) + 0.5) / target).clamp(centres[0], centres[-1])
+    assert resampled.dtype == torch.float32 and resampled[0, 0, 0] == 1000
+    expected_ramp = expected.expand(target, target) + 10 * expected[:, None]
+    torch.testing.assert_close(resampled[0, 1:, 0].view(target, target), expected_ramp)
 
 
 @pytest.mark.parametrize("source, target", [(16, 14), (28, 14), (7, 14)])
 def test_constant_importance_stays_constant_and_keeps_its_sum(source, target):
     importance = torch.tensor([[0.75], [0.5]]).expand(2, source**2) / source**2
-    _, found = on_grid(torch.zeros(2, 1 + source**2, 1), importance, source, target)
-    torch.testing.assert_close(found, torch.tensor([[0.75], [0.5]]).expand(2, target**2) / target**2)
+    _, resampled = resample_to_grid(torch.zeros(2, 1 + source**2, 1), importance, source, target)
+    torch.testing.assert_close(resampled, torch.tensor([[0.75], [0.5]]).expand(2, target**2) / target**2)
 
 
 @pytest.mark.parametrize("patch, source, target, expected", [
@@ -111,27 +113,27 @@ def test_constant_importance_stays_constant_and_keeps_its_sum(source, target):
     ((2, 1), 4, 2, (slice(1, 2), slice(0, 1))),
     ((5, 9), 16, 14, (slice(4, 5), slice(8, 9))),
 ])  # fmt: skip
-def test_one_patch_stays_at_its_place(patch, source, target, expected):
+def test_one_patch_stays_at_its_position(patch, source, target, expected):
     importance, features = torch.zeros(source, source), torch.zeros(source, source)
     importance[patch], features[patch] = 0.6, 2.0
-    found, weights = on_grid(tokens(features), importance.view(1, -1), source, target)
-    for row in (found[0, 1:, 0], weights[0]):
-        place = row.view(target, target)[expected]
-        assert place.min() == pytest.approx(place.max().item()) and place.max() == row.max() > 0
+    resampled, weights = resample_to_grid(tokens(features), importance.view(1, -1), source, target)
+    for row in (resampled[0, 1:, 0], weights[0]):
+        block = row.view(target, target)[expected]
+        assert block.min() == pytest.approx(block.max().item()) and block.max() == row.max() > 0
     assert weights.sum() == pytest.approx(0.6)
 
 
 def test_halving_a_grid_is_the_mean_of_four():
     maps = torch.arange(16.0).view(4, 4)
-    found, _ = on_grid(tokens(maps), torch.ones(1, 16), 4, 2)
-    assert found[0, 1:, 0].tolist() == [2.5, 4.5, 10.5, 12.5]
+    resampled, _ = resample_to_grid(tokens(maps), torch.ones(1, 16), 4, 2)
+    assert resampled[0, 1:, 0].tolist() == [2.5, 4.5, 10.5, 12.5]
 
 
-# Asking it.
+# Targets for the student's images.
 
 
-class Seen(Tower):
-    """Says the mean of each of its 4 x 4 patches, and keeps what it was shown."""
+class RecordingTower(Tower):
+    """Returns the mean of each of its 4 x 4 patches as features, and keeps its images."""
 
     def __init__(self, size: int):
         super().__init__(torch.nn.Identity(), (size, size), (4, 4), 3)
@@ -145,20 +147,20 @@ class Seen(Tower):
 @pytest.mark.parametrize("normalisation", ["imagenet", "clip"])
 def test_a_tower_of_the_student_s_size_sees_the_very_crops(normalisation):
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    tower = Seen(32)
-    features, _ = look(tower, images, CPU, normalisation, grid=4)
-    wanted = transforms.normalise(images, normalisation)
-    assert tower.images.equal(wanted) and features.equal(tower(wanted)[0])
+    tower = RecordingTower(32)
+    features, _ = compute_targets(tower, images, CPU, normalisation, grid=4)
+    expected_images = transforms.normalise(images, normalisation)
+    assert tower.images.equal(expected_images) and features.equal(tower(expected_images)[0])
 
 
 def test_a_tower_of_another_size_sees_the_whole_crop_resized():
-    """A crop dark at the left and bright at the right, larger and smaller than the tower's size."""
+    """The crop is dark at the left and bright at the right; the tower's size is larger or smaller than the crop."""
     for size in (48, 16):
         images = (torch.arange(32) * 8).to(torch.uint8).expand(1, 3, 32, 32)
-        tower = Seen(size)
-        features, importance = look(tower, images, CPU, "imagenet", grid=2)
-        wanted = transforms.F.resize(images, [size, size], interpolation=transforms.BICUBIC, antialias=True)
-        assert tower.images.shape[-1] == size and tower.images.equal(transforms.normalise(wanted))
+        tower = RecordingTower(size)
+        features, importance = compute_targets(tower, images, CPU, "imagenet", grid=2)
+        expected_images = transforms.F.resize(images, [size, size], interpolation=transforms.BICUBIC, antialias=True)
+        assert tower.images.shape[-1] == size and tower.images.equal(transforms.normalise(expected_images))
         left, right = features[0, 1:, 0].view(2, 2).unbind(dim=1)
         assert features.shape == (1, 5, 3) and (left < 0).all() and (right > 0).all() and left[0] == pytest.approx(left[1].item())
         assert importance.tolist() == [[0.25] * 4]

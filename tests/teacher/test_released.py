@@ -1,4 +1,4 @@
-"""A released CLIP as the teacher: every layout is read to the same weights, and what is not right is refused by name."""
+"""Released teachers: every layout is read to the same weights, and a wrong file or name is refused with its reason."""
 
 import argparse
 import hashlib
@@ -47,7 +47,7 @@ def tiny_model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def state() -> dict[str, torch.Tensor]:
-    """Both towers, in values that float16, which OpenAI publishes, holds exactly."""
+    """Return both towers' weights, rounded to float16, in which OpenAI publishes."""
     torch.manual_seed(0)
     return {name: tensor.half().float() for name, tensor in CLIP(**CONFIG).state_dict().items()}
 
@@ -60,20 +60,21 @@ def source(path, digest: str | None = None) -> Pretrained:
     return Pretrained("open_clip", NAME, None, str(path), digest)
 
 
-def fetched(path, folder, digest: str | None = None):
+def fetch(path, folder, digest: str | None = None):
     released.fetch_teacher(source(path, digest), folder)
     return load_tower(folder, CPU, torch.device("cpu"))
 
 
 def refusal(path, digest: str | None = None) -> str:
+    """Return the text of the error that a file raises; nothing is written."""
     with pytest.raises(UserError) as error:
         released.fetch_teacher(source(path, digest), path.parent / "never")
     assert not (path.parent / "never").exists()
     return str(error.value)
 
 
-def program(state: dict):
-    """A TorchScript module with these tensors in half precision, as OpenAI's archives have them."""
+def torchscript(state: dict):
+    """Build a TorchScript module with these tensors in half precision, as OpenAI's archives have them."""
     root = nn.Module()
     for name, tensor in state.items():
         *path, last = name.split(".")
@@ -95,7 +96,7 @@ def write(kind: str, state: dict, folder):
     elif kind == "OpenAI pth":
         torch.save({**{name: tensor.half() for name, tensor in state.items()}, **INTEGERS}, path)
     else:
-        torch.jit.save(program({**state, **INTEGERS}), path)
+        torch.jit.save(torchscript({**state, **INTEGERS}), path)
     return path
 
 
@@ -103,7 +104,7 @@ def write(kind: str, state: dict, folder):
 @pytest.mark.parametrize("kind", ["safetensors", "open_clip pt", "OpenAI pth", "TorchScript jit"])
 def test_every_layout_is_read_to_the_same_weights(kind, state, tmp_path):
     path = write(kind, state, tmp_path)
-    tower = fetched(path, tmp_path / "teacher", sha256(path).upper())
+    tower = fetch(path, tmp_path / "teacher", sha256(path).upper())
     ours = tower.state_dict()
     assert ours.keys() == {name for name in state if name.startswith("visual.")}
     assert all(tensor.dtype == torch.float32 and tensor.equal(state[name]) for name, tensor in ours.items())
@@ -113,7 +114,7 @@ def test_every_layout_is_read_to_the_same_weights(kind, state, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*jit.*")
-def test_a_program_is_opened_only_when_the_recipe_names_it(state, tmp_path, monkeypatch):
+def test_torchscript_is_opened_only_when_the_recipe_names_it(state, tmp_path, monkeypatch):
     path = write("TorchScript jit", state, tmp_path)
     monkeypatch.setattr(torch.jit, "load", lambda *_, **__: pytest.fail("it was opened"))
     assert "teacher.pretrained.sha256" in refusal(path)
@@ -167,7 +168,7 @@ def test_missing_unexpected_and_misshapen_keys_are_listed(state, tmp_path):
     ("a.pth", b"<html>404</html>"),
     ("a.pth", b"PK\1\2" + bytes(42) + b"PK\5\6" + bytes(4) + b"\1\0\1\0\xff\0\0\0" + bytes(6)),  # its directory lies before it begins
 ])  # fmt: skip
-def test_what_is_no_checkpoint_is_refused(name, data, tmp_path):
+def test_a_file_that_is_no_checkpoint_is_refused(name, data, tmp_path):
     (tmp_path / name).write_bytes(data)
     for digest in (None, sha256(tmp_path / name)):
         words = refusal(tmp_path / name, digest)
@@ -185,23 +186,23 @@ VALUES = {
 
 
 @pytest.mark.parametrize("words", VALUES)
-def test_what_is_no_weights_is_refused(words, state, tmp_path):
+def test_tensors_that_are_no_weights_are_refused(words, state, tmp_path):
     name = "visual.class_embedding"
     torch.save({**state, name: VALUES[words](state[name])}, tmp_path / "a.pth")
     said = refusal(tmp_path / "a.pth")
     assert f"a.pth: {name}" in said and words.split(",")[0] in said
 
 
-def test_tied_tensors_and_names_that_are_no_text(state, tmp_path):
-    """Nothing of a training run's surroundings is in the way of its weights."""
+def test_tied_tensors_and_keys_that_are_no_text_are_accepted(state, tmp_path):
+    """Other content of a training run's checkpoint does not matter."""
     tied = {**state, "visual.ln_pre.bias": state["visual.ln_post.bias"]}
     torch.save({**tied, 5: torch.ones(2), ("a", 1): torch.ones(1)}, tmp_path / "a.pth")
-    tower = fetched(tmp_path / "a.pth", tmp_path / "teacher")
+    tower = fetch(tmp_path / "a.pth", tmp_path / "teacher")
     assert tower.visual.ln_pre.bias.equal(state["visual.ln_post.bias"])
 
 
 @pytest.mark.parametrize("content", [[torch.zeros(2)], {"state_dict": 3}, torch.zeros(2)])
-def test_what_holds_no_state_dict_is_refused(content, tmp_path):
+def test_a_file_without_a_state_dict_is_refused(content, tmp_path):
     torch.save(content, tmp_path / "a.pth")
     assert "no state dict" in refusal(tmp_path / "a.pth")
 
@@ -217,16 +218,16 @@ def test_a_file_that_may_not_be_read_is_named(state, tmp_path, monkeypatch):
     assert "given.safetensors cannot be read (Permission denied)" in refusal(path)
 
 
-def saying(*words) -> str:
-    """What is said of a Pretrained, nothing fetched."""
+def refusal_of(*words) -> str:
+    """Return the text of the error that Pretrained(*words) raises without any download."""
     with pytest.raises(UserError) as error, mock.patch("socket.socket.connect", side_effect=AssertionError("the network was asked")):
         given = Pretrained(*words)
         released.describe(given)
-        released.located(given)
+        released.locate(given)
     return str(error.value)
 
 
-@pytest.mark.parametrize("words, said", [
+@pytest.mark.parametrize("words, message", [
     (("open_clip", "ViT-B-61", "openai", None, None), "'ViT-B-61' is unknown to open_clip; did you mean 'ViT-B-16'?"),
     (("open_clip", "hf-hub:laion/x", "openai", None, None), "is unknown to open_clip"),
     (("open_clip", "ViT-B-16-quickgelu", "opneai", None, None), "'opneai' is unknown for ViT-B-16-quickgelu; did you mean 'openai'?"),
@@ -237,14 +238,14 @@ def saying(*words) -> str:
     (("timm", "vit_base_patch16_224.dion", None, None, None), "did you mean 'dino'?"),
     (("timm", "vit_base_patch16_224.dino", "dino", None, None), "names a tag already"),
 ])  # fmt: skip
-def test_unknown_names_come_with_the_nearest(words, said):
-    assert said in saying(*words)
+def test_unknown_names_come_with_the_nearest(words, message):
+    assert message in refusal_of(*words)
 
 
-@pytest.mark.parametrize("words, said", [
+@pytest.mark.parametrize("words, message", [
     (("open_clip", "RN50"), "ModifiedResNet has no class token"),
     (("open_clip", "ViT-L-14-CLIPA"), "mean of its patches"),
-    (("open_clip", "coca_ViT-B-32"), "attention queries"),
+    (("open_clip", "coca_ViT-B-32"), "pools an image by attention queries"),
     (("open_clip", "ViT-B-16-SigLIP"), "no class token"),
     (("open_clip", "MobileCLIP-B"), "set library to timm and model to that name"),
     (("timm", "resnet18"), "ResNet is of another family"),
@@ -253,12 +254,12 @@ def test_unknown_names_come_with_the_nearest(words, said):
     (("timm", "vit_base_patch16_siglip_224"), "no class token"),
     (("timm", "vit_medium_patch16_gap_240"), "no class token"),
 ])  # fmt: skip
-def test_what_cannot_be_the_teacher_is_refused_before_any_download(words, said):
-    if said is None:
+def test_a_model_that_cannot_be_the_teacher_is_refused_before_any_download(words, message):
+    if message is None:
         released.describe(Pretrained(*words, "x", None, None))
     else:
-        told = saying(*words, "x", None, None)
-        assert said in told and words[1] in told and "cannot be the teacher" in told
+        text = refusal_of(*words, "x", None, None)
+        assert message in text and words[1] in text and "cannot be the teacher" in text
 
 
 @pytest.mark.parametrize("name, size, grid, width", [
@@ -268,7 +269,7 @@ def test_what_cannot_be_the_teacher_is_refused_before_any_download(words, said):
     ("ViT-H-14", 224, 16, 1024),
     ("xlm-roberta-base-ViT-B-32", 224, 7, 512),  # its text tower would come from the hub
 ])  # fmt: skip
-def test_vits_of_any_size_can(name, size, grid, width):
+def test_vits_of_any_size_can_be_the_teacher(name, size, grid, width):
     config = released.describe(Pretrained("open_clip", name, "x", None, None))
     with FakeTensorMode(allow_non_fake_inputs=True):
         tower = plan.unmade(lambda: build_tower(config))
@@ -290,7 +291,7 @@ def vit_golden_tiny(pretrained=False, pretrained_cfg=None, pretrained_cfg_overla
     return small_vit(**options)
 
 
-def fetched_vit(path, folder):
+def fetch_vit(path, folder):
     released.fetch_teacher(Pretrained("timm", "vit_golden_tiny", None, str(path), None), folder)
     return load_tower(folder, CPU, torch.device("cpu"))
 
@@ -315,24 +316,24 @@ LAYOUTS = {
 def test_dino_s_and_slip_s_layouts_are_read_to_the_same_weights(layout, tmp_path):
     vit = small_vit()
     torch.save(LAYOUTS[layout](vit), tmp_path / "a.pth")
-    tower = fetched_vit(tmp_path / "a.pth", tmp_path / "teacher")
-    wanted = {f"visual.{name}": tensor for name, tensor in vit.state_dict().items() if not name.startswith("head.")}
-    found = tower.state_dict()
-    assert found.keys() == wanted.keys() and all(found[name].equal(tensor) for name, tensor in wanted.items())
+    tower = fetch_vit(tmp_path / "a.pth", tmp_path / "teacher")
+    expected = {f"visual.{name}": tensor for name, tensor in vit.state_dict().items() if not name.startswith("head.")}
+    weights = tower.state_dict()
+    assert weights.keys() == expected.keys() and all(weights[name].equal(tensor) for name, tensor in expected.items())
     assert read_checked(tmp_path / "teacher/teacher.json") == {"kind": "timm", "model": "vit_golden_tiny"}
 
 
-def test_a_vit_of_another_patch_size_is_not_bent_to_fit(tmp_path):
+def test_a_vit_of_another_patch_size_is_not_resized(tmp_path):
     state = small_vit().state_dict()
     save_file({**state, "patch_embed.proj.weight": torch.zeros(32, 3, 4, 4)}, tmp_path / "a.safetensors")
     with pytest.raises(UserError, match=r"patches are \[32, 3, 4, 4\], not \[32, 3, 8, 8\]"):
-        fetched_vit(tmp_path / "a.safetensors", tmp_path / "teacher")
+        fetch_vit(tmp_path / "a.safetensors", tmp_path / "teacher")
 
 
 def test_a_malicious_pickle_is_no_vit(tmp_path):
     torch.save({"teacher": small_vit().state_dict(), "args": Malice(tmp_path / "ran")}, tmp_path / "a.pth")
     with pytest.raises(UserError, match=r"posix\.system.*Nothing in it was run"):
-        fetched_vit(tmp_path / "a.pth", tmp_path / "teacher")
+        fetch_vit(tmp_path / "a.pth", tmp_path / "teacher")
     assert not (tmp_path / "ran").exists()
 
 
@@ -341,7 +342,7 @@ def test_a_malicious_pickle_is_no_vit(tmp_path):
 
 @pytest.fixture
 def releases(monkeypatch, tmp_path):
-    """The tiny model with releases at an address and on the hub, empty caches, and no network."""
+    """Give the tiny model a release at a URL and one on the hub, empty caches, and no network."""
     cfg = {"url": "https://publisher.invalid/given.safetensors", "hf_hub": "org/golden/"}
     monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda model, tag: {**cfg, "quick_gelu": True} if tag == "golden" else {})
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -361,9 +362,9 @@ def in_hub_cache(tmp_path, name: str, state: dict):
 
 
 @pytest.mark.parametrize("name", ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"])
-def test_what_the_hub_s_cache_has_needs_no_network(name, releases, state):
+def test_a_file_in_the_hub_s_cache_needs_no_network(name, releases, state):
     path = in_hub_cache(releases, name, state)
-    assert released.located(Pretrained("open_clip", NAME, "golden", None, None)) == path
+    assert released.locate(Pretrained("open_clip", NAME, "golden", None, None)) == path
     released.fetch_teacher(Pretrained("open_clip", NAME, "golden", None, None), releases / "teacher")
     assert not socket.getaddrinfo.called
     ours = load_tower(releases / "teacher", CPU, torch.device("cpu")).state_dict()
@@ -371,7 +372,7 @@ def test_what_the_hub_s_cache_has_needs_no_network(name, releases, state):
 
 
 def test_a_flipped_byte_in_the_hub_s_cache_is_found(releases, state):
-    """The cache has a large file under its SHA-256, and a link to it under its name."""
+    """The cache stores a large file under its SHA-256, with a link to it under its name."""
     path, given = in_hub_cache(releases, "open_clip_model.safetensors", state), Pretrained("open_clip", NAME, "golden", None, None)
     blob = path.parents[2] / "blobs" / sha256(path)
     blob.parent.mkdir()
@@ -385,14 +386,14 @@ def test_a_flipped_byte_in_the_hub_s_cache_is_found(releases, state):
     assert not (releases / "never").exists()
 
 
-def test_a_digest_asks_for_the_publisher_s_own_file(releases, state):
-    """Which the hub's copy is not: there its bytes are others."""
+def test_a_digest_selects_the_publisher_s_own_file(releases, state):
+    """The hub has the same weights in a file of other bytes."""
     in_hub_cache(releases, "open_clip_model.safetensors", state)
     path = releases / ".cache/clip/given.safetensors"
     path.parent.mkdir(parents=True)
     save_file(state, path)
     given = Pretrained("open_clip", NAME, "golden", None, sha256(path))
-    assert released.located(given) == path
+    assert released.locate(given) == path
     released.fetch_teacher(given, releases / "teacher")
     path.write_bytes(b"broken")
     with pytest.raises(UserError, match=rf"{path} has SHA-256 {sha256(path)}, .* delete {path} and run again"):
@@ -400,7 +401,7 @@ def test_a_digest_asks_for_the_publisher_s_own_file(releases, state):
     assert not socket.getaddrinfo.called and not (releases / "never").exists()
 
 
-def test_a_digest_that_the_hub_s_file_has_not(releases, state, monkeypatch):
+def test_a_digest_that_differs_from_the_hub_s_file(releases, state, monkeypatch):
     monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda *_: {"hf_hub": "org/golden/", "quick_gelu": True})
     in_hub_cache(releases, "open_clip_model.safetensors", state)
     with pytest.raises(UserError, match=f"delete {releases}/hub/models--org--golden and run again"):
@@ -408,13 +409,13 @@ def test_a_digest_that_the_hub_s_file_has_not(releases, state, monkeypatch):
 
 
 @pytest.mark.parametrize("digest", [None, "ab" * 32])
-def test_no_network_is_told(digest, releases, monkeypatch):
+def test_a_missing_network_is_reported(digest, releases, monkeypatch):
     monkeypatch.setattr("huggingface_hub.file_download._get_metadata_or_catch_error", mock.Mock(side_effect=ConnectionError))
     with pytest.raises(UserError, match=r"neither in the cache .*set teacher\.pretrained\.file"):
-        released.located(Pretrained("open_clip", NAME, "golden", None, digest))
+        released.locate(Pretrained("open_clip", NAME, "golden", None, digest))
 
 
-def test_openai_s_address_carries_the_digest_of_the_paper_s_recipe():
+def test_openai_s_url_holds_the_digest_of_the_paper_s_recipe():
     given = Pretrained("open_clip", "ViT-B-16-quickgelu", "openai", None, None)
     assert "/5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/" in released.open_clip_release(given).url
 

@@ -20,20 +20,15 @@ from milan.method import masking
 from milan.method.model import MaskedPretraining
 from milan.params import AblationRow, Compute, Model, Runtime, Training, TransformerSize
 from milan.training import distributed, optim
+from milan.training.device import set_up
 from milan.training.loop import FitSettings, Order, fit
-from milan.training.resume import Scratch
+from milan.training.resume import SavedState
 from milan.training.weights import save_weights
-from tests.conftest import forked
+from tests.conftest import forked, saved_state
 
 SAMPLES, BATCH, MICRO = 24, 8, 2  # 3 steps an epoch, 4 micro-batches a step
 EPOCHS = 4
 STEPS = EPOCHS * SAMPLES // BATCH
-
-
-@pytest.fixture(autouse=True)
-def same_code(monkeypatch) -> None:
-    """Whoever edits a module while the tests run starts no run afresh (test_files looks at that)."""
-    monkeypatch.setattr("milan.training.resume.code_digest", lambda: "these tests")
 
 
 # The order of the data.
@@ -123,12 +118,12 @@ class Regression(nn.Module):
 COMPUTE = Compute("cpu", 1, "fp32", True, False)
 
 
-def settings(scratch: Scratch | None = None, name: str = "tiny", **changes) -> FitSettings:
+def settings(saved: SavedState | None = None, name: str = "tiny", **changes) -> FitSettings:
     training = dict(
         epochs=EPOCHS, warmup_epochs=1, batch_size=BATCH, micro_batch=MICRO, lr=0.01, min_lr=0, weight_decay=0.05, clip_grad=1.0
     )
-    scratch = scratch or Scratch(name, "recipe")
-    return FitSettings(name, Training(**(training | changes)), COMPUTE, Runtime(1, 1, workers=0, save_seconds=0), seed=3, scratch=scratch)
+    saved = saved or saved_state(name)
+    return FitSettings(name, Training(**(training | changes)), COMPUTE, Runtime(1, workers=0, save_seconds=0), seed=3, saved=saved)
 
 
 def patient(run: FitSettings) -> FitSettings:
@@ -138,7 +133,7 @@ def patient(run: FitSettings) -> FitSettings:
 
 def train(data: Points, run: FitSettings, out: Path | None = None) -> dict:
     """What a stage does: build, fit, save; weights as lists, to travel between processes."""
-    distributed.set_up(run.compute)
+    set_up(run.compute)
     model = Regression()
     optimizer = optim.adamw(optim.decay_groups(model, run.training.weight_decay), (0.9, 0.95))
     curve = fit(model, data, optimizer, run, lambda batch: (batch["x"], batch["y"]))
@@ -243,8 +238,8 @@ def without_recipe(p: SimpleNamespace, function: Callable[..., dict], *arguments
     return function(*arguments)
 
 
-def launched(processes: int, function: Callable[..., dict], *arguments, nodes: int = 1) -> dict:
-    p = SimpleNamespace(compute=COMPUTE, runtime=Runtime(processes, nodes, 0, 0), world=processes * nodes)
+def launched(processes: int, function: Callable[..., dict], *arguments) -> dict:
+    p = SimpleNamespace(compute=COMPUTE, runtime=Runtime(processes, 0, 0), world_size=processes)
     return distributed.launch(without_recipe, p, function, *arguments)
 
 
@@ -276,7 +271,7 @@ class Masked:
 
 
 def pretrain(recipe: AblationRow, run: FitSettings) -> dict:
-    distributed.set_up(run.compute)
+    set_up(run.compute)
     seeding.seed_globals(0, "init")
     model = MaskedPretraining(SMALL, recipe, 0.5, 6 if recipe.target == "clip" else None)
     optimizer = optim.adamw(optim.decay_groups(model, 0.05), (0.9, 0.95))
@@ -309,7 +304,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(workplace, undisturbed, capfd
     assert status == (1 if harm is fail else -signal.SIGKILL)
     assert not (workplace / "out").exists()
     complete = epoch * 3 + (count - 1) // BATCH
-    assert settings().scratch.load()["step"] == complete
+    assert settings().saved.load()["step"] == complete
     train(Points(), settings(), workplace / "out")
     assert digest(workplace / "out") == undisturbed
     assert f"continuing from step {complete} of {STEPS}" in capfd.readouterr().out
@@ -339,7 +334,7 @@ def test_a_point_s_mean_survives_an_interruption_between_its_checks(workplace, m
     assert [p["step"] for p in whole] == [12, 24, 36, 48, 60]
     with pytest.raises(RuntimeError):
         train(Points(at(6, 1, fail)), settings(**options))
-    state = settings().scratch.load()
+    state = settings().saved.load()
     assert (state["step"], len(state["curve"]), len(state["checked"])) == (15, 1, 1)
     assert train(Points(), settings(**options))["curve"] == whole
 
@@ -347,7 +342,7 @@ def test_a_point_s_mean_survives_an_interruption_between_its_checks(workplace, m
 def test_a_damaged_state_falls_back_to_the_one_before(workplace, undisturbed, capfd):
     with pytest.raises(RuntimeError):
         train(Points(at(2, 1, fail)), settings())
-    newest = settings().scratch.saves()[0]
+    newest = settings().saved.saves()[0]
     newest.write_bytes(newest.read_bytes()[:-1])
     train(Points(), settings(), workplace / "out")
     assert digest(workplace / "out") == undisturbed
@@ -360,7 +355,7 @@ def test_a_changed_recipe_starts_afresh(workplace):
     with pytest.raises(RuntimeError):
         train(Points(at(2, 1, fail)), settings())
     met = []
-    train(Points(lambda epoch, index: met.append(epoch)), settings(scratch=Scratch("tiny", "another recipe")))
+    train(Points(lambda epoch, index: met.append(epoch)), settings(saved=saved_state("tiny", "another recipe")))
     assert met.count(0) == SAMPLES
     met.clear()
     train(Points(lambda epoch, index: met.append(epoch)), settings())
@@ -372,7 +367,7 @@ def test_a_signal_saves_and_exits_75_and_the_next_run_continues(workplace, undis
     """Preemption, or Ctrl-C; nothing was due to be saved for an hour."""
     run = patient(settings())
     assert forked(train, Points(at(2, 3, lambda: kill(number))), run, workplace / "out") == PREEMPTED == 75
-    assert [path.name for path in run.scratch.saves()] == ["state-000000007.pt"]
+    assert [path.name for path in run.saved.saves()] == ["state-000000007.pt"]
     assert "stopped by a signal at step 7; saved" in capfd.readouterr().out
     train(Points(), run, workplace / "out")
     assert digest(workplace / "out") == undisturbed
@@ -394,7 +389,7 @@ def test_a_non_finite_loss_stops_the_run_and_names_step_and_save(workplace, numb
     said = str(error.value)
     assert f"step {step} of {STEPS}" in said and "the loss became nan" in said
     assert f"state-{step - 1:09d}.pt" in said and "Lower this stage's lr" in said
-    assert settings().scratch.load()["step"] == step - 1
+    assert settings().saved.load()["step"] == step - 1
 
 
 def test_a_full_disk_while_saving_names_what_is_kept(workplace, undisturbed, monkeypatch):
@@ -403,7 +398,7 @@ def test_a_full_disk_while_saving_names_what_is_kept(workplace, undisturbed, mon
 
     def full(descriptor: int) -> None:
         met.append(descriptor)
-        if len(met) == 3:
+        if len(met) == 5:  # after identity.json, code.json and two saves
             raise OSError(errno.ENOSPC, "No space left on device")
         real(descriptor)
 
@@ -412,8 +407,8 @@ def test_a_full_disk_while_saving_names_what_is_kept(workplace, undisturbed, mon
         train(Points(), settings())
     said = str(error.value)
     assert "state-000000003.pt is full" in said and "the state of step 3" in said and "run `dvc repro` again" in said
-    assert f"the last good state is {settings().scratch.folder}/state-000000002.pt" in said
-    assert sorted(path.name for path in settings().scratch.folder.iterdir()) == ["state-000000001.pt", "state-000000002.pt"]
+    assert f"the last good state is {settings().saved.folder}/state-000000002.pt" in said
+    assert sorted(path.name for path in settings().saved.folder.iterdir()) == ["code.json", "identity.json", "state-000000001.pt", "state-000000002.pt"]
     train(Points(), settings(), workplace / "out")
     assert digest(workplace / "out") == undisturbed
 
@@ -423,7 +418,7 @@ def test_a_full_disk_under_two_processes_is_the_parent_s_to_say(workplace, monke
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(UserError, match="state-000000001.pt is full.*no state had been saved yet"):
+    with pytest.raises(UserError, match="identity.json is full.*state of step 1; no state had been saved yet"):
         launched(2, train, Points(), settings())
 
 
@@ -516,6 +511,6 @@ def test_sigterm_to_the_launcher_saves_and_the_next_run_continues(workplace):
 
     slow = Points(lambda epoch, index: (ask() if (epoch, index) == (1, 5) else None, time.sleep(0.01 if epoch else 0)))
     assert forked(launched_in_a_child, slow, run, workplace / "out") == PREEMPTED
-    assert len(run.scratch.saves()) == 1
+    assert len(run.saved.saves()) == 1
     launched(2, train, Points(), run, workplace / "out")
     assert digest(workplace / "out") == digest(workplace / "undisturbed")

@@ -10,7 +10,7 @@ from milan.data import seeding
 from milan.method import masking
 from milan.method.model import MaskedPretraining
 from milan.params import AblationRow, Model, TransformerSize
-from milan.training import distributed
+from milan.training.device import autocast, choose_attention
 
 MODEL = Model("small", 48, 8, TransformerSize(96, 4, 4), TransformerSize(64, 3, 4))
 RECIPES = {
@@ -22,13 +22,13 @@ CPU = torch.device("cpu")
 
 def pretrain_once(recipe: AblationRow, precision: str) -> dict[str, torch.Tensor]:
     """Predictions, loss and every gradient of the first step."""
-    distributed.choose_attention(precision, CPU)
+    choose_attention(precision, CPU)
     seeding.seed_globals(0, "precision")
     model = MaskedPretraining(MODEL, recipe, 0.75, 48)
     images, noise = torch.randn(6, 3, 48, 48), torch.randn(6, MODEL.n_patches)
     features, importance = torch.randn(6, 1 + MODEL.n_patches, 48), torch.rand(6, MODEL.n_patches)
     visible = masking.sample_visible(noise, model.n_visible)
-    with distributed.autocast(precision, CPU):
+    with autocast(precision, CPU):
         predictions = model.predict(images, visible, masking.complement(visible, MODEL.n_patches))
         loss = model(images, noise, features, importance)
     loss.backward()
@@ -43,7 +43,7 @@ def relative(found: torch.Tensor, exact: torch.Tensor) -> float:
 @pytest.fixture(params=RECIPES)
 def both(request) -> tuple[dict, dict]:
     yield pretrain_once(RECIPES[request.param], "bf16"), pretrain_once(RECIPES[request.param], "fp32")
-    distributed.choose_attention("fp32", CPU)
+    choose_attention("fp32", CPU)
 
 
 def test_bf16_predictions_and_loss_are_near_float32_s(both):

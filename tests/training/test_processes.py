@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from milan.core.errors import Preempted
-from milan.core.typed import build
+from milan.core.validation import validate
 from milan.data import seeding, transforms
 from milan.evaluation.classifier import FinetuneLoss, build_classifier
 from milan.evaluation.linear import LinearHead, ProbeLoss
@@ -18,6 +18,7 @@ from milan.teacher import contrast
 from milan.teacher.clip import build_tiny
 from milan.training import distributed, optim
 from milan.training.batch_norm import RunningStatistics
+from milan.training.device import set_up
 from milan.training.loop import fit
 from stages import finetune, linear_eval, segment
 from tests.training.test_loop import (
@@ -46,7 +47,7 @@ def test_a_stopped_run_is_continued_by_another_number_of_processes(workplace, be
     harm = at(1, 3, lambda: rank_of(before - 1) and kill(15))
     with pytest.raises(Preempted):
         launched(before, train, Points(harm), run)
-    state = run.scratch.load()
+    state = run.saved.load()
     assert 0 < state["step"] < 12 and len(state["curve"]) == state["step"]
     met = []
     result = launched(after, train, Points(lambda epoch, index: met.append((epoch, index))), run)
@@ -138,7 +139,7 @@ def of_teacher(p: Params) -> tuple:
 
 def few_steps(made: Callable[[Params], tuple], p: Params, **changes) -> dict:
     """Three steps of a stage's model; the contrast takes its share of the batch at once, as in the stage."""
-    distributed.set_up(COMPUTE)
+    set_up(COMPUTE)
     seeding.seed_globals(0, "init")
     model, optimizer, inputs = made(p)
     share = {"micro_batch": BATCH // distributed.world_size()} if made is of_teacher else {}
@@ -158,7 +159,7 @@ def small(tree) -> Params:
     tree["finetune"] |= {"mixup": 0.8, "cutmix": 1.0, "drop_path": 0.5, "random_erasing": 0.5, "label_smoothing": 0.1}
     tree["segment"] |= {"crop_size": 16, "channels": 8, "aux_channels": 8, "drop_path": 0.5}
     tree["teacher"]["tiny"] |= {"width": 32, "layers": 1, "text_width": 24, "context_length": 6, "embed_dim": 16}
-    return build(Params, tree, "params.yaml")
+    return validate(Params, tree, "params.yaml")
 
 
 @pytest.mark.parametrize("made", [of_linear_eval, of_finetune, of_segment, of_teacher])

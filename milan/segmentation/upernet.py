@@ -1,13 +1,13 @@
-"""UPerNet on a plain ViT's pyramid: the ADE20K model of MAE and its successors.
+"""UPerNet on a plain ViT, the ADE20K model of MAE and its successors, and its loss.
 
-The recipe is that of mmsegmentation's configs/mae/mae-base_upernet_8xb2-amp-160k_ade20k-512x512
+The model follows mmsegmentation's configs/mae/mae-base_upernet_8xb2-amp-160k_ade20k-512x512
 (48.13 mIoU for MAE ViT-B/16); MILAN's own ADE20K configuration was never released.
 
     images -> ViT blocks -> 4 feature maps -> x4, x2, x1, x0.5 pyramid -> UPerNet -> logits
                                                                  (x1) -> FCN     -> auxiliary logits
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -26,12 +26,12 @@ POOL_BINS = (1, 2, 3, 6)  # the pyramid pooling scales of PSPNet and UPerNet
 
 
 class BiasedBlock(Block):
-    """timm's block that adds its own relative position bias, zero at first, to its attention."""
+    """timm's block with a learned relative position bias in its attention."""
 
     def __init__(self, *args, grid: int, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.rel_pos = RelPosBias((grid, grid), self.attn.num_heads, prefix_tokens=1)
-        # Zero, so that the pretrained encoder starts as it was; pretraining has no such bias.
+        # Pretraining has no such bias; zeros leave the pretrained encoder as it was.
         nn.init.zeros_(self.rel_pos.relative_position_bias_table)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -39,10 +39,11 @@ class BiasedBlock(Block):
 
 
 class Segmenter(nn.Module):
-    """A ViT that keeps its cls token and has no final norm, a neck, UPerNet and an FCN beside it.
+    """A ViT with class token and without final norm, a feature pyramid, the UPerNet head and an auxiliary FCN head.
 
-    img_size is the square crop in pixels, out_indices name the four blocks whose outputs make the
-    pyramid, norm is "sync" (statistics over all GPUs) or "batch" (also for processes on CPU).
+    img_size: side of the square crop in pixels; out_indices: the four blocks whose outputs form the pyramid; norm: "sync"
+    (batch statistics over all GPUs) or "batch" (those of one process, which also runs on CPUs). Raises ValueError for
+    sizes or indices that do not fit.
     """
 
     def __init__(
@@ -84,13 +85,14 @@ class Segmenter(nn.Module):
         self.aux_head = FCNHead(embed_dim, aux_channels, num_classes, dropout, NORMS[norm])
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """Images (B, 3, S, S) -> the outputs of the four blocks, each (B, embed_dim, G, G)."""
+        """Return the outputs of the four blocks, each (B, embed_dim, G, G), for images (B, 3, S, S)."""
         return self.backbone.forward_intermediates(images, indices=self.out_indices, intermediates_only=True)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, S, S) -> logits (B, C, 4G, 4G) and auxiliary logits (B, C, G, G).
+        """Return logits (B, C, 4G, 4G) and auxiliary logits (B, C, G, G) of images (B, 3, S, S), with G = S / patch_size.
 
-        G = S / patch_size; segmentation_loss and slide_logits bring logits to the pixels.
+        segmentation_loss and inference.slide_logits upsample them to the pixels. Raises ValueError when batch norm
+        would be trained on a single image.
         """
         self._check_batch(len(images))
         maps = self.neck(self.features(images))
@@ -98,7 +100,7 @@ class Segmenter(nn.Module):
 
     def _check_batch(self, batch: int) -> None:
         processes = dist.get_world_size() if self.norm == "sync" and dist.is_initialized() else 1
-        # The coarsest pooling leaves one value a channel and image: no variance from one image.
+        # The coarsest pooling leaves one value per channel and image; a single image has no variance.
         if self.training and batch * processes < 2:
             raise ValueError(f"the micro-batch must be >= 2 to train batch norm, it is {batch}")
 
@@ -115,7 +117,7 @@ def _check_geometry(img_size: int, patch_size: int, depth: int, out_indices: Seq
 
 
 class Pyramid(nn.Module):
-    """Four maps (B, D, G, G) -> a pyramid with sides 4G, 2G, G, G / 2 (mmseg's Feature2Pyramid)."""
+    """Resize four maps (B, D, G, G) to the sides 4G, 2G, G and G / 2 (mmseg's Feature2Pyramid)."""
 
     def __init__(self, dim: int, norm: Norm) -> None:
         super().__init__()
@@ -124,11 +126,11 @@ class Pyramid(nn.Module):
         self.levels = nn.ModuleList([quadruple, double(), nn.Identity(), nn.MaxPool2d(2)])
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        return [level(x) for level, x in zip(self.levels, maps, strict=True)]
+        return [level(features) for level, features in zip(self.levels, maps, strict=True)]
 
 
 class PyramidPooling(nn.Module):
-    """A map (B, D, h, w) beside its averages over 1, 4, 9 and 36 regions -> (B, channels, h, w)."""
+    """Combine a map (B, D, h, w) with its averages over 1, 4, 9 and 36 regions into (B, channels, h, w)."""
 
     def __init__(self, in_channels: int, channels: int, norm: Norm) -> None:
         super().__init__()
@@ -137,15 +139,15 @@ class PyramidPooling(nn.Module):
         )
         self.fuse = _conv(in_channels + len(POOL_BINS) * channels, channels, 3, norm)
 
-    def forward(self, x: Tensor) -> Tensor:
-        pooled = [_resize(branch(x), x.shape[2:]) for branch in self.branches]
-        return self.fuse(torch.cat([x, *pooled], dim=1))
+    def forward(self, features: Tensor) -> Tensor:
+        pooled = [resize_maps(branch(features), features.shape[2:]) for branch in self.branches]
+        return self.fuse(torch.cat([features, *pooled], dim=1))
 
 
 class UPerHead(nn.Module):
-    """Unified perceptual parsing (arXiv 1807.10221): pyramid pooling on top of a feature pyramid.
+    """The head of unified perceptual parsing (arXiv 1807.10221): pyramid pooling on top of a feature pyramid.
 
-    Maps, finest first, (B, in_channels[i], h_i, w_i) -> logits (B, num_classes, h_0, w_0).
+    Takes maps (B, in_channels[i], h_i, w_i), finest first; returns logits (B, num_classes, h_0, w_0).
     """
 
     def __init__(self, in_channels: Sequence[int], channels: int, num_classes: int, dropout: float, norm: Norm) -> None:
@@ -160,17 +162,17 @@ class UPerHead(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         *finer, top = maps
-        levels = [lateral(x) for lateral, x in zip(self.laterals, finer, strict=True)]
+        levels = [lateral(features) for lateral, features in zip(self.laterals, finer, strict=True)]
         levels.append(self.pooling(top))
         for i in reversed(range(len(finer))):
-            levels[i] = levels[i] + _resize(levels[i + 1], levels[i].shape[2:])
-        smooth = [conv(x) for conv, x in zip(self.smooth, levels[:-1], strict=True)] + levels[-1:]
-        stacked = torch.cat([_resize(x, smooth[0].shape[2:]) for x in smooth], dim=1)
+            levels[i] = levels[i] + resize_maps(levels[i + 1], levels[i].shape[2:])
+        smooth = [conv(level) for conv, level in zip(self.smooth, levels[:-1], strict=True)] + levels[-1:]
+        stacked = torch.cat([resize_maps(level, smooth[0].shape[2:]) for level in smooth], dim=1)
         return self.classifier(self.dropout(self.fuse(stacked)))
 
 
 class FCNHead(nn.Sequential):
-    """The auxiliary head: one 3x3 convolution and a classifier, (B, D, h, w) -> (B, C, h, w)."""
+    """The auxiliary head: a 3x3 convolution and a classifier. Takes (B, D, h, w), returns (B, C, h, w)."""
 
     def __init__(self, in_channels: int, channels: int, num_classes: int, dropout: float, norm: Norm) -> None:
         super().__init__(
@@ -193,8 +195,9 @@ def _classifier(channels: int, num_classes: int) -> nn.Conv2d:
     return conv
 
 
-def _resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+def resize_maps(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """Resize maps (B, C, h, w) to (B, C, *size), bilinearly without aligned corners, as mmseg does."""
+    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
 
 
 def segmentation_loss(
@@ -205,25 +208,25 @@ def segmentation_loss(
     aux_weight: float = 0.4,
     average_over_ignored: bool = True,
 ) -> Tensor:
-    """Cross-entropy at the labels' resolution, main + aux_weight * auxiliary: a scalar.
+    """Return the cross-entropy at the labels' resolution, main + aux_weight * auxiliary, as a scalar.
 
-    logits (B, C, h, w), aux_logits (B, C, h', w'), labels (B, H, W) integers. The sum over labelled
-    pixels is divided by the number of all pixels, ignored ones included, as in mmseg's
-    default (avg_non_ignore=False); average_over_ignored=False divides by the labelled ones only.
+    logits: (B, C, h, w); aux_logits: (B, C, h', w'); labels: (B, H, W) integers. The sum over labelled pixels is divided by
+    the number of all pixels, ignored ones included, as mmseg does by default (avg_non_ignore=False); with
+    average_over_ignored=False it is divided by the number of labelled pixels.
     """
     pixels = labels.numel() if average_over_ignored else (labels != ignore_index).sum().clamp(min=1)
 
     def loss(coarse: Tensor) -> Tensor:
-        fine = _resize(coarse.float(), labels.shape[1:])
+        fine = resize_maps(coarse.float(), labels.shape[1:])
         return F.cross_entropy(fine, labels.long(), ignore_index=ignore_index, reduction="sum") / pixels
 
     return loss(logits) + aux_weight * loss(aux_logits)
 
 
 def encoder_layer_ids(segmenter: Segmenter) -> dict[str, int]:
-    """The depth of every parameter, for layer-wise learning rates, by its name in the segmenter.
+    """Map every parameter's name to its layer, for layer-wise learning rates.
 
-    0: patch and position embedding, cls token; i + 1: block i with its relative position bias;
+    Layer 0: patch and position embedding, class token; i + 1: block i with its relative position bias;
     depth + 1: neck and heads.
     """
 
@@ -237,47 +240,12 @@ def encoder_layer_ids(segmenter: Segmenter) -> dict[str, int]:
 
 
 def load_encoder(segmenter: Segmenter, state_dict: Mapping[str, Tensor], unused: tuple[str, ...] = ("norm.",)) -> None:
-    """Load a pretrained encoder in timm's layout, its position embedding interpolated to the crop's grid.
+    """Load a pretrained encoder in timm's layout and interpolate its position embedding to the crop's grid.
 
-    Keys that begin with one of `unused` are passed over: the final norm has no place here (add "head." and "fc_norm." for a
+    Keys that begin with one of `unused` are skipped: the segmenter has no final norm (add "head." and "fc_norm." for a
     fine-tuned classifier). Layer scale and relative position bias keep their initial values when the encoder has none.
-    Raises UserError naming the keys of any other difference; then nothing is loaded."""
+    Raises UserError naming the keys of any other difference, and then loads nothing."""
     state = dict(state_dict)
     if "pos_embed" in state:
         state["pos_embed"] = interpolate_pos_embed(state["pos_embed"], segmenter.backbone.patch_embed.grid_size[0])
     load_state(segmenter.backbone, state, "The encoder", OTHER_MODEL, new=(".rel_pos.", ".ls"), unused=unused)
-
-
-@torch.no_grad()
-def slide_logits(
-    model: Callable[[Tensor], tuple[Tensor, Tensor]],
-    image: Tensor,
-    window: int,
-    stride: int,
-    num_classes: int,
-) -> Tensor:
-    """Logits of a whole image (1, 3, H, W) from square windows: (1, num_classes, H, W) float32.
-
-    Windows start every stride pixels, the last ones shifted inside; where they overlap, their
-    logits are averaged. An image smaller than the window is padded with zeros (the mean colour)
-    at its right and bottom. The caller puts the model into eval mode.
-    """
-    if not 0 < stride <= window:
-        raise ValueError(f"stride {stride} leaves gaps between windows of {window} px")
-    height, width = image.shape[2:]
-    image = F.pad(image, (0, max(window - width, 0), 0, max(window - height, 0)))
-    total = image.new_zeros(1, num_classes, *image.shape[2:], dtype=torch.float32)
-    count = torch.zeros_like(total[:, :1])
-    for top in _starts(image.shape[2], window, stride):
-        for left in _starts(image.shape[3], window, stride):
-            place = (..., slice(top, top + window), slice(left, left + window))
-            logits, _ = model(image[place])
-            total[place] += _resize(logits.float(), (window, window))
-            count[place] += 1
-    return (total / count)[..., :height, :width]
-
-
-def _starts(size: int, window: int, stride: int) -> list[int]:
-    """Where windows begin along one side: every stride, the last one flush with the end."""
-    last = size - window
-    return [min(start, last) for start in range(0, last + stride, stride)]

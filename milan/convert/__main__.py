@@ -1,0 +1,3 @@
+from milan.convert.interop import main
+
+raise SystemExit(main())

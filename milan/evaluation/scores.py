@@ -1,0 +1,61 @@
+"""Scores of an evaluation: top-1 and top-5 accuracy, nearest-neighbour accuracy, pairs for a confusion matrix.
+
+Scores are yielded as (name, value); the caller stores them.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from milan.training import distributed
+
+MAX_SIMILARITIES = 2**28  # held in memory at a time: 1 GiB in float32
+
+
+def accuracy(logits: Tensor, labels: Tensor, prefix: str) -> Iterator[tuple[str, float]]:
+    """Yield (prefix/top1, %) and (prefix/top5, %) of logits (n, C) and labels (n,)."""
+    hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    yield f"{prefix}/top1", 100 * hits[:, 0].double().mean().item()
+    yield f"{prefix}/top5", 100 * hits.any(dim=1).double().mean().item()
+
+
+@torch.inference_mode()
+def knn_top1(
+    train: Tensor,
+    train_labels: Tensor,
+    test: Tensor,
+    test_labels: Tensor,
+    device: torch.device,
+    k: int = 20,
+    temperature: float = 0.07,
+) -> float:
+    """Return weighted k-nearest-neighbour accuracy in % (Wu et al. 2018, arXiv 1805.01978: a vote weighs exp(cosine / temperature)).
+
+    Features (n, D) are normalised here. Every rank passes all features, classifies its share of the test images, and gets
+    the result for all of them."""
+    train, train_labels = nn.functional.normalize(train.float(), dim=1).to(device), train_labels.to(device)
+    classes, correct = int(train_labels.max()) + 1, torch.zeros(1, dtype=torch.int64, device=device)
+    own = slice(distributed.rank(), None, distributed.world_size())
+    rows = max(1, MAX_SIMILARITIES // len(train))
+    for features, labels in zip(test[own].split(rows), test_labels[own].split(rows), strict=True):
+        unit = nn.functional.normalize(features.float(), dim=1).to(device)
+        similarity, neighbours = (unit @ train.T).topk(min(k, len(train)), dim=1)
+        votes = torch.zeros(len(unit), classes, device=device)
+        # Votes are relative to the nearest neighbour's, so that no temperature overflows.
+        votes.scatter_add_(1, train_labels[neighbours], ((similarity - similarity[:, :1]) / temperature).exp())
+        correct += (votes.argmax(dim=1) == labels.to(device)).sum()
+    return 100 * distributed.total(correct).item() / len(test)
+
+
+def confusion_pairs(predicted: Tensor, labels: Tensor, max_classes: int = 50, max_rows: int = 5000) -> Tensor:
+    """Return (m, 2) pairs of actual and predicted class, for a confusion matrix small enough to read and to keep in git.
+
+    predicted, labels: (n,). With more than max_classes classes, only images are kept whose actual and predicted class are
+    both among the 20 classes with the most mistakes. With more than max_rows images, every second, third, ... is kept."""
+    pairs = torch.stack([labels, predicted], dim=1)
+    if labels.max() >= max_classes:
+        mistakes = torch.bincount(labels[predicted != labels], minlength=int(pairs.max()) + 1)
+        worst = mistakes.argsort(descending=True, stable=True)[:20]
+        pairs = pairs[torch.isin(pairs, worst).all(dim=1)]
+    return pairs[:: max(1, -(-len(pairs) // max_rows))]
