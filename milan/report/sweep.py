@@ -56,7 +56,8 @@ def main() -> None:
     args = parser.parse_args()
     try:
         experiments = read_experiments()
-        write(args.key, experiments, costs.known_runs(experiments[0].recipe["scale"]), args.out / args.key)
+        sweep, _ = members(args.key, experiments)
+        write(args.key, experiments, costs.known_runs(sweep[0].recipe["scale"]), args.out / args.key)
     except UserError as error:
         fail(str(error))
 
