@@ -359,8 +359,8 @@ class Params(Section):
         if not 0 < kept < patches:
             yield f"pretrain.mask_ratio {ratio} leaves {kept} of {patches} patches visible: some must be, and some not"
         tiny = self.teacher.tiny
-        halvings = range(patch.bit_length() - 1) if tiny and tiny.conv_stem else ()  # of the image, in milan/teacher/clip.py
-        if odd := [channels for halving in halvings if (channels := max(tiny.width >> halving, 32)) % 8]:  # groups of the norms
+        halvings = range(patch.bit_length() - 1) if tiny and tiny.conv_stem else ()  # each has a norm of 8 groups
+        if odd := [channels for halving in halvings if (channels := max(tiny.width >> halving, 32)) % 8]:
             yield (
                 f"teacher.tiny.width {tiny.width} makes a stem layer of {odd[0]} channels, no multiple of 8: take a "
                 f"multiple of {4 * patch}, or set teacher.tiny.conv_stem to false"
@@ -374,8 +374,8 @@ class Params(Section):
             micro_batches = training.batch_size // training.micro_batch
             if micro_batches % world_size:
                 yield (
-                    f"{name}.batch_size {training.batch_size} makes {micro_batches} micro-batches of {training.micro_batch}, which "
-                    f"{world_size} processes cannot share evenly: change {name}.micro_batch or runtime.processes"
+                    f"{name}.batch_size {training.batch_size} makes {micro_batches} micro-batches of {training.micro_batch}, "
+                    f"which {world_size} processes cannot share evenly: change {name}.micro_batch or runtime.processes"
                 )
         if self.teacher.tiny and batch % world_size:
             yield f"teacher.batch_size {batch} cannot be shared by {world_size} processes: change it or runtime.processes"

@@ -22,7 +22,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from milan.core.errors import UserError
-from milan.core.files import refusals_said
+from milan.core.files import explain_os_errors
 from milan.core.program import fail
 from milan.core.validation import validate
 from milan.evaluation.classifier import build_classifier
@@ -307,7 +307,7 @@ def main() -> None:
     parser.add_argument("--tflops", type=float, help="what one device sustains in these steps (default: measured here)")
     args = parser.parse_args()
     try:
-        with refusals_said():
+        with explain_os_errors():
             p = read_params(args.params) if args.scale is None else composed(args.scale)
             if args.tflops is not None and not 0 < args.tflops * 1e12 < float("inf"):
                 raise UserError(f"--tflops {args.tflops} must be a number above 0.")

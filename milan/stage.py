@@ -15,7 +15,7 @@ from typing import Protocol
 
 from milan.core.code import changed_files, stage_code
 from milan.core.errors import PREEMPTED, Preempted, UserError, nearest
-from milan.core.files import SCRATCH, dvc_hash, existing_parent, json_digest, refusals_said, write_json, write_whole
+from milan.core.files import SCRATCH, dvc_hash, existing_parent, explain_os_errors, json_digest, write_json, write_whole
 from milan.core.identity import Identity, flatten, identify, present
 from milan.core.program import alone, fail
 from milan.params import Params, read_params
@@ -152,7 +152,7 @@ def run(name: str, main: Callable[[Stage], None], doc: str, kind: Kind) -> None:
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, preempt)
     try:
-        with refusals_said():
+        with explain_os_errors():
             stage = Stage(name, args, read_params(args.params), kind)
             refuse_what_is_not_there(stage.params)
             refuse_what_cannot_be_written(stage)
@@ -213,7 +213,7 @@ def tracked(stage: Stage, main: Callable[[Stage], None]) -> None:
     tags = {"stage": stage.name, "scale": stage.params.scale, "git_revision": git_revision(), **stage.variation}
     tags["code"] = json_digest(stage.code)  # taken here, before the work: close() compares
     tags["hardware"] = machine.hardware(stage.params.compute.device)
-    logger = tracker.Logger(stage.title, f"milan-{stage.params.scale}", tags, flatten(stage.params))
+    logger = tracker.LoggerProcess(stage.title, f"milan-{stage.params.scale}", tags, flatten(stage.params))
     stage.tracker, status, began = logger.tracker, "FAILED", time.monotonic()
     try:
         if stage.kind.evaluates:

@@ -7,7 +7,7 @@ import pandas as pd
 
 from milan.report.results import MEASURES, TITLES, ZERO_SHOT
 from milan.report.table import DASH, markdown_table
-from milan.tracking.runs import store, why
+from milan.tracking.runs import first_line, open_store
 
 MOST = 30  # rows, the newest
 SECONDS = "wall_seconds"
@@ -44,9 +44,9 @@ def row_of(model, run) -> dict:
 def in_markdown(scale: str) -> str:
     """Return the table in Markdown, or a sentence that gives the reason why there is none."""
     try:
-        frame = pretrained_models(store(), scale)
-    except Exception as error:  # faults of its server, its address, its file
-        return f"MLflow's store cannot be read ({why(error)}), so no runs are compared here."
+        frame = pretrained_models(open_store(), scale)
+    except Exception as error:  # whatever ails the store: its server, its address, its file
+        return f"MLflow's store cannot be read ({first_line(error)}), so no runs are compared here."
     if frame.empty:
         return f"MLflow has no pretrained model of the experiment milan-{scale} yet."
     return markdown_table([{name: shown(value) for name, value in row.items()} for row in frame.to_dict("records")])

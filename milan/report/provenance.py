@@ -9,7 +9,7 @@ import yaml
 
 from milan.core.errors import UserError
 from milan.core.files import file_digest
-from milan.core.redaction import discreet
+from milan.core.redaction import redact
 from milan.data.records import read_manifest
 from milan.params import Params
 from milan.tracking import runs
@@ -52,7 +52,7 @@ class Data(NamedTuple):
 def read_lock(path: Path, p: Params) -> dict[str, dict]:
     """Stage: {"deps", "outs": {path: DVC hash}}, of the active recipe's stages, in the order of the pipeline."""
     try:
-        return digests(runs.of_recipe(runs.parsed(path.read_text()).get("stages", {}), p.variants, p.seeds))
+        return digests(runs.recipe_stages(runs.parse_yaml(path.read_text()).get("stages", {}), p.variants, p.seeds))
     except FileNotFoundError:
         raise UserError(f"{path} is missing: `dvc repro` writes it, and git checkout -- {path} restores it.") from None
     except (yaml.YAMLError, ValueError, RecursionError, AttributeError, TypeError, KeyError):
@@ -74,7 +74,7 @@ def origins(lock: dict[str, dict], found: list[Run]) -> list[Origin]:
 
 def newest(name: str, entry: dict, found: list[Run]) -> Run | None:
     in_lock = {**entry["deps"], **entry["outs"]}
-    agreeing = (run for run in found if run.stage == name and runs.agrees(run.tags, in_lock))
+    agreeing = (run for run in found if run.stage == name and runs.hashes_agree(run.tags, in_lock))
     return max(agreeing, key=lambda run: run.started, default=None)
 
 
@@ -82,12 +82,12 @@ def read_data(folder: Path, source: str | None) -> Data:
     """Return a packed data set's counts and digest; source: the folder that it was packed from, None for the built-in world."""
     manifest = read_manifest(folder)
     splits = {name: split["images"] for name, split in manifest["splits"].items()}
-    return Data(folder, splits, discreet(source or "the built-in world"), file_digest(folder / "manifest.json"))
+    return Data(folder, splits, redact(source or "the built-in world"), file_digest(folder / "manifest.json"))
 
 
 def finished_runs(experiment: str) -> list[Run]:
     """All stage runs of an MLflow experiment that ended well."""
-    client, found, page = runs.store(), [], None
+    client, found, page = runs.open_store(), [], None
     known = client.get_experiment_by_name(experiment)
     while known:
         page = client.search_runs(

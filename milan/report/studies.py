@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from milan.core.errors import UserError
-from milan.core.files import json_digest, refusals_said, write_json, write_whole
+from milan.core.files import explain_os_errors, json_digest, write_json, write_whole
 from milan.core.program import alone, fail
-from milan.core.redaction import discreet
+from milan.core.redaction import redact
 from milan.params import read_params
 from milan.report import claims, costs, plots, sweep, table
 from milan.report.page import LINKS
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT, help="default: %(default)s")
     args = parser.parse_args()
     try:
-        with refusals_said(), alone("studies") as lock:
+        with explain_os_errors(), alone("studies") as lock:
             refuse_changes()
             for name, study in chosen(args.studies, args.values).items():
                 run(name, study, args.settings, args.out, lock)
@@ -131,7 +131,7 @@ def remove_killed(points: list[str]) -> None:
 
 def command(name: str, study: Study, settings: list[str], out: Path = OUT) -> str:
     values = "" if study == STUDIES[name] else f" --values {','.join(study.values)}"
-    words = [f" -S '{setting}'" for setting in settings] + ([] if out == OUT else [f" --out {discreet(out)}"])
+    words = [f" -S '{setting}'" for setting in settings] + ([] if out == OUT else [f" --out {redact(out)}"])
     return f"python -m milan.report.studies {name}{values}{''.join(words)}"
 
 

@@ -31,7 +31,7 @@ from milan.report.plots import Figure, plt
 from milan.report.provenance import Run
 from milan.report.results import MEASURES, TITLES, ZERO_SHOT, method
 from milan.report.table import DASH, markdown_table
-from milan.tracking.runs import of_recipe, parsed
+from milan.tracking.runs import parse_yaml, recipe_stages
 
 DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 FREE = ("variants", "seeds", "runtime")  # what may differ within a sweep besides its key
@@ -115,7 +115,7 @@ def read_experiment(name: str, state: dict) -> Experiment:
 
 def read_lock(text: str, recipe: dict) -> dict:
     """Return the stages of a dvc.lock that made the recipe's numbers."""
-    stages = of_recipe(parsed(text).get("stages", {}), recipe["variants"], recipe["seeds"])
+    stages = recipe_stages(parse_yaml(text).get("stages", {}), recipe["variants"], recipe["seeds"])
     return {name: entry for name, entry in stages.items() if name not in AFTER}
 
 

@@ -1,1 +1,1 @@
-"""What is logged and where it came from: MLflow runs, their delivery, the hardware."""
+"""Log runs, their data and their models to MLflow, and find the run that made a result."""

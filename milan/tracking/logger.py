@@ -1,10 +1,10 @@
-"""The logger process: takes what stages left in their spools to MLflow.
+"""The logger process: sends the events in the stages' spools to MLflow.
 
     python -m milan.tracking.logger [SPOOL]
 
-With a spool it serves a stage until that ends, after what earlier loggers could not deliver, and then the later stages of
-the same `dvc repro`, since mlflow takes seconds to load; without one it delivers all that is kept. Loggers take turns, in
-the order of their stages. No stage imports this, nor what it needs of mlflow.
+With a spool, it sends what earlier loggers could not deliver, then this spool until its stage ends, then those of later
+stages of the same `dvc repro` (loading mlflow takes seconds, so one process serves them all). Without a spool, it sends
+all that is left. One logger works at a time, in the order of the stages. Stages do not import this module.
 """
 
 import contextlib
@@ -19,29 +19,30 @@ from typing import TextIO
 
 import psutil
 
-from milan.core.redaction import discreet
-from milan.tracking.store import knock, store_uri
+from milan.core.redaction import redact
+from milan.tracking.store import check_reachable, store_uri
 from milan.tracking.tracker import SPOOLS, warn_of_undelivered
 
 
 def serve(spool: Path | None) -> None:
-    """Deliver what earlier loggers left behind, this spool until its stage ends, and the stages' after it; all there is, for
-    None."""
+    """Deliver the spools before this one, this one until its stage ends, and those of the pipeline's later stages.
+
+    None delivers all spools."""
     SPOOLS.mkdir(parents=True, exist_ok=True)
     with open(SPOOLS / "lock", "w") as lock:
-        while not taken(lock):
+        while not try_lock(lock):
             if spool and not spool.exists():
                 return  # another logger has delivered it
             time.sleep(0.5)
         pipeline = pipeline_of(spool) if spool else None
-        go_on = [deliver(kept) for kept in spools() if spool is None or kept.name <= spool.name]
-        while all(go_on) and running(pipeline):
+        go_on = [deliver(each) for each in spools() if spool is None or each.name <= spool.name]
+        while all(go_on) and is_running(pipeline):
             time.sleep(0.5)
-            go_on = [deliver(kept) for kept in spools() if pipeline_of(kept) == pipeline]
+            go_on = [deliver(each) for each in spools() if pipeline_of(each) == pipeline]
 
 
-def taken(lock: TextIO, kind: int = fcntl.LOCK_EX) -> bool:
-    """Whether the lock was free, and so is ours until the file is closed."""
+def try_lock(lock: TextIO, kind: int = fcntl.LOCK_EX) -> bool:
+    """Lock a file until it is closed, and return True; return False when another process has locked it."""
     try:
         fcntl.flock(lock, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -50,85 +51,88 @@ def taken(lock: TextIO, kind: int = fcntl.LOCK_EX) -> bool:
 
 
 def spools() -> list[Path]:
+    """Return all spools, oldest first."""
     return sorted(SPOOLS.glob("*.jsonl"))
 
 
 def pipeline_of(spool: Path) -> str | None:
-    """The pipeline execution that a spool's stage belongs to; None for one that is gone, or has no first line yet."""
+    """Return the pipeline execution of a spool's stage; None when the spool is gone or has no first line yet."""
     with contextlib.suppress(OSError, ValueError, AttributeError), open(spool) as file:
         return json.loads(file.readline()).get("pipeline")
 
 
-def running(pipeline: str | None) -> bool:
-    """Whether the DVC process of tracking.pipeline_execution is still there."""
-    process, _, began = (pipeline or "").partition("-")
+def is_running(pipeline: str | None) -> bool:
+    """Return whether the DVC process named by tracker.pipeline_execution still runs."""
+    number, _, began = (pipeline or "").partition("-")
     with contextlib.suppress(psutil.Error, ValueError):
-        found = psutil.Process(int(process))
-        return str(int(found.create_time())) == began and found.status() != psutil.STATUS_ZOMBIE
+        process = psutil.Process(int(number))
+        return str(int(process.create_time())) == began and process.status() != psutil.STATUS_ZOMBIE
     return False
 
 
 def deliver(spool: Path) -> bool:
-    """Forward a spool; on any trouble with the store, mark it as still to be sent. False: after this one, stop."""
+    """Send a spool; on any error of the store, mark it as failed and keep it for the next logger.
+
+    Returns False when the logger should stop after this spool: after an error, or after the pipeline's last stage."""
     mark = spool.with_suffix(".failed")
     try:
-        knock(store_uri())
-        last = forward(spool)
+        check_reachable(store_uri())
+        last = send_spool(spool)
         mark.unlink(missing_ok=True)
         return not last
-    except Exception as error:  # whatever ails the store must not lose events
+    except Exception as error:  # no error of the store may lose events
         mark.touch()
         print(
-            f"{spool.name}: MLflow cannot be reached ({type(error).__name__}: {discreet(str(error)[:500])}); kept for the next logger.",
+            f"{spool.name}: MLflow cannot be reached ({type(error).__name__}: {redact(str(error)[:500])}); kept for the next logger.",
             flush=True,
         )
         return False
 
 
-def owner_alive(spool: Path) -> bool:
+def stage_alive(spool: Path) -> bool:
+    """Return whether the stage that writes this spool still runs: it holds a lock on it."""
     with open(spool) as file:
-        return not taken(file, fcntl.LOCK_SH)
+        return not try_lock(file, fcntl.LOCK_SH)
 
 
-def forward(spool: Path) -> bool:
-    """Send a spool's events until its stage ends; its place and run are kept beside it, so that nothing is sent twice.
-    Whether the stage says that it was the last of its pipeline, and waits."""
-    from milan.tracking.sender import (
-        Sender,  # here, because an installation without mlflow is trouble with the store as well
-    )
+def send_spool(spool: Path) -> bool:
+    """Send a spool's events until its stage ends, and return whether that stage is the last of its pipeline.
 
-    place = spool.with_suffix(".place")
-    state = json.loads(place.read_text()) if place.exists() else {"offset": 0, "run_id": None, "model_id": None}
-    sender = Sender(state["run_id"], state["model_id"], owner_alive(spool))
+    The offset and the run's id are kept in a file beside the spool, so that nothing is sent twice."""
+    from milan.tracking.sender import Sender  # here: without mlflow installed, deliver() keeps the spool
+
+    state_file = spool.with_suffix(".place")
+    state = json.loads(state_file.read_text()) if state_file.exists() else {"offset": 0, "run_id": None, "model_id": None}
+    sender = Sender(state["run_id"], state["model_id"], stage_alive(spool))
     ended = False
     with open(spool, "rb") as file:
         while not ended:
-            alive = owner_alive(spool)  # asked before reading: what a stage says last is not missed
+            alive = stage_alive(spool)  # asked before reading, so that the last events are not missed
             file.seek(state["offset"])
-            found = file.read()
-            lines = found[: found.rfind(b"\n") + 1].splitlines(keepends=True)  # one that is being written is read again
+            data = file.read()
+            lines = data[: data.rfind(b"\n") + 1].splitlines(keepends=True)  # an incomplete line is read again later
             if not lines and alive:
                 time.sleep(0.5)
                 continue
-            for kind, group in groupby(lines or [last_words()], lambda line: json.loads(line)["kind"]):
-                said, ended = list(group), kind == "end"
-                events = [json.loads(line) for line in said]
+            for kind, group in groupby(lines or [killed_event()], lambda line: json.loads(line)["kind"]):
+                sent, ended = list(group), kind == "end"
+                events = [json.loads(line) for line in sent]
                 sender.send(events)
-                offset = state["offset"] + sum(map(len, said))
+                offset = state["offset"] + sum(map(len, sent))
                 state = {"offset": offset, "run_id": sender.run_id, "model_id": sender.model_id}
-                place.write_text(json.dumps(state))
+                state_file.write_text(json.dumps(state))
     spool.unlink()
-    place.unlink()
+    state_file.unlink()
     return bool(events[-1].get("last"))
 
 
-def last_words() -> bytes:
-    """Of a stage that died without any."""
+def killed_event() -> bytes:
+    """Return the end event of a stage that died without writing one."""
     return json.dumps({"kind": "end", "status": "KILLED", "time": int(time.time() * 1000)}).encode()
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")  # MLflow's advice; what goes wrong is raised
+    warnings.simplefilter("ignore")  # MLflow's advice; errors are raised
     serve(Path(sys.argv[1]) if sys.argv[1:] else None)
     if not sys.argv[1:]:
         warn_of_undelivered()

@@ -1,4 +1,4 @@
-"""The machine in words, for the trail of a number: no name and no address of it."""
+"""Describe the machine's hardware without its name or address."""
 
 import os
 import platform
@@ -9,8 +9,9 @@ import psutil
 
 
 def hardware(device: str = "auto") -> str:
-    """`Intel Xeon Platinum 8581C, 2 cores, 16 GB of memory; 8 × NVIDIA A100`: what this process may use of the machine
-    (device: compute.device of the recipe)."""
+    """Return `Intel Xeon Platinum 8581C, 2 cores, 16 GB of memory; 8 × NVIDIA A100`: the cores and GPUs this process may use.
+
+    device: compute.device of the recipe; with "cpu", GPUs are left out."""
     words = [f"{cpu_name()}, {cores()} cores, {psutil.virtual_memory().total / 1e9:.0f} GB of memory"]
     if device != "cpu":
         words += [f"{count} × {name}" for name, count in Counter(gpu_names()).items()]
@@ -18,6 +19,7 @@ def hardware(device: str = "auto") -> str:
 
 
 def cores() -> int:
+    """Count the processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
@@ -30,7 +32,7 @@ def cpu_name() -> str:
 
 
 def gpu_names() -> list[str]:
-    """NVIDIA's GPUs, asked of the driver: no CUDA is initialised."""
+    """Return the names of NVIDIA GPUs. The driver is asked, because initialising CUDA is slow and takes memory."""
     import pynvml
 
     try:

@@ -1,8 +1,8 @@
-"""From dvc.lock to the runs that made and read what it names.
+"""Find the MLflow runs that made or read a path, by its hash in dvc.lock.
 
     python -m milan.tracking.runs outs/demo/pretrain/milan-0
 
-prints their names, ids and artifact folders, newest first. Runs carry DVC's hashes as tags, `dvc:PATH`.
+prints their names, ids and artifact folders, newest first. Runs have DVC's hashes as tags `dvc:PATH`.
 """
 
 import sys
@@ -13,112 +13,113 @@ import yaml
 from mlflow import MlflowClient
 
 from milan.core.errors import UserError
-from milan.core.files import refusals_said
-from milan.tracking.store import knock, store_uri
+from milan.core.files import explain_os_errors
+from milan.tracking.store import check_reachable, store_uri
 
 LOCK, RECIPE = Path("dvc.lock"), Path("params.yaml")
 
 
-def locked() -> dict[str, dict[str, str]]:
-    """{stage: {path: DVC's hash}} of what the stages in dvc.lock read and wrote; empty without dvc.lock."""
+def lock_hashes() -> dict[str, dict[str, str]]:
+    """Return {stage: {path: DVC hash}} of the inputs and outputs in dvc.lock; empty without dvc.lock."""
     stages = read_yaml(LOCK).get("stages", {})
     try:
         return {name: hashes([*entry.get("deps", []), *entry.get("outs", [])]) for name, entry in stages.items()}
     except (AttributeError, TypeError, KeyError):
-        raise damaged(LOCK) from None
+        raise damaged_error(LOCK) from None
 
 
-def locked_now() -> dict[str, dict[str, str]]:
-    """The same, without the variants and seeds that only earlier recipes had: DVC leaves theirs in dvc.lock."""
-    recipe, found = read_yaml(RECIPE), locked()
+def active_hashes() -> dict[str, dict[str, str]]:
+    """Return lock_hashes() of the stages of the active recipe."""
+    recipe, stages = read_yaml(RECIPE), lock_hashes()
     try:
-        return of_recipe(found, recipe.get("variants", []), recipe.get("seeds", []))
+        return recipe_stages(stages, recipe.get("variants", []), recipe.get("seeds", []))
     except TypeError:
-        raise damaged(RECIPE) from None
+        raise damaged_error(RECIPE) from None
 
 
-def of_recipe(stages: dict, variants: list[str], seeds: list[int]) -> dict:
-    """The entries of a lock that belong to a recipe: DVC leaves in it what only earlier variants and seeds had."""
+def recipe_stages(stages: dict, variants: list[str], seeds: list[int]) -> dict:
+    """Select a recipe's stages from dvc.lock, where DVC leaves those of variants and seeds of earlier recipes."""
     variations = {"", *(f"{variant}-{seed}" for variant in variants for seed in seeds)}
     return {name: entry for name, entry in stages.items() if name.partition("@")[2] in variations}
 
 
 def read_yaml(path: Path) -> dict:
-    """Empty without the file. Raises UserError for anything but keys and values."""
+    """Read a YAML file; empty without the file. Raises UserError when it does not hold keys and values."""
     try:
-        found = parsed(path.read_text()) if path.exists() else {}
+        tree = parse_yaml(path.read_text()) if path.exists() else {}
     except (yaml.YAMLError, ValueError, RecursionError):
-        raise damaged(path) from None
-    if not isinstance(found, dict):
-        raise damaged(path)
-    return found
+        raise damaged_error(path) from None
+    if not isinstance(tree, dict):
+        raise damaged_error(path)
+    return tree
 
 
-def parsed(text: str):
-    """What YAML says; empty for none."""
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the Python one takes seconds over a dvc.lock
+def parse_yaml(text: str):
+    """Parse YAML; an empty dict for an empty text."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the Python loader takes seconds for dvc.lock
     return yaml.load(text, loader) or {}
 
 
-def damaged(path: Path) -> UserError:
+def damaged_error(path: Path) -> UserError:
     return UserError(f"{path} is damaged, or holds the marks of an unfinished merge. git checkout -- {path} restores it.")
 
 
 def hashes(items: list[dict]) -> dict[str, str]:
+    """Return {path: DVC hash} of the entries of one stage in dvc.lock."""
     return {item["path"]: item["md5"] for item in items if "md5" in item}
 
 
 def title(stage: str) -> str:
-    """DVC's name of a stage -> its runs' name: pretrain@milan-0 -> pretrain milan seed 0."""
+    """Return the name of a stage's runs from DVC's name of the stage: `pretrain milan seed 0` from `pretrain@milan-0`."""
     name, _, item = stage.partition("@")
     variant, _, seed = item.rpartition("-")
     return f"{name} {variant} seed {seed}" if item else name
 
 
-def run_of(client, experiment: str, name: str, in_lock: dict[str, str]):
-    """The newest finished run of a stage, or None, whose hashes are those of dvc.lock, as far as both have them."""
+def find_stage_run(client, experiment: str, name: str, in_lock: dict[str, str]):
+    """Return the newest finished run of a stage whose hashes agree with dvc.lock, or None."""
     named = f"attributes.run_name = '{name}' and attributes.status = 'FINISHED'"
-    return next((run for run in client.search_runs([experiment], named, max_results=20) if agrees(run.data.tags, in_lock)), None)
+    return next((run for run in client.search_runs([experiment], named, max_results=20) if hashes_agree(run.data.tags, in_lock)), None)
 
 
-def agrees(tags: dict[str, str], in_lock: dict[str, str]) -> bool:
-    """Whether a run's hashes are those of dvc.lock as far as both have them, and both have some."""
-    both = [(tag, in_lock[key[4:]]) for key, tag in tags.items() if key[:4] == "dvc:" and key[4:] in in_lock]
-    return bool(both) and all(ours == theirs for ours, theirs in both)
+def hashes_agree(tags: dict[str, str], in_lock: dict[str, str]) -> bool:
+    """Return whether a run and dvc.lock have paths in common, with the same hash for each."""
+    pairs = [(tag, in_lock[key[4:]]) for key, tag in tags.items() if key[:4] == "dvc:" and key[4:] in in_lock]
+    return bool(pairs) and all(logged == locked for logged, locked in pairs)
 
 
-def store() -> MlflowClient:
-    """OSError, within seconds, when its server or its file is not there: mlflow would make an empty one."""
+def open_store() -> MlflowClient:
+    """Return a client of the store. Raises OSError when its server or its file is not there; mlflow would create an empty file."""
     uri = store_uri()
     parts = urlsplit(uri)
-    place = {"sqlite": parts.path[1:], "file": parts.path, "": uri}.get(parts.scheme)
-    if place is not None and not Path(place).exists():
-        raise FileNotFoundError(f"there is no {place}")
-    knock(uri)
+    path = {"sqlite": parts.path[1:], "file": parts.path, "": uri}.get(parts.scheme)
+    if path is not None and not Path(path).exists():
+        raise FileNotFoundError(f"there is no {path}")
+    check_reachable(uri)
     return MlflowClient(uri)
 
 
-def find(path: str) -> list:
-    """The runs that dvc.lock's content of a path was made or read by, newest first. Raises UserError when there is none."""
-    digests = {in_lock[path] for in_lock in locked().values() if path in in_lock}
+def find_runs(path: str) -> list:
+    """Return the runs that made or read a path with the content in dvc.lock, newest first. Raises UserError without any."""
+    digests = {in_lock[path] for in_lock in lock_hashes().values() if path in in_lock}
     if not digests:
         raise UserError(f"{LOCK} names no {path}. It must be written as there, such as outs/demo/pretrain/milan-0.")
     try:
-        client = store()
+        client = open_store()
         experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-        found = [run for digest in digests for run in client.search_runs(experiments, f"tags.`dvc:{path}` = '{digest}'")]
-    except Exception as error:  # whatever ails the store: its server, its address, its file
+        matches = [run for digest in digests for run in client.search_runs(experiments, f"tags.`dvc:{path}` = '{digest}'")]
+    except Exception as error:  # the store's server, address or file may be at fault
         raise UserError(
-            f"MLflow's store cannot be read ({why(error)}). It is mlflow.db in the repository's root, or where the variable "
+            f"MLflow's store cannot be read ({first_line(error)}). It is mlflow.db in the repository's root, or where the variable "
             "MLFLOW_TRACKING_URI says: mend that, or start its server."
         ) from None
-    if not found:
+    if not matches:
         raise UserError(f"MLflow has no run that made or read {path} as {LOCK} has it: it was made elsewhere, or not yet sent.")
-    return found
+    return matches
 
 
-def why(error: Exception) -> str:
-    """The first line of what an error says."""
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its type when it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
@@ -126,11 +127,11 @@ def main(words: list[str]) -> None:
     if len(words) != 1:
         sys.exit(__doc__)
     try:
-        with refusals_said():
-            found = find(words[0].rstrip("/"))
+        with explain_os_errors():
+            matches = find_runs(words[0].rstrip("/"))
     except UserError as error:
         sys.exit(f"error: {error}")
-    for run in found:
+    for run in matches:
         print(run.info.run_name, run.info.run_id, run.info.artifact_uri, sep="\t")
 
 

@@ -1,4 +1,4 @@
-"""Events of a spool -> calls of MLflow on one run."""
+"""Turn the events of a spool into calls of MLflow's client on one run."""
 
 import json
 import logging
@@ -17,10 +17,10 @@ from milan.core.files import SCRATCH, dvc_hash, project_root
 from milan.tracking import runs
 from milan.tracking.store import store_uri
 
-SKIPPED = "skipped."  # before the name of a stage's run, in the tags of a parent
+SKIPPED = "skipped."  # prefix of a parent run's tags that name the runs of skipped stages
 NOTE = "mlflow.note.content"
-COLUMNS = {"large_binary": "binary", "string": "string", "int32": "integer"}  # Arrow's names -> MLflow's
-NEEDED = ("mlflow", "torch", "torchvision", "timm", "safetensors", "pillow", "pyyaml")  # by milan/serve/serving.py
+COLUMN_TYPES = {"large_binary": "binary", "string": "string", "int32": "integer"}  # Arrow's name: MLflow's name
+REQUIREMENTS = ("mlflow", "torch", "torchvision", "timm", "safetensors", "pillow", "pyyaml")  # of milan/serve/serving.py
 SIGNATURE = ModelSignature(
     types.Schema([types.ColSpec("binary", "image")]),
     types.Schema(
@@ -31,7 +31,7 @@ SIGNATURE = ModelSignature(
 
 
 class Sender:
-    """What is known of one run: its id, the model that it evaluates; live while its stage is at work."""
+    """Send events to one run: its id, the id of the model that it evaluates, and whether its stage still runs (live)."""
 
     def __init__(self, run_id: str | None, model_id: str | None, live: bool):
         os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
@@ -41,6 +41,7 @@ class Sender:
         self.client = mlflow.MlflowClient(store_uri())
 
     def send(self, events: list[dict]) -> None:
+        """Send events in order; metrics go in large batches, after the other events."""
         metrics = []
         for event in events:
             kind = event["kind"]
@@ -52,46 +53,48 @@ class Sender:
             self.client.log_batch(self.run_id, metrics=metrics[first : first + 1000])
 
     def metric(self, event: dict, name: str, value: float) -> entities.Metric:
-        """Results are the evaluated model's as well; an evaluation's own training curve is not."""
+        """Make a metric. Results belong to the evaluated model as well; the curve of an evaluation's training does not."""
         model_id = self.model_id if event.get("result") else None
         return entities.Metric(name, float(value), event["time"], event["step"], model_id=model_id)
 
-    # The run and its parent
+    # Start and end of the run, and its parent.
 
     def send_start(self, event: dict) -> None:
         experiment = self.experiment(event["experiment"])
-        parent = self.parent(experiment, event["pipeline"], event["tags"])
-        self.no_longer_skipped(parent, event["name"])
+        parent = self.find_or_create_parent(experiment, event["pipeline"], event["tags"])
+        self.remove_from_skipped(parent, event["name"])
         tags = {**event["tags"], "mlflow.parentRunId": parent, "mlflow.source.name": event["tags"]["stage"]}
         run = self.client.create_run(experiment, start_time=event["time"], tags=tags, run_name=event["name"])
         self.run_id = run.info.run_id
         if self.live:
-            self.watch_system()
+            self.start_system_metrics()
 
     def experiment(self, name: str) -> str:
-        found = self.client.get_experiment_by_name(name)
-        if found:
-            return found.experiment_id
+        known = self.client.get_experiment_by_name(name)
+        if known:
+            return known.experiment_id
         local = not os.environ.get("MLFLOW_TRACKING_URI")
         return self.client.create_experiment(
             name, artifact_location=(project_root() / "mlartifacts" / name).as_uri() if local else None
         )
 
-    def parent(self, experiment: str, pipeline: str, tags: dict) -> str:
-        """The run of this pipeline execution, made by its first stage. It names the runs of all that dvc.lock says
-        is done: DVC skips those stages, and each that it does not skip takes itself off."""
-        found = self.client.search_runs([experiment], f"tags.pipeline = '{pipeline}'", max_results=1)
-        if found:
-            return found[0].info.run_id
-        names = {runs.title(stage): in_lock for stage, in_lock in runs.locked_now().items()}
-        done = {name: runs.run_of(self.client, experiment, name, in_lock) for name, in_lock in names.items()}
+    def find_or_create_parent(self, experiment: str, pipeline: str, tags: dict) -> str:
+        """Return the run of this pipeline execution, which its first stage creates.
+
+        A new parent lists the runs of all stages in dvc.lock as skipped; a stage that DVC executes removes itself from
+        the list (remove_from_skipped)."""
+        parents = self.client.search_runs([experiment], f"tags.pipeline = '{pipeline}'", max_results=1)
+        if parents:
+            return parents[0].info.run_id
+        names = {runs.title(stage): in_lock for stage, in_lock in runs.active_hashes().items()}
+        done = {name: runs.find_stage_run(self.client, experiment, name, in_lock) for name, in_lock in names.items()}
         skipped = {SKIPPED + name: run.info.run_id for name, run in done.items() if run}
         kept = {k: v for k, v in tags.items() if k in ("scale", "git_revision")}
         name = time.strftime(f"pipeline {tags['scale']} %Y-%m-%d %H:%M")
         return self.client.create_run(experiment, tags={**kept, **skipped, "pipeline": pipeline}, run_name=name).info.run_id
 
-    def no_longer_skipped(self, parent: str, name: str) -> None:
-        """Take a stage off its parent's list of skipped ones; the list stands in the parent's description, to click."""
+    def remove_from_skipped(self, parent: str, name: str) -> None:
+        """Remove a stage from its parent's list of skipped stages, and write the list into the parent's description as links."""
         run = self.client.get_run(parent)
         skipped = {key[len(SKIPPED) :]: run_id for key, run_id in run.data.tags.items() if key.startswith(SKIPPED)}
         if skipped.pop(name, None):
@@ -101,7 +104,7 @@ class Sender:
         if note != run.data.tags.get(NOTE, ""):
             self.client.set_tag(parent, NOTE, note)
 
-    def watch_system(self) -> None:
+    def start_system_metrics(self) -> None:
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
         mlflow.set_tracking_uri(self.client.tracking_uri)
@@ -118,7 +121,7 @@ class Sender:
         if parent:
             self.client.set_terminated(parent, event["status"], event["time"])
 
-    # What it was given
+    # Inputs of the run.
 
     def send_params(self, event: dict) -> None:
         params = [entities.Param(k, str(v)[:6000]) for k, v in event["values"].items()]
@@ -129,48 +132,50 @@ class Sender:
         self.client.log_batch(self.run_id, tags=[entities.RunTag(k, str(v)) for k, v in event["values"].items()])
 
     def send_dataset(self, event: dict) -> None:
-        columns = [{"name": name, "type": COLUMNS[kind], "required": True} for name, kind in event["columns"].items()]
+        columns = [{"name": name, "type": COLUMN_TYPES[kind], "required": True} for name, kind in event["columns"].items()]
         profile = {"num_rows": event["images"], "num_classes": len(event["classes"]), "classes": event["classes"]}
-        told = {"source": {"uri": event["path"]}, "schema": {"mlflow_colspec": columns}, "profile": profile}
-        dataset = entities.Dataset(event["name"], event["digest"], "local", **{k: json.dumps(v) for k, v in told.items()})
+        details = {"source": {"uri": event["path"]}, "schema": {"mlflow_colspec": columns}, "profile": profile}
+        dataset = entities.Dataset(event["name"], event["digest"], "local", **{k: json.dumps(v) for k, v in details.items()})
         context = entities.InputTag("mlflow.data.context", event["context"])
         self.client.log_inputs(self.run_id, [entities.DatasetInput(dataset, [context])])
 
     def send_evaluates(self, event: dict) -> None:
         experiment = self.client.get_run(self.run_id).info.experiment_id
         newest = [{"field_name": "creation_timestamp", "ascending": False}]
-        found = self.client.search_logged_models([experiment], f"tags.dvc = '{event['digest']}'", max_results=1, order_by=newest)
-        if found:
-            self.model_id = found[0].model_id
+        models = self.client.search_logged_models([experiment], f"tags.dvc = '{event['digest']}'", max_results=1, order_by=newest)
+        if models:
+            self.model_id = models[0].model_id
             self.client.log_inputs(self.run_id, models=[entities.LoggedModelInput(self.model_id)])
 
-    # What it made
+    # Outputs of the run.
 
     def send_artifact(self, event: dict) -> None:
         if os.path.exists(event["path"]):
             self.client.log_artifact(self.run_id, event["path"], event["folder"])
 
     def send_model(self, event: dict) -> None:
-        model_id = self.new_model(event)
+        model_id = self.create_model(event)
         self.client.set_logged_model_tags(model_id, {"weights": f"runs:/{self.run_id}/weights"})
         self.client.finalize_logged_model(model_id, "READY")
         self.client.log_outputs(self.run_id, [entities.LoggedModelOutput(model_id, 0)])
 
     def send_classifier(self, event: dict) -> None:
-        """A version of the registered model for each result: what was made before is the version that is there."""
+        """Register a classifier: reuse the version that has the same content, else create one; set the alias on it.
+
+        Weights that have changed since the event are not registered."""
         same = f"name = '{event['registered']}' and tags.dvc = '{event['digest']}'"
-        found = self.client.search_model_versions(same, max_results=1) if event["digest"] else []
-        if not found and dvc_hash(Path(event["path"])) != event["digest"]:
+        versions = self.client.search_model_versions(same, max_results=1) if event["digest"] else []
+        if not versions and dvc_hash(Path(event["path"])) != event["digest"]:
             print(f"{event['path']} has changed since it was made: not registered.", flush=True)
             return
-        made = found[0] if found else self.new_version(event)
-        model_id = made.source.removeprefix("models:/")
+        registered = versions[0] if versions else self.create_version(event)
+        model_id = registered.source.removeprefix("models:/")
         self.client.log_outputs(self.run_id, [entities.LoggedModelOutput(model_id, 0)])
         if project_root() == Path.cwd():  # a queued experiment is compared with others, not served
-            self.client.set_registered_model_alias(event["registered"], event["alias"], made.version)
+            self.client.set_registered_model_alias(event["registered"], event["alias"], registered.version)
 
-    def new_version(self, event: dict):
-        model_id = self.new_model(event)
+    def create_version(self, event: dict):
+        model_id = self.create_model(event)
         with tempfile.TemporaryDirectory(dir=SCRATCH) as folder:
             save_classifier(event["path"], folder)
             self.client.log_model_artifacts(model_id, folder)
@@ -179,16 +184,16 @@ class Sender:
         kept = {name: tags[name] for name in ("variant", "seed", "git_revision") if name in tags}
         if not self.client.search_registered_models(f"name = '{event['registered']}'"):
             self.client.create_registered_model(event["registered"])
-        about = {"tags": {**kept, "dvc": event["digest"] or ""}, "model_id": model_id}
-        return self.client.create_model_version(event["registered"], f"models:/{model_id}", self.run_id, **about)
+        details = {"tags": {**kept, "dvc": event["digest"] or ""}, "model_id": model_id}
+        return self.client.create_model_version(event["registered"], f"models:/{model_id}", self.run_id, **details)
 
-    def new_model(self, event: dict) -> str:
+    def create_model(self, event: dict) -> str:
         experiment = self.client.get_run(self.run_id).info.experiment_id
         return self.client.create_logged_model(experiment, event["name"], self.run_id, {"dvc": event["digest"] or ""}).model_id
 
 
 def save_classifier(weights: str, folder: str) -> None:
-    """A folder that MLflow loads by itself: the classifier's files, this package, and serving.py to run; no pickle."""
+    """Write a folder that MLflow can load: the classifier's files, this package, and serving.py to run; no pickle."""
     package = Path(milan.__file__).parent
     mlflow.pyfunc.save_model(
         folder,
@@ -196,8 +201,9 @@ def save_classifier(weights: str, folder: str) -> None:
         artifacts={"classifier": weights},
         code_paths=[str(package)],
         signature=SIGNATURE,
-        pip_requirements=[f"{name}=={version(name)}" for name in NEEDED],
+        pip_requirements=[f"{name}=={version(name)}" for name in REQUIREMENTS],
     )
-    about = Model.load(folder)
-    about.flavors["python_function"]["model_code_path"] = "serving.py"  # only the name is used; MLflow writes our folder too
-    about.save(os.path.join(folder, "MLmodel"))
+    model = Model.load(folder)
+    # MLflow uses the file's name only, but writes the path on this machine.
+    model.flavors["python_function"]["model_code_path"] = "serving.py"
+    model.save(os.path.join(folder, "MLmodel"))

@@ -1,4 +1,4 @@
-"""Where MLflow's store is, and whether anybody is there."""
+"""The address of MLflow's store, and a quick check that its server answers."""
 
 import contextlib
 import os
@@ -7,11 +7,13 @@ from urllib.parse import unquote, urlsplit
 
 from milan.core.files import project_root
 
-KNOCK = 10.0  # seconds that a server has to show itself
+ANSWER_TIMEOUT = 10.0  # seconds
 
 
 def store_uri() -> str:
-    """The store, without a password: it goes into variables that mlflow reads, and so into no text that mlflow writes."""
+    """Return the store's address without its password.
+
+    User and password move to the variables that mlflow reads, so that mlflow writes them into no text."""
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{project_root()}/mlflow.db"
     parts = urlsplit(uri)
     if parts.scheme not in ("http", "https") or "@" not in parts.netloc:
@@ -22,15 +24,15 @@ def store_uri() -> str:
     return os.environ["MLFLOW_TRACKING_URI"]
 
 
-def knock(uri: str) -> None:
-    """OSError within seconds when a server is not there: mlflow would try for minutes, for every spool again."""
+def check_reachable(uri: str) -> None:
+    """Raise OSError when a server does not answer within seconds; mlflow itself would try for minutes, for every spool."""
     import requests
 
     parts = urlsplit(uri)
     if parts.scheme in ("http", "https"):
-        with contextlib.suppress(requests.exceptions.SSLError):  # somebody answered: mlflow has its own settings for TLS
-            answer = requests.get(uri, timeout=KNOCK, allow_redirects=False)
-            if answer.status_code in (502, 503, 504):  # a proxy, and nobody behind it
+        with contextlib.suppress(requests.exceptions.SSLError):  # a server answers; mlflow has its own settings for TLS
+            answer = requests.get(uri, timeout=ANSWER_TIMEOUT, allow_redirects=False)
+            if answer.status_code in (502, 503, 504):  # a proxy without its server
                 raise ConnectionError(f"{uri} answers {answer.status_code} {answer.reason}")
     elif parts.hostname and parts.port:
-        socket.create_connection((parts.hostname, parts.port), timeout=KNOCK).close()
+        socket.create_connection((parts.hostname, parts.port), timeout=ANSWER_TIMEOUT).close()

@@ -1,9 +1,9 @@
-"""Runs in MLflow, without ever standing in the way of the work.
+"""Record a stage's run for MLflow without delaying the stage.
 
-A stage appends events to a spool file; a logger process of its own (`python -m milan.tracking.logger SPOOL`) forwards them. So a
-slow, locked or absent store costs a stage nothing, and what could not be delivered stays in the spool and is delivered
-by a later stage's logger, or by `python -m milan.tracking.logger`. What loggers have to say goes to .scratch/tracking/log. No
-stage imports mlflow: that is the loggers' business (milan/tracking/sender.py), and an edit of it reruns nothing.
+A stage appends events to a spool file; its logger process (`python -m milan.tracking.logger SPOOL`) sends them to MLflow. A
+slow, locked or absent store therefore costs a stage nothing. Events that could not be sent stay in the spool until a
+later stage's logger, or `python -m milan.tracking.logger`, sends them. Loggers write to .scratch/tracking/log. Only loggers
+load mlflow (milan/tracking/sender.py); stages do without it.
 """
 
 import contextlib
@@ -19,67 +19,70 @@ from pathlib import Path
 import psutil
 
 from milan.core.files import dvc_hash, project_root
-from milan.core.redaction import discreet
+from milan.core.redaction import redact
 
 SPOOLS = Path(".scratch/tracking")
 LOG = SPOOLS / "log"
-PATIENCE = 120.0  # seconds that the last stage waits for the loggers
+DELIVERY_TIMEOUT = 120.0  # seconds that the last stage waits for the loggers
 
 
 class Tracker:
-    """The stage's side. Event kinds: start, params, dataset, evaluates, metrics, tags, artifact, model, classifier, end."""
+    """Append events to a spool file: start, params, dataset, evaluates, metrics, tags, artifact, model, classifier, end."""
 
     def __init__(self, spool: Path):
         self.spool = spool
 
     def event(self, kind: str, **values) -> None:
+        """Append one event with the current time, as a line of JSON."""
         line = json.dumps({"kind": kind, "time": int(time.time() * 1000), **values}, default=str)
         with open(self.spool, "a") as file:
             file.write(line + "\n")
 
     def point(self, point: dict, prefix: str = "train") -> None:
-        """One point of a curve: {"step", name: value, ...}."""
+        """Log one point of a curve: {"step", name: value, ...}."""
         values = {f"{prefix}/{name}": value for name, value in point.items() if name != "step"}
         self.event("metrics", step=point["step"], values=values)
 
     def results(self, values: dict[str, float]) -> None:
-        """What the stage came to: numbers of this run, and of the model that it evaluates."""
+        """Log the stage's results, as metrics of this run and of the model that it evaluates."""
         self.event("metrics", step=0, values=values, result=True)
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
+        """Log a file or folder as an artifact of this run, in a folder of its artifacts."""
         self.event("artifact", path=str(path.absolute()), folder=folder)
 
     def reads(self, *splits) -> None:
-        """The datasets of this run: splits of records (milan.data.records.Records)."""
+        """Log splits of records (milan.data.records.Records) as the datasets of this run."""
         for split in splits:
-            self.event("dataset", **{name: discreet(value) for name, value in split.about().items()})
+            self.event("dataset", **{name: redact(value) for name, value in split.about().items()})
 
     def model(self, folder: Path, name: str) -> None:
-        """Log the weights in a folder as this run's model, known by their DVC hash."""
+        """Log the weights in a folder as this run's model, identified by their DVC hash."""
         self.artifact(folder, "weights")
         self.event("model", name=name, digest=dvc_hash(folder))
 
     def classifier(self, folder: Path, name: str, registered: str, alias: str) -> None:
-        """The same for a classifier that MLflow can serve: a version, and its alias, of a registered model. The weights
-        go to MLflow inside that model, and only there."""
+        """Log a classifier as a version of a registered model, which MLflow can serve, and set the alias on it.
+
+        MLflow stores the weights inside that model only."""
         self.event("classifier", path=str(folder), name=name, registered=registered, alias=alias, digest=dvc_hash(folder))
 
     def evaluates(self, folder: Path) -> None:
-        """Link this run, and the results that follow, to the model whose weights lie in a folder."""
+        """Link this run, and the results that it logs from now on, to the model whose weights are in a folder."""
         self.event("evaluates", digest=dvc_hash(folder))
 
 
-class Logger:
-    """The stage's tracker and the logger process behind it."""
+class LoggerProcess:
+    """A stage's tracker with a new spool, and the process that sends its events to MLflow."""
 
     def __init__(self, name: str, experiment: str, tags: dict, params: dict):
         SPOOLS.mkdir(parents=True, exist_ok=True)
         warn_of_undelivered()
         self.tracker = Tracker(SPOOLS / f"{time.time_ns()}-{os.getpid()}.jsonl")
-        self.alive = hold(self.tracker.spool)
+        self.spool_lock = lock_spool(self.tracker.spool)
         self.tracker.event("start", name=name, experiment=experiment, pipeline=pipeline_execution(), tags=tags)
-        self.tracker.event("params", values={name: discreet(value) for name, value in params.items()})
-        # In a session of its own: a Ctrl-C in the terminal ends the stage, and the logger says so in MLflow.
+        self.tracker.event("params", values={name: redact(value) for name, value in params.items()})
+        # In its own session: Ctrl-C in the terminal ends the stage, and the logger reports that to MLflow.
         command = [sys.executable, "-m", "milan.tracking.logger", str(self.tracker.spool)]
         with open(LOG, "a") as log:
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
@@ -92,11 +95,11 @@ class Logger:
         temporary = project_root() != Path.cwd()
         wait = wait or temporary
         self.tracker.event("end", status=status, last=wait)
-        os.close(self.alive)
+        os.close(self.spool_lock)
         if not wait:
             return
         try:
-            self.process.wait(PATIENCE)
+            self.process.wait(DELIVERY_TIMEOUT)
         except subprocess.TimeoutExpired:
             print(f"MLflow is slow to answer; its logger goes on in the background ({LOG}).", file=sys.stderr)
         else:
@@ -107,18 +110,21 @@ class Logger:
 
 
 def warn_of_undelivered() -> None:
-    """Say when loggers ended without delivering: MLflow was out of reach."""
-    left = list(SPOOLS.glob("*.failed"))
-    if left:
+    """Print a warning when loggers could not deliver their spools."""
+    failed = list(SPOOLS.glob("*.failed"))
+    if failed:
         print(
-            f"MLflow was out of reach for {len(left)} run(s); their events are kept, and sent with the next stage or by "
+            f"MLflow was out of reach for {len(failed)} run(s); their events are kept, and sent with the next stage or by "
             f"`python -m milan.tracking.logger`. See {LOG}.",
             file=sys.stderr,
         )
 
 
 def pipeline_execution() -> str:
-    """The same words for all stages of one `dvc repro`: the DVC process that is our ancestor."""
+    """Return an id that all stages of one `dvc repro` share: MILAN_PIPELINE where it is set, else process number and start
+    time of the DVC process above this one. Slurm's srun starts processes without that ancestor, so docs/slurm.sh sets it."""
+    if given := os.environ.get("MILAN_PIPELINE"):
+        return given
     for parent in psutil.Process().parents():
         with contextlib.suppress(psutil.Error):  # another user's process does not tell its command
             if "dvc" in [Path(word).name for word in parent.cmdline()[:3]]:
@@ -126,8 +132,8 @@ def pipeline_execution() -> str:
     return f"{os.getpid()}-by-hand"
 
 
-def hold(spool: Path) -> int:
-    """The stage's lock on its spool, as an open file's number; however the stage ends, the system lets go of it then."""
+def lock_spool(spool: Path) -> int:
+    """Lock a spool for as long as the stage lives, and return the open file's number; the system unlocks it at its end."""
     descriptor = os.open(spool, os.O_CREAT | os.O_RDWR)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     return descriptor

@@ -1,4 +1,4 @@
-"""From a run to its data, its model and the runs that it builds on; from dvc.lock to the run."""
+"""Links in MLflow: from a run to its data, its model and the runs it builds on; from dvc.lock to the run."""
 
 import json
 import subprocess
@@ -23,8 +23,8 @@ ENCODER = Path("outs/test/pretrain/milan-0")
 TABLE, REPORT = "reports/table.csv", {"dvc:reports": "7a", "dvc:reports/metrics": "8"}
 
 
-def ended(place: int, pipeline: str, name: str, tags: dict, *events: dict) -> None:
-    """The spool of a stage that has ended."""
+def write_ended(place: int, pipeline: str, name: str, tags: dict, *events: dict) -> None:
+    """Write the spool of a stage that has ended."""
     stage, *variation = name.split()
     known = {"stage": stage, "scale": "test", "git_revision": "abc", **dict(zip(("variant", "_", "seed"), variation))}
     start = {"kind": "start", "time": 1000 + place, "name": name, "experiment": "milan-test", "pipeline": pipeline, "tags": known}
@@ -45,7 +45,7 @@ def datasets(*splits: Records) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    """First all stages run; then DVC executes fine-tuning and the report alone. Yields the client."""
+    """Run all stages, then fine-tuning and the report alone, as DVC would. Yields the client."""
     folder = tmp_path_factory.mktemp("lineage")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -59,12 +59,12 @@ def store(tmp_path_factory):
 
         ours = {f"dvc:{DATA}": data, f"dvc:{ENCODER}": made}
         model = {"kind": "model", "name": "milan-0", "digest": made}
-        ended(11, "1-1", "pretrain milan seed 0", {**ours, f"dvc:{ENCODER}": "of another recipe"})
-        ended(12, "2-2", "pretrain milan seed 0", ours, model)
-        ended(13, "2-2", "pretrain mae seed 0", {f"dvc:{DATA}": data, "dvc:outs/test/pretrain/mae-0": "2"})
-        ended(14, "2-2", "linear_eval milan seed 0", {**ours, "dvc:metrics.json": "3"}, *top1("linear_eval", 30.0))
-        ended(15, "2-2", "report", REPORT)
-        ended(10, "1-1", "pretrain milan seed 7", {f"dvc:{DATA}": data, "dvc:outs/test/pretrain/milan-7": "9"})
+        write_ended(11, "1-1", "pretrain milan seed 0", {**ours, f"dvc:{ENCODER}": "of another recipe"})
+        write_ended(12, "2-2", "pretrain milan seed 0", ours, model)
+        write_ended(13, "2-2", "pretrain mae seed 0", {f"dvc:{DATA}": data, "dvc:outs/test/pretrain/mae-0": "2"})
+        write_ended(14, "2-2", "linear_eval milan seed 0", {**ours, "dvc:metrics.json": "3"}, *top1("linear_eval", 30.0))
+        write_ended(15, "2-2", "report", REPORT)
+        write_ended(10, "1-1", "pretrain milan seed 7", {f"dvc:{DATA}": data, "dvc:outs/test/pretrain/milan-7": "9"})
         logger.serve(None)
         lock(
             {
@@ -77,8 +77,8 @@ def store(tmp_path_factory):
             }
         )
         both = datasets(Records(DATA, "train"), Records(DATA, "val"))
-        ended(16, "3-3", "finetune milan seed 0", ours, *both, *top1("finetune", 34.5))
-        ended(17, "3-3", "report", REPORT)
+        write_ended(16, "3-3", "finetune milan seed 0", ours, *both, *top1("finetune", 34.5))
+        write_ended(17, "3-3", "report", REPORT)
         logger.serve(None)
         yield mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
 
@@ -102,7 +102,7 @@ def named(store, name: str, pipeline: str):
     return next(run for run in children if run.info.run_name == name)
 
 
-def test_a_run_names_its_data(store):
+def test_a_run_lists_its_datasets(store):
     inputs = {i.dataset.name: i for i in named(store, "finetune milan seed 0", "3-3").inputs.dataset_inputs}
     assert {name: i.tags[0].value for name, i in inputs.items()} == {"imagenet train": "training", "imagenet val": "validation"}
     train = inputs["imagenet train"].dataset
@@ -113,7 +113,7 @@ def test_a_run_names_its_data(store):
     assert "alice" not in str(inputs)
 
 
-def test_the_digest_of_data_follows_its_images(store, tmp_path):
+def test_a_dataset_s_digest_depends_on_its_images(store, tmp_path):
     rows = [{"image": b"x", "name": str(i), "label": i % 2} for i in range(5)]
     for folder, image in (("same", b"x"), ("other", b"y")):
         splits = {"train": write_split(tmp_path / folder, "train", [*rows[:4], {**rows[4], "image": image}], 3)}
@@ -122,8 +122,8 @@ def test_the_digest_of_data_follows_its_images(store, tmp_path):
     assert first == same != other
 
 
-def test_a_model_s_page_has_the_metrics_of_all_that_evaluated_it(store):
-    """Also of a stage of a later execution, in which pretraining was skipped; and not their training curves."""
+def test_a_model_has_the_results_of_all_its_evaluations(store):
+    """Also those of a later execution, in which pretraining was skipped; but not their training curves."""
     (model,) = store.search_logged_models([experiment(store)])
     assert {m.key: m.value for m in model.metrics} == {"linear_eval/top1": 30.0, "finetune/top1": 34.5}
     assert {m.run_id for m in model.metrics} == {
@@ -141,8 +141,8 @@ def skipped(store, pipeline: str) -> tuple[dict, str]:
 
 
 def test_a_parent_links_the_runs_of_the_stages_that_dvc_skipped(store):
-    """Not the run of another recipe; nor mae's, whose result was not made here; nor that of a seed that the recipe no
-    longer has; nor the stages that it executed."""
+    """It links neither a run of another recipe, nor mae's, whose result was made elsewhere, nor one of a seed that the
+    recipe no longer has, nor stages that were executed."""
     pretrain, probe = (named(store, f"{stage} milan seed 0", "2-2").info for stage in ("pretrain", "linear_eval"))
     tags, note = skipped(store, "3-3")
     assert tags == {"pretrain milan seed 0": pretrain.run_id, "linear_eval milan seed 0": probe.run_id}
@@ -152,12 +152,12 @@ def test_a_parent_links_the_runs_of_the_stages_that_dvc_skipped(store):
     ]
 
 
-def test_a_parent_that_executed_all_links_nothing(store):
+def test_a_parent_that_executed_all_stages_links_nothing(store):
     assert skipped(store, "2-2") == ({}, "")
 
 
 def test_pretrained_models_side_by_side(store):
-    """With what evaluated them; of the recipe only what differs, and no column for the number of processes."""
+    """The table has the results, and of the recipe only keys that differ; the number of processes has no column."""
     no_text = {"Zero-shot": None, "Zero-shot, masked": None}
     (row,) = compare.pretrained_models(store, "test").to_dict("records")
     assert row == {"model": "milan-0", "Linear eval": 30.0, "k-NN": None, **no_text, "Fine-tuning": 34.5, "ADE20K mIoU": None}
@@ -176,7 +176,7 @@ def test_pretrained_models_side_by_side(store):
     assert not any("epochs" in name or "processes" in name for name in rows[0])
 
 
-def test_a_store_that_is_away_is_said_in_the_notebook(tmp_path, monkeypatch, store):
+def test_the_notebook_says_when_the_store_is_out_of_reach(tmp_path, monkeypatch, store):
     assert "| milan-0 | 30.0 | – | – | – | 34.5 | – |" in compare.in_markdown("test")
     assert compare.in_markdown("smoke") == "MLflow has no pretrained model of the experiment milan-smoke yet."
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/nowhere.db")
@@ -184,12 +184,12 @@ def test_a_store_that_is_away_is_said_in_the_notebook(tmp_path, monkeypatch, sto
 
 
 def test_from_dvc_lock_to_the_runs(store):
-    """Those that made it and those that read it, newest first."""
-    found = [run.info.run_name for run in runs.find(str(ENCODER))]
-    assert found == ["finetune milan seed 0", "linear_eval milan seed 0", "pretrain milan seed 0"]
+    """The runs that made the path and those that read it, newest first."""
+    names = [run.info.run_name for run in runs.find_runs(str(ENCODER))]
+    assert names == ["finetune milan seed 0", "linear_eval milan seed 0", "pretrain milan seed 0"]
 
 
-def test_a_path_that_dvc_lock_does_not_know(store):
+def test_a_path_that_is_not_in_dvc_lock(store):
     command = [sys.executable, "-m", "milan.tracking.runs", "outs/test/nothing"]
     done = subprocess.run(command, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("error: dvc.lock names no outs/test/nothing")
@@ -200,7 +200,7 @@ MERGE = "<<<<<<< HEAD\nstages: {}\n=======\nstages: {}\n>>>>>>> theirs\n"
 
 
 def refused(workplace: Path, monkeypatch, lock: str, uri: str) -> str:
-    """What `python -m milan.tracking.runs outs/x` ends with; nothing is written."""
+    """Run `python -m milan.tracking.runs outs/x`, check that it writes nothing, and return its message."""
     Path("dvc.lock").write_text(lock)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     before = sorted(workplace.rglob("*"))
@@ -211,30 +211,30 @@ def refused(workplace: Path, monkeypatch, lock: str, uri: str) -> str:
 
 
 @pytest.mark.parametrize("lock", [MERGE, "- a list", "stages: [a]", "stages: {a: {outs: [{md5: 1}]}}", "stages: {a: 3}"])
-def test_a_damaged_lock_is_said(workplace, monkeypatch, lock):
+def test_a_damaged_lock_is_named(workplace, monkeypatch, lock):
     assert refused(workplace, monkeypatch, lock, "sqlite:///none.db").startswith("error: dvc.lock is damaged")
 
 
-@pytest.mark.parametrize("uri, said", [
+@pytest.mark.parametrize("uri, message", [
     ("sqlite:///none.db", "there is no none.db"),
     ("sqlite:///broken.db", "cannot be read"),
     ("nonsense://x", "cannot be read"),
     ("http://[x", "cannot be read"),
     ("http://127.0.0.1:9", "cannot be read"),
 ])  # fmt: skip
-def test_a_store_that_is_not_there_is_said(workplace, monkeypatch, uri, said):
+def test_a_missing_or_broken_store_is_named(workplace, monkeypatch, uri, message):
     Path("broken.db").write_text("no database, and long enough to see that it is none " * 100)
-    found = refused(workplace, monkeypatch, LOCKED, uri)
-    assert said in found and "MLFLOW_TRACKING_URI" in found and "\n" not in found
+    text = refused(workplace, monkeypatch, LOCKED, uri)
+    assert message in text and "MLFLOW_TRACKING_URI" in text and "\n" not in text
 
 
-def test_a_path_that_no_run_made_is_said(store, monkeypatch):
-    monkeypatch.setattr(runs, "locked", lambda: {"a": {"outs/x": "of nobody"}})
+def test_a_path_without_a_run_is_named(store, monkeypatch):
+    monkeypatch.setattr(runs, "lock_hashes", lambda: {"a": {"outs/x": "of nobody"}})
     with pytest.raises(SystemExit, match="error: MLflow has no run that made or read outs/x"):
         runs.main(["outs/x/"])
 
 
-def test_runs_are_named_as_stages_name_them(tree):
+def test_runs_and_stages_have_the_same_titles(tree):
     for name, args in {"pretrain@clip_target-3": {"variant": "clip_target", "seed": 3}, "report": {}}.items():
         params = SimpleNamespace(pretrain=SimpleNamespace(ablation=["clip_target"]))
         assert runs.title(name) == Stage(name.split("@")[0], SimpleNamespace(**args), params).title

@@ -1,5 +1,5 @@
-"""Stores on real servers of this machine: DVC's remote on S3-compatible storage, MLflow's server with a database and
-its artifacts on that same storage. docs/stores.md is what is tried here."""
+"""Test docs/stores.md on local servers: DVC's remote on S3-compatible storage, and MLflow's server with a database and
+artifacts on the same storage."""
 
 import contextlib
 import hashlib
@@ -21,7 +21,7 @@ import pytest
 
 from milan.tracking import tracker
 from tests.conftest import ROOT
-from tests.tracking.test_tracker import begun
+from tests.tracking.test_tracker import start_logger
 
 pytest.importorskip("moto", reason="the S3 server of these tests, moto[s3] of requirements.txt, is not installed")
 boto3 = pytest.importorskip("boto3", reason="boto3, which dvc[s3] of requirements.txt brings, is not installed")
@@ -37,7 +37,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def serving(port: int, *command: str, **environment: str) -> Iterator[str]:
-    """A server of this machine while the block lasts, in processes of its own; its address."""
+    """Run a local server in its own processes while the block lasts. Yields its address."""
     address, words = f"http://127.0.0.1:{port}", [sys.executable, "-m", *command]
     with open(f"{command[0]}.log", "wb") as log:
         server = subprocess.Popen(words, env={**os.environ, **environment}, stdout=log, stderr=log, start_new_session=True)
@@ -47,7 +47,7 @@ def serving(port: int, *command: str, **environment: str) -> Iterator[str]:
             time.sleep(0.1)
         yield address
     finally:
-        os.killpg(server.pid, signal.SIGKILL)  # and the workers that it has started
+        os.killpg(server.pid, signal.SIGKILL)  # also the workers that it has started
         server.wait()
 
 
@@ -63,7 +63,7 @@ def answers(address: str) -> bool:
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory) -> Iterator[Path]:
-    """An empty folder and home, and no word of stores or keys in the environment."""
+    """Set up an empty folder as home and working folder, without stores or keys in the environment."""
     folder = tmp_path_factory.mktemp("stores")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -80,7 +80,7 @@ def desk(tmp_path_factory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def s3(desk) -> Iterator[str]:
-    """Address of an S3 server with one empty bucket, milan."""
+    """Run an S3 server with an empty bucket, milan. Yields its address."""
     port = free_port()
     with serving(port, "moto.server", "-H", "127.0.0.1", "-p", str(port)) as address:
         client(address).create_bucket(Bucket="milan")
@@ -93,10 +93,10 @@ def client(address: str):
 
 
 def stored(address: str, prefix: str) -> dict[str, bytes]:
-    """What the bucket holds under a prefix, by the rest of its name."""
+    """Return the objects of the bucket under a prefix: {rest of the name: content}."""
     bucket = client(address)
-    found = bucket.list_objects_v2(Bucket="milan", Prefix=prefix).get("Contents", [])
-    names = [item["Key"] for item in found]
+    items = bucket.list_objects_v2(Bucket="milan", Prefix=prefix).get("Contents", [])
+    names = [item["Key"] for item in items]
     return {name.removeprefix(prefix): bucket.get_object(Bucket="milan", Key=name)["Body"].read() for name in names}
 
 
@@ -127,7 +127,7 @@ def commit(folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def project(s3) -> str:
-    """A project with this one's DVC configuration and one stage that has run; its remote is the bucket."""
+    """Make a project with this one's DVC configuration and one stage that has run; its remote is the bucket."""
     shutil.copytree(ROOT / ".dvc", "project/.dvc", ignore=lambda folder, names: {*names} - {"config", ".gitignore"})
     shutil.copy(ROOT / ".gitignore", "project")
     Path("project/dvc.yaml").write_text(PIPELINE)
@@ -140,7 +140,7 @@ def project(s3) -> str:
     return "project"
 
 
-def test_what_one_clone_pushes_another_pulls(project, s3):
+def test_one_clone_pulls_the_data_that_another_pushed(project, s3):
     refused = run(project, sys.executable, "-m", "dvc", "push")
     assert refused.returncode != 0 and "Unable to locate credentials" in refused.stderr
 
@@ -171,24 +171,24 @@ def test_keys_stay_out_of_git(project):
 
 @pytest.fixture(scope="module")
 def tracked(desk, s3) -> Iterator[mlflow.MlflowClient]:
-    """Client of a server that has both stages' runs; the stages know its address and a password, and no S3 key."""
+    """Yield a client of a server that has both stages' runs; the stages have its address and a password, but no S3 key."""
     port = free_port()
     command = f"mlflow server --backend-store-uri sqlite:///{desk}/server.db --artifacts-destination s3://milan/mlflow"
     command = [*command.split(), "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     environment = {**KEYS, "MLFLOW_S3_ENDPOINT_URL": s3, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tracker, "PATIENCE", 500)  # a busy machine is no fault
+        patch.setattr(tracker, "DELIVERY_TIMEOUT", 500)  # the machine may be busy
         patch.setenv("MLFLOW_TRACKING_URI", f"http://milan:{SECRET}@127.0.0.1:{port}")
-        work("early")
+        run_stage("early")
         assert sorted(path.suffix for path in tracker.SPOOLS.glob("*-*")) == [".failed", ".jsonl"]
         with serving(port, *command, **environment) as address:
-            work("late")
+            run_stage("late")
             yield mlflow.MlflowClient(address)
 
 
-def work(name: str) -> None:
-    """A stage that trains and evaluates."""
-    logger = begun(name)
+def run_stage(name: str) -> None:
+    """Act as a stage that trains and evaluates."""
+    logger = start_logger(name)
     for step, loss in ((1, 0.5), (2, 0.25)):
         logger.tracker.point({"step": step, "loss": loss})
     weights = Path(f"weights-{name}")
@@ -201,7 +201,7 @@ def work(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["early", "late"])
-def test_a_server_has_all_that_a_stage_said(tracked, s3, name):
+def test_the_server_has_all_events_of_a_stage(tracked, s3, name):
     experiment = tracked.get_experiment_by_name("milan-test").experiment_id
     (run,) = tracked.search_runs([experiment], f"attributes.run_name = '{name}'")
     assert (run.info.status, run.data.tags["stage"]) == ("FINISHED", name)
@@ -219,10 +219,10 @@ def test_a_server_has_all_that_a_stage_said(tracked, s3, name):
     assert kept == {inside: f"weights of {name}".encode()}
 
 
-def test_nothing_is_left_and_the_password_is_nowhere(tracked, desk):
-    """Neither in the database, nor in what servers and loggers wrote; DVC's own file of keys aside."""
+def test_no_spool_is_left_and_the_password_is_in_no_file(tracked, desk):
+    """The files of database, servers and loggers are searched; DVC's own file of keys is not."""
     assert [path.name for path in tracker.SPOOLS.glob("*-*")] == []
-    assert tracked.tracking_uri in tracker.LOG.read_text(), "the loggers name the server"
+    assert tracked.tracking_uri in tracker.LOG.read_text(), "the loggers must name the server"
     written = [path for path in desk.rglob("*") if path.is_file() and path.name != "config.local"]
     assert desk / "server.db" in written
     assert [path for path in written if SECRET.encode() in path.read_bytes()] == []

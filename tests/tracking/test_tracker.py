@@ -1,4 +1,4 @@
-"""Tracking: what a stage says arrives in MLflow once, whatever becomes of the store, and never stands in its way."""
+"""Tracking: a stage's events reach MLflow exactly once, also after an outage, and never delay the stage."""
 
 import fcntl
 import json
@@ -21,15 +21,14 @@ from tests.stages.test_dvc import STAGES
 OUT_OF_REACH = "http://127.0.0.1:9"
 
 
-def begun(name: str) -> tracker.Logger:
-    """A stage's logger, with its process."""
-    return tracker.Logger(
+def start_logger(name: str) -> tracker.LoggerProcess:
+    return tracker.LoggerProcess(
         name, "milan-test", {"stage": name, "scale": "test", "git_revision": "abc"}, {"pretrain.lr": 0.5, "seeds": [0, 1]}
     )
 
 
 def write_spool(events: list[dict], place: int = 1) -> Path:
-    """As a stage that is no more would have left it; place orders spools."""
+    """Write the spool of a stage that has ended or died; `place` orders spools."""
     tracker.SPOOLS.mkdir(parents=True, exist_ok=True)
     spool = tracker.SPOOLS / f"{place}-1.jsonl"
     spool.write_text("".join(json.dumps({"time": 1000, **event}) + "\n" for event in events))
@@ -38,8 +37,8 @@ def write_spool(events: list[dict], place: int = 1) -> Path:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    """Three stages in one folder. The first finds MLflow out of reach; the second died without a word; the third has
-    the default store, a file, and delivers all. Yields (folder, client)."""
+    """Run three stages in one folder. The first finds MLflow out of reach; the second died without an end event; the third
+    has the default store, a file, and delivers all. Yields (folder, client, kinds of files left by the first)."""
     folder = tmp_path_factory.mktemp("tracking")
     patch = pytest.MonkeyPatch()
     patch.chdir(folder)
@@ -47,7 +46,7 @@ def store(tmp_path_factory):
     patch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with patch.context() as unreachable:
         unreachable.setenv("MLFLOW_TRACKING_URI", OUT_OF_REACH)
-        first = begun("first")
+        first = start_logger("first")
     first.tracker.point({"step": 1, "loss": 0.5, "lr": 0.1})
     (folder / "table.md").write_text("| a |\n")
     first.tracker.artifact(Path("table.md"), "report")
@@ -60,7 +59,7 @@ def store(tmp_path_factory):
     killed = {**start, "name": "second"}
     write_spool([killed, {"kind": "metrics", "step": 7, "values": {"train/loss": 3.0}}], place=time.time_ns())
 
-    last = begun("third")
+    last = start_logger("third")
     Path("weights").mkdir()
     Path("weights/w").write_text("w")
     last.tracker.model(Path("weights"), "milan-0")
@@ -72,23 +71,23 @@ def store(tmp_path_factory):
 
 
 def named(store, name: str):
-    """The one run of this name."""
+    """Return the only run of this name."""
     _, client, _ = store
     experiment = client.get_experiment_by_name("milan-test").experiment_id
-    (found,) = [run for run in client.search_runs([experiment]) if run.info.run_name == name]
-    return found
+    (match,) = [run for run in client.search_runs([experiment]) if run.info.run_name == name]
+    return match
 
 
 def history(store, name: str, metric: str) -> list[tuple[int, float]]:
     return [(point.step, point.value) for point in store[1].get_metric_history(named(store, name).info.run_id, metric)]
 
 
-def test_an_outage_keeps_everything_and_says_so(store):
+def test_an_outage_keeps_all_events_and_is_logged(store):
     assert store[2] == [".failed", ".jsonl"]
     assert "MLflow cannot be reached" in (store[0] / tracker.LOG).read_text()
 
 
-def test_the_next_logger_delivers_what_was_kept_exactly_once(store):
+def test_the_next_logger_delivers_kept_events_exactly_once(store):
     assert history(store, "first", "train/loss") == [(1, 0.5), (2, 0.25)]
     assert history(store, "first", "train/lr") == [(1, 0.1), (2, 0.2)]
     run = named(store, "first")
@@ -97,16 +96,16 @@ def test_the_next_logger_delivers_what_was_kept_exactly_once(store):
     assert [file.path for file in store[1].list_artifacts(run.info.run_id, "report")] == ["report/table.md"]
 
 
-def test_nothing_is_left_behind(store):
+def test_no_spool_is_left(store):
     assert [path.name for path in (store[0] / tracker.SPOOLS).glob("*-*")] == []
 
 
-def test_a_stage_that_died_is_a_killed_run_with_what_it_said(store):
+def test_a_stage_that_died_is_a_killed_run_with_its_events(store):
     assert named(store, "second").info.status == "KILLED"
     assert history(store, "second", "train/loss") == [(7, 3.0)]
 
 
-def test_a_stage_is_a_run_under_its_pipeline_s(store):
+def test_a_stage_is_a_run_under_its_pipeline_s_run(store):
     run = named(store, "third")
     parent = store[1].get_run(run.data.tags["mlflow.parentRunId"])
     assert parent.data.tags["pipeline"] == tracker.pipeline_execution()
@@ -131,11 +130,11 @@ def test_weights_are_a_model_of_their_run(store):
     assert [file.path for file in client.list_artifacts(run.info.run_id, "weights/weights")] == ["weights/weights/w"]
 
 
-# Without MLflow: who says what, once, in order.
+# Without MLflow: every event once, in order.
 
 
 class FakeSender:
-    """Keeps what it is given in a list; fails on demand."""
+    """A sender that keeps events in a list and fails at an event of the kind fail_at."""
 
     sent: list = []
     fail_at: str | None = None
@@ -163,8 +162,8 @@ def point(value: int) -> dict:
     return {"kind": "metrics", "value": value}
 
 
-def test_a_half_sent_spool_goes_on_where_it_stopped(fake):
-    """Two events sent, then the store fails; a later logger, or the same again, sends the rest and nothing twice."""
+def test_a_half_sent_spool_is_continued(fake):
+    """The store fails after two events; a later logger sends the rest, and nothing twice."""
     spool = write_spool([{"kind": "start"}, point(1)])
     FakeSender.fail_at = "end"
     logger.deliver(spool)
@@ -179,8 +178,8 @@ def test_a_half_sent_spool_goes_on_where_it_stopped(fake):
     assert list(tracker.SPOOLS.iterdir()) == []
 
 
-def test_what_arrived_before_an_outage_is_not_sent_again(fake):
-    """The store goes away in the middle of what the logger read at once."""
+def test_events_sent_before_an_outage_are_not_sent_again(fake):
+    """The store fails in the middle of the events that the logger read at once."""
     spool = write_spool([{"kind": "start"}, point(1), point(2), {"kind": "tags"}, {"kind": "end"}])
     FakeSender.fail_at = "tags"
     logger.deliver(spool)
@@ -189,23 +188,23 @@ def test_what_arrived_before_an_outage_is_not_sent_again(fake):
     assert FakeSender.sent == ["start", 1, 2, "tags", "end"] and not spool.exists()
 
 
-def test_the_last_words_of_a_stage_are_heard(fake, monkeypatch):
-    """It says them while the logger asks whether it is alive."""
+def test_the_last_events_of_a_stage_are_sent(fake, monkeypatch):
+    """The stage writes them while the logger checks whether it is alive."""
     spool = write_spool([{"kind": "start"}])
     alive = [True, True, False]
 
-    def asked(_):
+    def check_alive(_):
         if not alive[1:]:
             with open(spool, "a") as file:
                 file.write(json.dumps({"kind": "end", "value": "FINISHED"}) + "\n")
         return alive.pop(0)
 
-    monkeypatch.setattr(logger, "owner_alive", asked)
+    monkeypatch.setattr(logger, "stage_alive", check_alive)
     logger.deliver(spool)
     assert FakeSender.sent == ["start", "FINISHED"]
 
 
-def test_a_line_cut_by_a_kill_is_left_out(fake):
+def test_a_line_truncated_by_a_kill_is_left_out(fake):
     spool = write_spool([{"kind": "start"}, point(1)])
     with open(spool, "a") as file:
         file.write('{"kind": "metrics", "val')
@@ -213,10 +212,10 @@ def test_a_line_cut_by_a_kill_is_left_out(fake):
     assert FakeSender.sent == ["start", 1, "end"] and not spool.exists()
 
 
-def test_a_line_that_is_being_written_is_waited_for(fake, monkeypatch):
-    """The logger reads while the stage is in the middle of a line."""
+def test_the_logger_waits_for_the_rest_of_a_line(fake, monkeypatch):
+    """The stage has written half of the line when the logger reads."""
     spool = write_spool([{"kind": "start"}])
-    stage = tracker.hold(spool)
+    stage = tracker.lock_spool(spool)
     whole = json.dumps({**point(1), "time": 1}) + "\n"
     rest = [whole[:9], whole[9:], json.dumps({"kind": "end", "status": "FINISHED", "time": 1}) + "\n"]
 
@@ -230,19 +229,19 @@ def test_a_line_that_is_being_written_is_waited_for(fake, monkeypatch):
     os.close(stage)
 
 
-def test_a_stage_is_alive_as_long_as_it_holds_its_spool(fake):
-    """However it dies, and whoever gets its process number."""
+def test_a_stage_is_alive_as_long_as_it_locks_its_spool(fake):
+    """Also when it is killed and its process number is reused."""
     spool = write_spool([{"kind": "start"}])
-    holding = f"import time; from pathlib import Path; from milan.tracking import tracker; f = tracker.hold(Path({str(spool)!r})); print(1, flush=True); time.sleep(60)"
+    holding = f"import time; from pathlib import Path; from milan.tracking import tracker; f = tracker.lock_spool(Path({str(spool)!r})); print(1, flush=True); time.sleep(60)"
     stage = subprocess.Popen([sys.executable, "-c", holding], env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE)
     stage.stdout.readline()
-    assert logger.owner_alive(spool)
+    assert logger.stage_alive(spool)
     stage.kill()
     stage.wait()
-    assert not logger.owner_alive(spool)
+    assert not logger.stage_alive(spool)
 
 
-def test_spools_are_served_in_order_and_a_later_one_s_is_left_to_its_own_logger(fake):
+def test_spools_are_sent_in_order_and_later_ones_are_left_to_their_own_loggers(fake):
     ended = [{"kind": "end", "status": "FINISHED"}]
     spools = [write_spool([point(place), *ended], place) for place in (11, 12, 13)]
     logger.serve(spools[1])
@@ -250,34 +249,34 @@ def test_spools_are_served_in_order_and_a_later_one_s_is_left_to_its_own_logger(
     assert [spool.exists() for spool in spools] == [False, False, True]
 
 
-def said_by(place: int, pipeline: str, **end) -> Path:
-    """The spool of a stage that has ended."""
+def ended_spool(place: int, pipeline: str, **end) -> Path:
+    """Write the spool of a stage that has ended."""
     start, end = {"kind": "start", "pipeline": pipeline, "value": f"start {place}"}, {"kind": "end", "value": f"end {place}", **end}
     return write_spool([start, end], place)
 
 
 def test_a_logger_goes_on_with_the_later_stages_of_its_pipeline(fake, monkeypatch):
-    """And with no other's: a stage by hand may have another store. The second stage begins while the logger waits."""
-    first, other = said_by(11, "7-70"), said_by(12, "8-by-hand")
-    later = [lambda: None, lambda: said_by(13, "7-70"), lambda: said_by(14, "7-70", last=True)]
-    monkeypatch.setattr(logger, "running", lambda pipeline: pipeline == "7-70")
+    """It leaves stages run by hand, which may have another store. The second stage begins while the logger waits."""
+    first, other = ended_spool(11, "7-70"), ended_spool(12, "8-by-hand")
+    later = [lambda: None, lambda: ended_spool(13, "7-70"), lambda: ended_spool(14, "7-70", last=True)]
+    monkeypatch.setattr(logger, "is_running", lambda pipeline: pipeline == "7-70")
     monkeypatch.setattr(logger.time, "sleep", lambda _: later.pop(0)())
-    logger.serve(first)  # an IndexError if it waited once more after the last
+    logger.serve(first)  # raises IndexError if it waits again after the last stage
     assert FakeSender.sent == [f"{word} {place}" for place in (11, 13, 14) for word in ("start", "end")]
     assert other.exists()
 
 
-def test_a_pipeline_runs_as_long_as_its_process(fake):
+def test_a_pipeline_runs_as_long_as_its_dvc_process(fake):
     name = f"{os.getpid()}-{int(psutil.Process().create_time())}"
-    assert logger.running(name)
-    assert not any(map(logger.running, [f"{os.getpid()}-1", f"{os.getpid()}-by-hand", "x", "", None]))
-    assert logger.pipeline_of(said_by(1, name)) == name
+    assert logger.is_running(name)
+    assert not any(map(logger.is_running, [f"{os.getpid()}-1", f"{os.getpid()}-by-hand", "x", "", None]))
+    assert logger.pipeline_of(ended_spool(1, name)) == name
     assert logger.pipeline_of(write_spool([point(1)], 2)) is None
     empty = write_spool([], 3)
     assert logger.pipeline_of(empty) is logger.pipeline_of(empty.with_name("none.jsonl")) is None
 
 
-def test_one_bad_spool_does_not_keep_the_others(fake):
+def test_one_bad_spool_does_not_stop_the_others(fake):
     bad, good = write_spool([{"kind": "bad"}], 11), write_spool([point(2), {"kind": "end"}], 12)
     FakeSender.fail_at = "bad"
     logger.serve(good)
@@ -285,14 +284,14 @@ def test_one_bad_spool_does_not_keep_the_others(fake):
     assert bad.exists() and bad.with_suffix(".failed").exists()
 
 
-def test_a_spool_that_another_logger_has_delivered_is_no_trouble(fake):
+def test_a_spool_that_another_logger_delivered_is_skipped(fake):
     spool = write_spool([point(1), {"kind": "end"}])
     spool.unlink()
     logger.serve(spool)
     assert FakeSender.sent == []
 
 
-def test_without_a_spool_all_that_is_kept_is_delivered(fake):
+def test_without_a_spool_all_kept_spools_are_delivered(fake):
     spools = [write_spool([point(place), {"kind": "end"}], place) for place in (11, 12)]
     spools[0].with_suffix(".failed").touch()
     logger.serve(None)
@@ -300,14 +299,14 @@ def test_without_a_spool_all_that_is_kept_is_delivered(fake):
     assert [path.name for path in tracker.SPOOLS.iterdir()] == ["lock"]
 
 
-def test_the_last_stage_does_not_wait_for_ever(fake, monkeypatch, capsys):
-    """Its logger waits for its turn, which another one has."""
+def test_the_last_stage_waits_for_a_limited_time(fake, monkeypatch, capsys):
+    """Its logger waits for another logger."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setattr(tracker, "PATIENCE", 0.2)
+    monkeypatch.setattr(tracker, "DELIVERY_TIMEOUT", 0.2)
     tracker.SPOOLS.mkdir(parents=True)
     with open(tracker.SPOOLS / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        last = begun("last")
+        last = start_logger("last")
         last.finish("FINISHED", wait=True)
         assert last.process.poll() is None
         assert "its logger goes on in the background" in capsys.readouterr().err
@@ -322,7 +321,7 @@ def test_a_stage_in_a_temporary_workspace_leaves_what_mlflow_did_not_take_to_the
     project, workspace = Path.cwd(), Path(".dvc/tmp/exps/standalone/tmp1").absolute()
     workspace.mkdir(parents=True)
     monkeypatch.chdir(workspace)
-    stage = begun("queued")
+    stage = start_logger("queued")
     stage.tracker.artifact(Path("curve.csv"))
     stage.finish("FINISHED")
     assert stage.process.poll() is not None, "it waited for its logger"
@@ -333,7 +332,7 @@ def test_a_stage_in_a_temporary_workspace_leaves_what_mlflow_did_not_take_to_the
     assert json.loads(spool.read_text().splitlines()[2])["path"] == str(workspace / "curve.csv")
 
 
-def test_earlier_failures_are_said(fake, capsys):
+def test_earlier_failures_are_reported(fake, capsys):
     tracker.SPOOLS.mkdir(parents=True)
     tracker.warn_of_undelivered()
     assert capsys.readouterr().err == ""
@@ -343,7 +342,7 @@ def test_earlier_failures_are_said(fake, capsys):
 
 
 def test_no_stage_needs_mlflow(monkeypatch):
-    """It is imported by the logger's process and by the served model; and the page, which does without when it must, reads it."""
+    """The logger process and the served model import mlflow; of the stages only the page does, and it runs without a store."""
     importing = {path.relative_to(ROOT).as_posix() for path in (ROOT / "milan").rglob("*.py") if re.search(r"^\s*(import|from) mlflow", path.read_text(), re.M)}
     assert importing == {"milan/tracking/runs.py", "milan/tracking/sender.py", "milan/serve/serving.py"}
     monkeypatch.chdir(ROOT)
