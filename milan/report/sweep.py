@@ -23,6 +23,7 @@ import yaml
 
 from milan.core.errors import UserError, nearest
 from milan.core.files import write_whole
+from milan.core.identity import flatten
 from milan.core.program import fail
 from milan.report import costs, plots
 from milan.report.costs import COSTS
@@ -55,7 +56,8 @@ def main() -> None:
     args = parser.parse_args()
     try:
         experiments = read_experiments()
-        write(args.key, experiments, costs.known_runs(experiments[0].recipe["scale"]), args.out / args.key)
+        sweep, _ = members(args.key, experiments)
+        write(args.key, experiments, costs.known_runs(sweep[0].recipe["scale"]), args.out / args.key)
     except UserError as error:
         fail(str(error))
 
@@ -144,7 +146,7 @@ def members(key: str, experiments: list[Experiment]) -> tuple[list[Experiment], 
     equally large ones the newest."""
     groups: dict[str, list[Experiment]] = {}
     for experiment in experiments:
-        flat = flattened(experiment.recipe)
+        flat = flatten(experiment.recipe)
         if key not in flat:
             raise UserError(f"{key}: the recipe has no such key{nearest(key, flat)}")
         rest = {name: value for name, value in flat.items() if name != key and name.split(".")[0] not in FREE}
@@ -153,20 +155,12 @@ def members(key: str, experiments: list[Experiment]) -> tuple[list[Experiment], 
     return ranked[-1], [experiment for group in ranked[:-1] for experiment in group]
 
 
-def flattened(tree: dict, prefix: str = "") -> dict:
-    """Return {"section.key": value}."""
-    flat = {}
-    for name, value in tree.items():
-        flat |= flattened(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
-
-
 def rows(key: str, sweep: list[Experiment], known: list[Run]) -> pd.DataFrame:
     """Return one row per value, variant and seed with all measures; of repeated ones the newest counts. Variants with one
     value only are left out, and so are zero-shot columns without a number."""
     points = {}
     for experiment in sweep:
-        value = flattened(experiment.recipe)[key]
+        value = flatten(experiment.recipe)[key]
         price = costs.Prices(experiment.lock, known)
         for variant in experiment.recipe["variants"]:
             for seed in experiment.recipe["seeds"]:

@@ -114,6 +114,16 @@ def test_files_by_hand(experiment, tmp_path):
     assert picture == (tmp_path / "figure.png").read_bytes()
 
 
+def test_costs_are_those_of_the_sweep_s_scale(experiment, tmp_path, monkeypatch):
+    """The commit's own results may be of another scale."""
+    points = [experiment(name, ratio, metrics("milan", 1.0), scale="smoke") for name, ratio in (("a", 0.5), ("b", 0.9))]
+    monkeypatch.setattr(sweep, "read_experiments", lambda: [experiment(sweep.HERE, 0.5, {}), *points])
+    monkeypatch.setattr(costs, "known_runs", lambda scale: RUNS if scale == "smoke" else [])
+    monkeypatch.setattr("sys.argv", ["sweep", KEY, "--out", str(tmp_path)])
+    sweep.main()
+    assert "| 0.5 | 1.0 | 2.0 | 3.0 | 4.0 | 13 | 20 | 90 | a |" in (tmp_path / KEY / "table.md").read_text()
+
+
 def test_zero_shot_stands_in_the_table_where_somebody_has_it(experiment, tmp_path):
     asked = metrics("milan", 40.0)
     asked["linear_eval/milan-0.json"] |= {"linear_eval/zero_shot_top1": 7.5, "linear_eval/zero_shot_masked_top1": 6.25}
