@@ -46,7 +46,7 @@ SLOW = (  # files, or tests, that run stages, servers or processes: `make test-f
     "test_golden.py::test_stored_numbers_of_the_original",
     "test_plan.py::test_the_command",
     "tracking/test_stores.py",
-    "tracking/test_tracker.py::test_an_outage_keeps_everything_and_says_so",
+    "tracking/test_tracker.py::test_an_outage_keeps_all_events_and_is_logged",
     "training/test_processes.py",
 )
 

@@ -3,7 +3,7 @@
 import pandas as pd
 
 from milan.report import provenance
-from milan.report.provenance import Run
+from milan.report.provenance import StageRun
 from milan.report.table import DASH
 
 COSTS = {"bank_mb": "Bank, MB", "targets_seconds": "Targets, s", "pretrain_seconds": "Pretraining, s"}
@@ -16,9 +16,9 @@ CAVEAT = (
 class Prices:
     """Of the results in a lock: its stages, as dvc.lock has them; known: the runs to look among."""
 
-    def __init__(self, lock: dict, known: list[Run]):
+    def __init__(self, lock: dict, known: list[StageRun]):
         self.lock = lock
-        self.runs = {origin.stage: origin.run for origin in provenance.origins(provenance.digests(lock), known)}
+        self.runs = {origin.stage: origin.run for origin in provenance.origins(provenance.stage_hashes(lock), known)}
 
     def of(self, variant: str, seed: int) -> dict[str, float | None]:
         """Column: number, or None where it is not known."""
@@ -32,7 +32,7 @@ class Prices:
         return run.seconds if run else None
 
 
-def known_runs(scale: str) -> list[Run]:
+def known_runs(scale: str) -> list[StageRun]:
     """From MLflow; none where it cannot be read, and a line says so."""
     try:
         return provenance.finished_runs(f"milan-{scale}")
@@ -46,9 +46,9 @@ def cell(values: pd.Series) -> str:
     return DASH if pd.isna(mean) else f"{mean:.0f}"
 
 
-def said(locks: list[dict], known: list[Run]) -> str:
+def said(locks: list[dict], known: list[StageRun]) -> str:
     """A sentence: at which revisions, and on what, the results in the locks were made."""
-    made = [origin for lock in locks for origin in provenance.origins(provenance.digests(lock), known)]
+    made = [origin for lock in locks for origin in provenance.origins(provenance.stage_hashes(lock), known)]
     runs = [origin.run for origin in made if origin.run]
     if not runs:
         return "MLflow knows no run of these results: revision, machine and seconds are not known here."

@@ -25,7 +25,7 @@ from milan.core.redaction import discreet
 from milan.params import Params, read_params
 from milan.report import claims, costs, plots, sweep, table
 from milan.report.page import LINKS
-from milan.report.provenance import Run
+from milan.report.provenance import StageRun
 from milan.report.results import read_results
 
 CLONE = SCRATCH / "studies"
@@ -146,7 +146,7 @@ def dvc(*words: str, check: bool = True, **options) -> subprocess.CompletedProce
     return done
 
 
-def runs_known(home: Path) -> list[Run]:
+def runs_known(home: Path) -> list[StageRun]:
     """Of the clone's store, and of this repository's, which knows what came from the cache."""
     scale, here, found = yaml.safe_load(Path("params.yaml").read_text())["scale"], Path.cwd(), []
     for folder in (home, here):
@@ -158,14 +158,14 @@ def runs_known(home: Path) -> list[Run]:
 # -------------------------------------------------------------------------------------------------------------- the seeds
 
 
-def write_seeds(p: Params, known: list[Run], out: Path, about: str) -> None:
+def write_seeds(p: Params, known: list[StageRun], out: Path, about: str) -> None:
     """Variants over seeds: means and ranges, and the claims judged; every seed's numbers in table.csv."""
     r = read_results(Path("reports/metrics") / p.scale, Path(p.report.published), p)
     recipe = yaml.safe_load(Path("params.yaml").read_text())
     lock = sweep.read_lock(Path("dvc.lock").read_text(), recipe)
     rows = [{k: v for k, v in row.items() if k not in LINKS} for row in table.our_rows(r, lambda text, path: text)]
-    sentences = "\n".join(f"- {sentence}" for sentence in [*table.order_said(r), *table.notes(r)])
-    parts = [f"# Variants over seeds at scale {p.scale}", about, table.measured(r), table.markdown_table(rows), sentences]
+    sentences = "\n".join(f"- {sentence}" for sentence in [*table.order_sentences(r), *table.notes(r)])
+    parts = [f"# Variants over seeds at scale {p.scale}", about, table.measured_on(r), table.markdown_table(rows), sentences]
     parts += [*table.claims_section(r), costs.said([lock], known), "![Bars of our variants](figure.png)"]
     write_whole(out / "table.md", ("\n\n".join(parts) + "\n").encode())
     write_whole(out / "table.csv", r.runs.to_csv(index=False, lineterminator="\n").encode())

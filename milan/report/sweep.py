@@ -26,8 +26,8 @@ from milan.core.typed import nearest
 from milan.report import costs, plots
 from milan.report.costs import COSTS
 from milan.report.plots import Figure, plt
-from milan.report.provenance import Run
-from milan.report.results import MEASURES, TITLES, ZERO_SHOT, method
+from milan.report.provenance import StageRun
+from milan.report.results import MEASURES, TITLES, ZERO_SHOT, method_name
 from milan.report.table import DASH, markdown_table
 from milan.tracking.runs import parse_yaml, recipe_stages
 
@@ -59,7 +59,7 @@ def main() -> None:
         fail(str(error))
 
 
-def write(key: str, experiments: list[Experiment], known: list[Run], out: Path, about: str = "") -> None:
+def write(key: str, experiments: list[Experiment], known: list[StageRun], out: Path, about: str = "") -> None:
     """known: of MLflow; about: a paragraph above the tables. Raises UserError unless two values of the key have results."""
     sweep, others = members(key, experiments)
     runs = rows(key, sweep, known)
@@ -154,7 +154,7 @@ def flattened(tree: dict, prefix: str = "") -> dict:
     return found
 
 
-def rows(key: str, sweep: list[Experiment], known: list[Run]) -> pd.DataFrame:
+def rows(key: str, sweep: list[Experiment], known: list[StageRun]) -> pd.DataFrame:
     """A row a value, variant and seed that has all measures, of repeated ones the newest; no variant with one value only, and
     no zero-shot column where nobody has a number."""
     found = {}
@@ -193,7 +193,7 @@ def markdown(key: str, scale: str, runs: pd.DataFrame, about: str, origin: str) 
 
     parts = [f"# {key} at scale {scale}", *([about] if about else [])]
     for variant, group in runs.groupby("variant", sort=False):
-        parts += [f"## {method(variant)}", markdown_table([cells(value, some) for value, some in group.groupby("value")])]
+        parts += [f"## {method_name(variant)}", markdown_table([cells(value, some) for value, some in group.groupby("value")])]
     return "\n\n".join([*parts, costs.CAVEAT, origin, f"![{key}](figure.png)"]) + "\n"
 
 
@@ -213,7 +213,7 @@ def draw(key: str, runs: pd.DataFrame) -> Figure:
         for variant in variants:
             own, shade = runs[runs["variant"] == variant], plots.colour(variant, variants)
             means = own.groupby("value")[column].mean()
-            axis.plot(means.index, means, color=shade, lw=1.8, label=method(variant))
+            axis.plot(means.index, means, color=shade, lw=1.8, label=method_name(variant))
             axis.plot(own["value"], own[column], "o", color=shade, ms=5)
         axis.set_title(f"{TITLES[column]} %", fontsize=10)
         axis.set_xlabel(key, fontsize=9)
