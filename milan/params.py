@@ -1,136 +1,148 @@
-"""params.yaml -> frozen dataclasses: every key of a recipe, and what it may be. An unknown key, a missing key or an
-impossible value stops the run before any work, naming the key and the nearest valid one (milan/core/typed.py).
+"""The recipe: every section and key of params.yaml, its meaning, its unit and its valid values.
 
-Numbers may be written unreduced, with their reason: `lr: 1.5e-4 * 4096 / 256`.
+A section is a stage or something that several stages share. Sizes count pixels unless a comment says otherwise.
+Published values and their sources are in conf/scale/paper.yaml; milan/core/validation.py reports what is wrong in a recipe.
 """
 
-import re
-from dataclasses import dataclass, field
+import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated, Literal
 
 import yaml
+from pydantic import Field, Strict
+from pydantic.dataclasses import dataclass
 
-from milan.core.errors import UserError
-from milan.core.typed import build, choice, nearest
+from milan.core.errors import UserError, nearest
+from milan.core.validation import Bool, Float, Int, Section, Text, must, validate
 
-POSITIVE = {"above": 0}
-COUNT = {"least": 0}
-SHARE = {"least": 0, "most": 1}
-FEW = {"above": 0, "most": 65536}  # processes, pixels of a side, channels: what nobody has more of
-MANY = {"above": 0, "most": 10**8}  # images
-SEED = {"least": 0, "most": 2**31 - 1}
-SIDE = {"least": 16, "most": 4096}  # pixels of a picture of the built-in world
-SOME = {"some": True, "distinct": True}
-BETAS = {"length": 2, "least": 0, "below": 1}
-RAND_AUGMENT = r"rand(-(m|n|mmax|inc)[0-9]{1,3}|-(mstd|p)[0-9]{1,3}([.][0-9]+)?|-t(weights|3aw|3a))+"  # timm's words
-CROP = {"length": 2, "above": 0, "most": 1, "ordered": True}  # smallest and largest share of the area
-
-
-@dataclass(frozen=True)
-class Compute:
-    """What changes the last bits of a result."""
-
-    device: str = choice("auto", "cpu", "cuda")
-    threads: int = field(metadata=FEW)
-    precision: str = choice("auto", "fp32", "bf16", "fp16")
-    deterministic: bool
-    compile: bool
-
-
-@dataclass(frozen=True)
-class Runtime:
-    """Where it runs, which like the hardware itself is recorded (in MLflow) and no reason to run again.
-
-    Loader workers and saves change nothing. The number of processes (on each node) and of nodes changes the order of
-    sums, and so the last bits of a result; a run may be continued with another. One thing follows it knowingly:
-    segmentation's batch norm on GPUs (see stages/segment.py)."""
-
-    processes: int = field(metadata=FEW)
-    nodes: int = field(metadata=FEW)
-    workers: int = field(metadata=COUNT)
-    save_seconds: float = field(metadata=COUNT)
+Positive = Annotated[Int, Field(gt=0)]
+Count = Annotated[Int, Field(ge=0)]
+Few = Annotated[Int, Field(gt=0, le=65536)]  # processes, pixels of a side, channels: nobody has more
+Images = Annotated[Int, Field(gt=0, le=10**8)]
+Seed = Annotated[Int, Field(ge=0, le=2**31 - 1)]
+Side = Annotated[Int, Field(ge=16, le=4096)]  # pixels of a picture of the built-in world
+Above0 = Annotated[Float, Field(gt=0)]
+AtLeast0 = Annotated[Float, Field(ge=0)]
+Share = Annotated[Float, Field(ge=0, le=1)]
+ShareAbove0 = Annotated[Float, Field(gt=0, le=1)]
+Pair = Field(min_length=2, max_length=2)
+Ascending = must(lambda values: sorted(values) == values, "{} must not fall: the smallest comes first")
+Distinct = must(lambda values: len(set(values)) == len(values), "{} names one of them twice")
+Betas = Annotated[list[Annotated[Float, Field(ge=0, lt=1)]], Strict(), Pair]  # of Adam
+CropScale = Annotated[list[ShareAbove0], Strict(), Pair, Ascending]  # smallest and largest share of the area
+Folder = Annotated[Text, must(str.strip, "an empty path; give the folder of the data, or null for the built-in world")]
+Sha256 = Annotated[Text, must("[0-9a-fA-F]{64}", "{!r} is no SHA-256: 64 hexadecimal digits (null: not checked)")]
+TIMM = r"rand(-(m|n|mmax|inc)[0-9]{1,3}|-(mstd|p)[0-9]{1,3}([.][0-9]+)?|-t(weights|3aw|3a))+"
+RandAugment = Annotated[Text, must(TIMM, "{!r} is none of timm's, such as rand-m9-mstd0.5-inc1 (null: none)")]
+VariantName = Annotated[Text, must(r"\w[\w.-]*", "{!r} names folders, so it may hold only letters, digits and . _ -")]
+World = Literal["small", "large"]  # the built-in worlds, milan/ingest/world/drawing.py
+Pooling = Literal["mean", "cls"]
 
 
 @dataclass(frozen=True)
-class Data:
-    imagenet: str | None
-    ade20k: str | None
+class Compute(Section):
+    """Settings that change the last bits of a result."""
 
-    def __post_init__(self):
-        for name, folder in vars(self).items():
-            if folder is not None and not folder.strip():
-                raise ValueError(f"{name}: an empty path; give the folder of the data, or null for the built-in world")
-
-
-@dataclass(frozen=True)
-class ImagenetCounts:
-    """What a complete set holds."""
-
-    train: int = field(metadata=POSITIVE)
-    val: int = field(metadata=POSITIVE)
-    classes: int = field(metadata=POSITIVE)
+    device: Literal["auto", "cpu", "cuda"]
+    threads: Few  # of each process
+    precision: Literal["auto", "fp32", "bf16", "fp16"]  # auto: bf16 where the hardware computes in it; published: fp16
+    deterministic: Bool
+    compile: Bool  # torch.compile
 
 
 @dataclass(frozen=True)
-class SceneCounts:
-    train: int = field(metadata=POSITIVE)
-    val: int = field(metadata=POSITIVE)
+class Runtime(Section):
+    """Execution settings: logged to MLflow; changing them reruns nothing.
+
+    `processes` changes the order of sums, and so the last bits of a result; a run may be continued with another number.
+    On GPUs it also sets the batch of segmentation's batch norm (see stages/segment.py)."""
+
+    processes: Few  # on this machine; where torchrun started the stage, its world size counts instead
+    workers: Count  # loader processes of each process
+    save_seconds: AtLeast0  # seconds between two saves of a training's state
 
 
 @dataclass(frozen=True)
-class PrepareImagenet:
-    seed: int = field(metadata=SEED)
-    world: str = choice("small", "large")
-    train: int = field(metadata=MANY)
-    val: int = field(metadata=MANY)
-    pairs: int = field(metadata={"least": 0, "most": 10**8})
-    size: int | None = field(metadata=SIDE)
-    short_side: int | None = field(metadata=POSITIVE)
-    shard_images: int = field(metadata=POSITIVE)
-    expect: ImagenetCounts | None
+class Data(Section):
+    """Folders of real data; null: the built-in world."""
+
+    imagenet: Folder | None
+    ade20k: Folder | None
 
 
 @dataclass(frozen=True)
-class PrepareAde20k:
-    seed: int = field(metadata=SEED)
-    world: str = choice("small", "large")
-    train: int = field(metadata=MANY)
-    val: int = field(metadata=MANY)
-    size: int | None = field(metadata=SIDE)
-    classes: int = field(metadata={"above": 0, "most": 254})  # a byte of a mask, without 255 and the unlabelled
-    shard_images: int = field(metadata=POSITIVE)
+class SceneCounts(Section):
+    train: Positive
+    val: Positive
+
+
+@dataclass(frozen=True)
+class ImagenetCounts(SceneCounts):
+    classes: Positive
+
+
+@dataclass(frozen=True)
+class PrepareImagenet(Section):
+    """The images of pretraining, linear evaluation and fine-tuning, and the captioned pairs of a teacher trained here."""
+
+    seed: Seed  # of the built-in world
+    world: World
+    train: Images  # images to draw
+    val: Images
+    pairs: Annotated[Int, Field(ge=0, le=10**8)]  # captioned images, for the teacher alone
+    size: Side | None  # of a drawn image; null: only real data will do
+    short_side: Positive | None  # larger images are shrunk to it; null: files are kept as they are
+    shard_images: Positive  # images of a shard
+    expect: ImagenetCounts | None  # refuse a set of other counts; null: take any set
+
+
+@dataclass(frozen=True)
+class PrepareAde20k(Section):
+    """The scenes of segmentation, with a class for each pixel."""
+
+    seed: Seed
+    world: World
+    train: Images
+    val: Images
+    size: Side | None
+    classes: Annotated[Int, Field(gt=0, le=254)]  # a mask's byte without 255 and the unlabelled
+    shard_images: Positive
     expect: SceneCounts | None
 
 
 @dataclass(frozen=True)
-class TransformerSize:
-    embed_dim: int = field(metadata=FEW)
-    depth: int = field(metadata=FEW)
-    num_heads: int = field(metadata=FEW)
+class TransformerSize(Section):
+    """A stack of transformer blocks, in timm's terms."""
 
-    def __post_init__(self):
+    embed_dim: Few  # channels of a token
+    depth: Few  # blocks
+    num_heads: Few
+
+    def conflicts(self) -> Iterator[str]:
         if self.embed_dim % self.num_heads or self.embed_dim % 4:
-            raise ValueError(f"embed_dim {self.embed_dim} must be a multiple of num_heads {self.num_heads} and of 4")
+            yield f"embed_dim {self.embed_dim} must be a multiple of num_heads {self.num_heads} and of 4"
 
 
 @dataclass(frozen=True)
-class Model:
-    name: str
-    image_size: int = field(metadata=FEW)
-    patch_size: int = field(metadata=FEW)
+class Model(Section):
+    """The ViT encoder and the decoder of pretraining (paper: ViT-B/16, and a decoder of 8 blocks of 512 channels)."""
+
+    name: Text
+    image_size: Few
+    patch_size: Few
     encoder: TransformerSize
     decoder: TransformerSize
 
-    def __post_init__(self):
-        if self.image_size % self.patch_size:
-            below = max(self.image_size // self.patch_size, 1) * self.patch_size
-            raise ValueError(
-                f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}; "
-                f"the nearest are {below} and {below + self.patch_size}"
-            )
+    def conflicts(self) -> Iterator[str]:
+        size, patch = self.image_size, self.patch_size
+        if size % patch:
+            below = max(size // patch, 1) * patch
+            yield f"image_size {size} is no multiple of patch_size {patch}; the nearest are {below} and {below + patch}"
 
     @property
     def grid(self) -> int:
+        """Patches along one side."""
         return self.image_size // self.patch_size
 
     @property
@@ -139,175 +151,175 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Training:
-    """What every training stage has. batch_size is the global batch of one optimizer step;
-    micro_batch is what one process computes at a time (the rest is accumulation)."""
+class Training(Section):
+    """The keys that all training stages share. Schedule: linear warm-up, then cosine decay (segment: linear decay)."""
 
-    epochs: float = field(metadata=POSITIVE)
-    warmup_epochs: float = field(metadata=COUNT)
-    batch_size: int = field(metadata=POSITIVE)
-    micro_batch: int = field(metadata=POSITIVE)
-    lr: float = field(metadata=POSITIVE)
-    min_lr: float = field(metadata=COUNT)
-    weight_decay: float = field(metadata=COUNT)
-    clip_grad: float | None = field(metadata=POSITIVE)
+    epochs: Above0  # passes over the training images
+    warmup_epochs: AtLeast0
+    batch_size: Positive  # images of one optimizer step, over all processes
+    micro_batch: Positive  # images that one process computes at a time; the rest is accumulated
+    lr: Above0  # peak learning rate of this batch; published as base rate * batch_size / 256
+    min_lr: AtLeast0  # at the end of the decay
+    weight_decay: AtLeast0
+    clip_grad: Above0 | None  # largest norm of the gradient; null: not clipped
 
-    def __post_init__(self):
+    def conflicts(self) -> Iterator[str]:
         if self.batch_size % self.micro_batch:
-            raise ValueError(f"batch_size {self.batch_size} is no multiple of micro_batch {self.micro_batch}")
+            yield f"batch_size {self.batch_size} is no multiple of micro_batch {self.micro_batch}"
         if self.warmup_epochs >= self.epochs:
-            raise ValueError(f"warmup_epochs {self.warmup_epochs} must be fewer than epochs {self.epochs}")
+            yield f"warmup_epochs {self.warmup_epochs} must be fewer than epochs {self.epochs}"
 
 
 @dataclass(frozen=True)
-class TinyClip:
+class TinyClip(Section):
     """The image and text towers of the teacher that is trained here, in open_clip's terms."""
 
-    embed_dim: int = field(metadata=FEW)
-    width: int = field(metadata=FEW)
-    layers: int = field(metadata=FEW)
-    head_width: int = field(metadata=FEW)
-    conv_stem: bool
-    text_width: int = field(metadata=FEW)
-    text_heads: int = field(metadata=FEW)
-    text_layers: int = field(metadata=FEW)
-    context_length: int = field(metadata=FEW)
+    embed_dim: Few  # of the space that both towers share
+    width: Few  # of the image tower, as layers and head_width
+    layers: Few
+    head_width: Few
+    conv_stem: Bool  # convolutions in place of the patch embedding
+    text_width: Few
+    text_heads: Few
+    text_layers: Few
+    context_length: Few  # tokens of a caption
 
-    def __post_init__(self):
-        for name, width, part in (("width", self.width, self.head_width), ("text_width", self.text_width, self.text_heads)):
-            if width % part:
-                other = "head_width" if name == "width" else "text_heads"
-                raise ValueError(f"{name} {width} is no multiple of {other} {part}")
+    def conflicts(self) -> Iterator[str]:
+        if self.width % self.head_width:
+            yield f"width {self.width} is no multiple of head_width {self.head_width}"
+        if self.text_width % self.text_heads:
+            yield f"text_width {self.text_width} is no multiple of text_heads {self.text_heads}"
 
 
 @dataclass(frozen=True)
-class Pretrained:
-    """A released teacher: a model of open_clip's or timm's with the tag of its weights, or with a local file."""
+class Pretrained(Section):
+    """A released teacher: a model of open_clip or timm, with the tag of its weights or a local file."""
 
-    library: str = choice("open_clip", "timm")
-    model: str
-    tag: str | None
-    file: str | None
-    sha256: str | None
+    library: Literal["open_clip", "timm"]
+    model: Text
+    tag: Text | None
+    file: Text | None
+    sha256: Sha256 | None  # of the weights, in hex; null: not checked
 
-    def __post_init__(self):
+    def conflicts(self) -> Iterator[str]:
         if not (self.tag or self.file or (self.library == "timm" and "." in self.model)):
-            raise ValueError("give the tag of the weights (such as openai), or their file")
-        if self.sha256 is not None and not re.fullmatch("[0-9a-fA-F]{64}", self.sha256):
-            raise ValueError(f"sha256 {self.sha256!r} is no SHA-256: 64 hexadecimal digits (null: not checked)")
+            yield "give the tag of the weights (such as openai), or their file"
 
 
 @dataclass(frozen=True)
 class Teacher(Training):
-    seed: int = field(metadata=SEED)
-    betas: list[float] = field(metadata=BETAS)
-    crop_scale: list[float] = field(metadata=CROP)
+    """The CLIP teacher: one trained here on the captioned pairs, or a released one (paper: OpenAI's ViT-B/16)."""
+
+    seed: Seed
+    betas: Betas
+    crop_scale: CropScale
     tiny: TinyClip | None
     pretrained: Pretrained | None
 
-    def __post_init__(self):
-        super().__post_init__()
+    def conflicts(self) -> Iterator[str]:
+        yield from super().conflicts()
         if (self.tiny is None) == (self.pretrained is None):
-            raise ValueError("give either tiny (a teacher trained here) or pretrained (a released one), not both")
+            yield "give either tiny (a teacher trained here) or pretrained (a released one), not both"
 
 
 @dataclass(frozen=True)
-class ExtractTargets:
-    seed: int = field(metadata=SEED)
-    views: int = field(metadata=COUNT)
-    batch_size: int = field(metadata=POSITIVE)
-    shard_images: int = field(metadata=POSITIVE)
-    figure_images: int = field(metadata=POSITIVE)
-    normalisation: str = choice("imagenet", "clip")
+class ExtractTargets(Section):
+    """The target bank: the teacher's features and importance of fixed crops of each training image."""
+
+    seed: Seed
+    views: Count  # crops of an image; 0, as published: no bank, the teacher looks at a new crop every epoch
+    batch_size: Positive  # images that one process computes at a time
+    shard_images: Positive
+    figure_images: Positive  # validation images whose features are kept for the figures
+    normalisation: Literal["imagenet", "clip"]  # of what the teacher sees; as released: imagenet, the student's
 
 
 @dataclass(frozen=True)
-class AblationRow:
-    """One row of the paper's ablation."""
+class AblationRow(Section):
+    """A row of the paper's ablation; all `none`: a random encoder."""
 
-    target: str = choice("none", "pixels", "clip")
-    decoder: str = choice("none", "mae", "prompt")
-    masking: str = choice("none", "random", "semantic")
+    target: Literal["none", "pixels", "clip"]  # clip: the teacher's features
+    decoder: Literal["none", "mae", "prompt"]
+    masking: Literal["none", "random", "semantic"]
 
-    def __post_init__(self):
+    def conflicts(self) -> Iterator[str]:
         words = (self.target, self.decoder, self.masking)
         if "none" in words and set(words) != {"none"}:
-            raise ValueError("target, decoder and masking are either all `none` (no pretraining) or none of them is")
+            yield "target, decoder and masking are either all `none` (no pretraining) or none of them is"
         if self.decoder == "prompt" and self.target == "pixels":
-            raise ValueError("the prompting decoder predicts CLIP features of all tokens; use target: clip")
+            yield "the prompting decoder predicts CLIP features of all tokens; use target: clip"
 
 
 @dataclass(frozen=True)
 class Pretrain(Training):
-    weights: str | None
-    betas: list[float] = field(metadata=BETAS)
-    mask_ratio: float = field(metadata={"above": 0, "below": 1})
-    crop_scale: list[float] = field(metadata=CROP)
-    ablation: dict[str, AblationRow]
+    """Masked pretraining by AdamW (the release's PRETRAIN.sh)."""
 
-    def __post_init__(self):
-        super().__post_init__()
-        for name in self.ablation:
-            if not re.fullmatch(r"\w[\w.-]*", name):
-                raise ValueError(f"ablation: {name!r} names folders, so it may hold only letters, digits and . _ -")
+    weights: Text | None  # a released checkpoint, evaluated instead of training one
+    betas: Betas
+    mask_ratio: Annotated[Float, Field(gt=0, lt=1)]  # share of the patches that the encoder does not see
+    crop_scale: CropScale
+    ablation: dict[VariantName, AblationRow]  # variants by name
 
 
 @dataclass(frozen=True)
 class LinearEval(Training):
-    optimizer: str = choice("lars", "adamw")
-    momentum: float = field(metadata=SHARE)
-    crop_scale: list[float] = field(metadata=CROP)
-    views: int = field(metadata=COUNT)
-    resize: int = field(metadata=POSITIVE)
+    """A linear probe on the frozen encoder's class token (the release's LINPROBE.sh)."""
+
+    optimizer: Literal["lars", "adamw"]
+    momentum: Share  # of LARS
+    crop_scale: CropScale
+    views: Count  # 0, as published: a new crop every epoch; above 0: features of so many fixed crops, extracted once
+    resize: Positive  # short side of a validation image before the central crop
 
 
 @dataclass(frozen=True)
 class Finetune(Training):
-    labels: float = field(metadata={"above": 0, "most": 1})
-    betas: list[float] = field(metadata=BETAS)
-    layer_decay: float = field(metadata={"above": 0, "most": 1})
-    drop_path: float = field(metadata=SHARE)
-    crop_scale: list[float] = field(metadata=CROP)
-    rand_augment: str | None
-    mixup: float = field(metadata=COUNT)
-    cutmix: float = field(metadata=COUNT)
-    label_smoothing: float = field(metadata=SHARE)
-    random_erasing: float = field(metadata=SHARE)
-    pooling: str = choice("mean", "cls")
-    resize: int = field(metadata=FEW)
+    """End-to-end fine-tuning by AdamW (the release's FINETUNE.sh); augmentation by timm."""
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.rand_augment is not None and not re.fullmatch(RAND_AUGMENT, self.rand_augment):
-            raise ValueError(f"rand_augment {self.rand_augment!r} is none of timm's, such as rand-m9-mstd0.5-inc1 (null: none)")
+    labels: ShareAbove0  # share of the training labels in use
+    betas: Betas
+    layer_decay: ShareAbove0  # factor of the learning rate from a block to the one below it
+    drop_path: Share  # of the last block; the first has 0 (stochastic depth)
+    crop_scale: CropScale
+    rand_augment: RandAugment | None
+    mixup: AtLeast0  # alpha of mixup; 0: off
+    cutmix: AtLeast0  # alpha of cutmix; 0: off
+    label_smoothing: Share
+    random_erasing: Share  # probability
+    pooling: Pooling  # of the tokens, before the head
+    resize: Few
 
 
 @dataclass(frozen=True)
 class Segment(Training):
-    crop_size: int = field(metadata=POSITIVE)
-    stride: int = field(metadata=POSITIVE)
-    resize: list[int] = field(metadata={"length": 2, "above": 0})
-    resize_ratio: list[float] = field(metadata={"length": 2, "above": 0, "ordered": True})
-    max_class_share: float = field(metadata=SHARE)
-    photometric: bool
-    betas: list[float] = field(metadata=BETAS)
-    layer_decay: float = field(metadata={"above": 0, "most": 1})
-    drop_path: float = field(metadata=SHARE)
-    channels: int = field(metadata=POSITIVE)
-    aux_channels: int = field(metadata=POSITIVE)
-    out_blocks: list[int]
+    """UPerNet on the encoder (mmsegmentation, configs/mae)."""
+
+    crop_size: Positive
+    stride: Positive  # of the sliding window, in evaluation
+    resize: Annotated[list[Positive], Strict(), Pair]  # long and short side of a scene before the random scale
+    resize_ratio: Annotated[list[Above0], Strict(), Pair, Ascending]  # smallest and largest random scale
+    max_class_share: Share  # of a crop: crops with more of one class are drawn again
+    photometric: Bool  # distortion of brightness, contrast, saturation and hue
+    betas: Betas
+    layer_decay: ShareAbove0
+    drop_path: Share
+    channels: Positive  # of UPerNet
+    aux_channels: Positive  # of the auxiliary head
+    out_blocks: Annotated[list[Int], Strict()]  # the encoder's blocks that UPerNet reads, from 0
 
 
 @dataclass(frozen=True)
-class Report:
-    published: str
+class Report(Section):
+    published: Text  # CSV of published results, for the table
 
 
 @dataclass(frozen=True)
-class Params:
-    scale: str
-    seeds: list[int] = field(metadata={**SOME, **SEED})
-    variants: list[str] = field(metadata=SOME)
+class Params(Section):
+    """A whole recipe."""
+
+    scale: Text  # its name: the file of conf/scale
+    seeds: Annotated[list[Seed], Strict(), Field(min_length=1), Distinct]  # of the training stages
+    variants: Annotated[list[Text], Strict(), Field(min_length=1), Distinct]  # rows of pretrain.ablation to run
     compute: Compute
     runtime: Runtime
     data: Data
@@ -322,84 +334,65 @@ class Params:
     segment: Segment
     report: Report
 
-    def __post_init__(self):
-        for variant in self.variants:
-            if variant not in self.pretrain.ablation:
-                known = ", ".join(self.pretrain.ablation)
-                raise ValueError(
-                    f"variants: {variant!r} is no row of pretrain.ablation{nearest(variant, self.pretrain.ablation)}; there are {known}"
-                )
-        if self.segment.crop_size % self.model.patch_size:
-            raise ValueError(f"segment.crop_size {self.segment.crop_size} is no multiple of the patch size")
-        if self.segment.crop_size < 2 * self.model.patch_size:
-            raise ValueError(
-                f"segment.crop_size {self.segment.crop_size} must be two patches of {self.model.patch_size} at least"
-            )
-        self.check_masking()
-        self.check_stem()
-        blocks = self.segment.out_blocks
-        if len(blocks) != 4 or sorted(set(blocks)) != blocks or not 0 <= blocks[0] <= blocks[3] < self.model.encoder.depth:
-            raise ValueError(
-                f"segment.out_blocks {blocks} must be four increasing blocks of the encoder's {self.model.encoder.depth}, from 0"
-            )
-        for name in ("pretrain", "linear_eval", "finetune", "segment"):
-            self.check_shares(name, getattr(self, name))
-        if self.teacher.tiny and self.teacher.batch_size % self.world:
-            raise ValueError(
-                f"teacher.batch_size {self.teacher.batch_size} cannot be shared by {self.world} processes: change it or "
-                "runtime.processes"
-            )
-        if (self.finetune.mixup or self.finetune.cutmix) and self.finetune.micro_batch % 2:
-            raise ValueError(f"finetune.micro_batch {self.finetune.micro_batch} must be even: mixup mixes pairs")
-        if self.segment.micro_batch < 2:
-            raise ValueError("segment.micro_batch must be at least 2: its batch norm has no variance over one image")
-
     @property
-    def world(self) -> int:
-        """Processes on all nodes."""
-        return self.runtime.processes * self.runtime.nodes
+    def world_size(self) -> int:
+        """Processes of a training: torchrun's where it started this stage, else runtime.processes."""
+        by_torchrun = "LOCAL_RANK" in os.environ  # which a cluster does not set by itself, as it may WORLD_SIZE
+        return int(os.environ["WORLD_SIZE"]) if by_torchrun else self.runtime.processes
 
     @property
     def no_teacher(self) -> bool:
-        """A released student is only evaluated, so that nothing asks for the released teacher."""
+        """Whether a released student is only evaluated, so that nothing asks for the released teacher."""
         return bool(self.pretrain.weights and self.teacher.pretrained)
 
-    def check_masking(self) -> None:
-        kept = int(self.model.n_patches * (1 - self.pretrain.mask_ratio))  # as in milan/method/masking.py
-        if not 0 < kept < self.model.n_patches:
-            raise ValueError(
-                f"pretrain.mask_ratio {self.pretrain.mask_ratio} leaves {kept} of {self.model.n_patches} patches visible: "
-                "some must be, and some not"
-            )
-
-    def check_stem(self) -> None:
-        """The group norms of the teacher's stem (milan/teacher/clip.py) have 8 groups in each of its halvings."""
+    def conflicts(self) -> Iterator[str]:
+        rows, patch, segment, finetune = self.pretrain.ablation, self.model.patch_size, self.segment, self.finetune
+        for variant in self.variants:
+            if variant not in rows:
+                yield f"variants: {variant!r} is no row of pretrain.ablation{nearest(variant, rows)}; there are {', '.join(rows)}"
+        if segment.crop_size % patch:
+            yield f"segment.crop_size {segment.crop_size} is no multiple of the patch size"
+        if segment.crop_size < 2 * patch:
+            yield f"segment.crop_size {segment.crop_size} must be two patches of {patch} at least"
+        patches, ratio = self.model.n_patches, self.pretrain.mask_ratio
+        kept = int(patches * (1 - ratio))  # as in milan/method/masking.py
+        if not 0 < kept < patches:
+            yield f"pretrain.mask_ratio {ratio} leaves {kept} of {patches} patches visible: some must be, and some not"
         tiny = self.teacher.tiny
-        for halving in range(self.model.patch_size.bit_length() - 1) if tiny and tiny.conv_stem else ():
-            channels = max(tiny.width >> halving, 32)
-            if channels % 8:
-                raise ValueError(
-                    f"teacher.tiny.width {tiny.width} makes a stem layer of {channels} channels, no multiple of 8: take a "
-                    f"multiple of {4 * self.model.patch_size}, or set teacher.tiny.conv_stem to false"
-                )
-
-    def check_shares(self, name: str, training: Training) -> None:
-        micro_batches = training.batch_size // training.micro_batch
-        if micro_batches % self.world:
-            raise ValueError(
-                f"{name}.batch_size {training.batch_size} makes {micro_batches} micro-batches of {training.micro_batch}, which "
-                f"{self.world} processes cannot share evenly: change {name}.micro_batch or runtime.processes"
+        halvings = range(patch.bit_length() - 1) if tiny and tiny.conv_stem else ()  # each has a norm of 8 groups
+        if odd := [channels for halving in halvings if (channels := max(tiny.width >> halving, 32)) % 8]:
+            yield (
+                f"teacher.tiny.width {tiny.width} makes a stem layer of {odd[0]} channels, no multiple of 8: take a "
+                f"multiple of {4 * patch}, or set teacher.tiny.conv_stem to false"
             )
+        blocks, depth = segment.out_blocks, self.model.encoder.depth
+        if len(blocks) != 4 or sorted(set(blocks)) != blocks or not 0 <= blocks[0] <= blocks[3] < depth:
+            yield f"segment.out_blocks {blocks} must be four increasing blocks of the encoder's {depth}, from 0"
+        world_size, batch = self.world_size, self.teacher.batch_size
+        for name in ("pretrain", "linear_eval", "finetune", "segment"):
+            training = getattr(self, name)
+            micro_batches = training.batch_size // training.micro_batch
+            if micro_batches % world_size:
+                yield (
+                    f"{name}.batch_size {training.batch_size} makes {micro_batches} micro-batches of {training.micro_batch}, "
+                    f"which {world_size} processes cannot share evenly: change {name}.micro_batch or runtime.processes"
+                )
+        if self.teacher.tiny and batch % world_size:
+            yield f"teacher.batch_size {batch} cannot be shared by {world_size} processes: change it or runtime.processes"
+        if (finetune.mixup or finetune.cutmix) and finetune.micro_batch % 2:
+            yield f"finetune.micro_batch {finetune.micro_batch} must be even: mixup mixes pairs"
+        if segment.micro_batch < 2:
+            yield "segment.micro_batch must be at least 2: its batch norm has no variance over one image"
 
 
 def read_params(path: str | Path = "params.yaml") -> Params:
-    """The whole recipe, checked. Raises UserError naming the key at fault."""
+    """Return the whole recipe, validated. Raises UserError naming the file and the keys at fault."""
     try:
         tree = yaml.safe_load(Path(path).read_text())
     except FileNotFoundError:
         raise UserError(f"{path} is missing: run from the repository's root (git checkout -- {path} restores it).") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}). Give the path of a recipe, a YAML file.") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueErrors: bytes, dates and numbers that are none
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueErrors: invalid bytes, dates and numbers
         raise UserError(f"{path} is no valid YAML: {error}") from None
-    return build(Params, tree, str(path))
+    return validate(Params, tree, str(path))

@@ -22,9 +22,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from milan.core.errors import UserError
-from milan.core.files import refusals_said
+from milan.core.files import explain_os_errors
 from milan.core.program import fail
-from milan.core.typed import build
+from milan.core.validation import validate
 from milan.evaluation.classifier import build_classifier
 from milan.method.encoder import Encoder
 from milan.method.model import MaskedPretraining
@@ -297,7 +297,7 @@ def composed(scale: str) -> Params:
             tree = OmegaConf.to_container(compose("config", overrides=[f"scale={scale}"]), resolve=True)
         except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError) as error:
             raise UserError(f"{path} cannot be composed: {error}") from None
-    return build(Params, tree, path)
+    return validate(Params, tree, path)
 
 
 def main() -> None:
@@ -307,7 +307,7 @@ def main() -> None:
     parser.add_argument("--tflops", type=float, help="what one device sustains in these steps (default: measured here)")
     args = parser.parse_args()
     try:
-        with refusals_said():
+        with explain_os_errors():
             p = read_params(args.params) if args.scale is None else composed(args.scale)
             if args.tflops is not None and not 0 < args.tflops * 1e12 < float("inf"):
                 raise UserError(f"--tflops {args.tflops} must be a number above 0.")

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Protocol
 
 from milan.core.code import changed_files, stage_code
-from milan.core.errors import PREEMPTED, Preempted, UserError
-from milan.core.files import SCRATCH, dvc_hash, existing_parent, json_digest, refusals_said, write_json, write_whole
+from milan.core.errors import PREEMPTED, Preempted, UserError, nearest
+from milan.core.files import SCRATCH, dvc_hash, existing_parent, explain_os_errors, json_digest, write_json, write_whole
 from milan.core.identity import Identity, flatten, identify, present
 from milan.core.program import alone, fail
-from milan.core.typed import nearest
 from milan.params import Params, read_params
 from milan.tracking import machine, tracker
 
@@ -153,7 +152,7 @@ def run(name: str, main: Callable[[Stage], None], doc: str, kind: Kind) -> None:
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, preempt)
     try:
-        with refusals_said():
+        with explain_os_errors():
             stage = Stage(name, args, read_params(args.params), kind)
             refuse_what_is_not_there(stage.params)
             refuse_what_cannot_be_written(stage)

@@ -9,7 +9,7 @@ to run: the page is in git and no out of DVC's, and dvc.lock stays as it is. Cos
 """
 
 from milan.core.files import write_whole
-from milan.core.redaction import discreet
+from milan.core.redaction import redact
 from milan.report import page, provenance
 from milan.report.results import read_results
 from milan.stage import Kind, Stage, git_revision, present, run
@@ -29,7 +29,7 @@ def main(stage: Stage) -> None:
     bars = page.picture(present(args.plots / "bars.png"), "Our variants", page.BARS)
     here = {"revision": git_revision(), "hardware": machine.hardware(params.compute.device)}
     text = page.render(
-        results, page.read_pictures(args.figures, args.notebooks), bars, trail, data, here, discreet(args.params.read_text())
+        results, page.read_pictures(args.figures, args.notebooks), bars, trail, data, here, redact(args.params.read_text())
     )
     write_whole(args.out, text.encode())
     stage.tracker.artifact(args.out, "report")
@@ -43,7 +43,7 @@ def runs_known(stage: Stage) -> list[provenance.StageRun]:
         if provenance.wait_for_turn(stage.tracker.spool):
             return provenance.finished_runs(f"milan-{stage.params.scale}")
     except Exception as error:  # whatever ails the store must not keep the page
-        print(f"page: {type(error).__name__}: {discreet(str(error)[:500])}", flush=True)
+        print(f"page: {type(error).__name__}: {redact(str(error)[:500])}", flush=True)
     print("page: MLflow is out of reach, so hours and hardware are left out.", flush=True)
     return []
 

@@ -55,7 +55,7 @@ def pack(root: Path, folder: Path, params: Params, given: str | None) -> dict:
     items = {split: ade20k.scene_items(places, name, root) for split, name in SPLITS.items()}
     if given:
         imagenet.refuse_other_counts("prepare_ade20k", {split: len(some) for split, some in items.items()}, section.expect)
-    imagenet.refuse_too_few({"segment": (params.segment.batch_size, len(items["train"]))}, params.world)
+    imagenet.refuse_too_few({"segment": (params.segment.batch_size, len(items["train"]))}, params.world_size)
     classes = ade20k.scene_classes(places, section.classes)
     splits = Packing(folder, section.shard_images, os.cpu_count(), classes=section.classes).pack(items)
     manifest = records.write_manifest(folder, splits=splits, classes=classes)

@@ -74,7 +74,7 @@ def pack(root: Path, folder: Path, params: Params, given: str | None) -> dict:
         counts = {"train": len(images.train), "val": len(images.val), "classes": len(images.classes)}
         imagenet.refuse_other_counts("prepare_imagenet", counts, section.expect)
     pairs = captioned(root, images, params)
-    imagenet.refuse_too_few(needs(params, len(images.train), len(pairs), bool(images.classes)), params.world)
+    imagenet.refuse_too_few(needs(params, len(images.train), len(pairs), bool(images.classes)), params.world_size)
     packing = Packing(folder, section.shard_images, os.cpu_count(), section.short_side)
     splits = packing.pack({"train": images.train, "val": images.val, **({"pairs": pairs} if pairs else {})})
     manifest = records.write_manifest(folder, splits=splits, wnids=images.wnids, classes=images.classes)

@@ -60,7 +60,9 @@ def identify(stage: Stage) -> Identity:
     if params.pretrain.weights:
         require_file(inputs.setdefault("weights", Path(params.pretrain.weights)))
     elif row.target == "clip":
-        inputs |= {"teacher": args.teacher / "teacher.safetensors", "bank": target_bank.content_digest(args.bank)}
+        inputs["teacher"] = args.teacher / "teacher.safetensors"
+        if targets.views:
+            inputs["bank"] = target_bank.content_digest(args.bank)
     return stage.identify(sections, **inputs)
 
 

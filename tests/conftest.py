@@ -1,5 +1,5 @@
-"""Shared helpers: the committed recipe as a tree to change, one thread for what forks, and children that fork from
-here, so that a process to kill costs milliseconds and not the ten seconds of importing torch."""
+"""Shared fixtures and helpers: the committed recipe as a tree to change, an empty working folder, and children that are forked
+from the test process, because starting a child that imports torch anew takes ten seconds."""
 
 import argparse
 import copy
@@ -15,7 +15,7 @@ from unittest import mock
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # `make test` runs three processes, and torch would take all cores in each
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # `make test` runs three processes, in each of which torch would use all cores
 
 import torch  # noqa: E402
 import yaml  # noqa: E402
@@ -48,6 +48,10 @@ SLOW = (  # files, or tests, that run stages, servers or processes: `make test-f
     "tracking/test_stores.py",
     "tracking/test_tracker.py::test_an_outage_keeps_all_events_and_is_logged",
     "training/test_processes.py",
+    "training/test_torchrun.py::test_two_nodes_make_what_one_process_makes",
+    "training/test_torchrun.py::test_a_lost_node_ends_the_other_and_one_node_goes_on",
+    "training/test_torchrun.py::test_a_sigterm_to_one_torchrun_saves_and_one_node_goes_on",
+    "training/test_torchrun.py::test_outside_training_a_killed_process_is_no_preemption",
 )
 
 # The first backward pass counts the devices. Later than a FakeTensorMode, which pretends a GPU, it would start a thread for
@@ -65,7 +69,7 @@ def pytest_collection_modifyitems(items: list) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """For the same reason, of several processes those that have not the longest file give way."""
+    """Lower the priority of the test processes that do not run the longest file, for the same reason."""
     if "PYTEST_XDIST_WORKER" in os.environ and item.path.name != SLOWEST[0] and os.nice(0) == 0:
         os.nice(5)
 
@@ -77,20 +81,20 @@ def committed_tree() -> dict:
 
 @pytest.fixture
 def tree(committed_tree) -> dict:
-    """The committed recipe, a copy to change."""
+    """Return a copy of the committed recipe, to be changed."""
     return copy.deepcopy(committed_tree)
 
 
-def change(tree: dict, place: str, value) -> None:
-    """Set the dotted place of a tree."""
-    *sections, last = place.split(".")
+def change(tree: dict, key: str, value) -> None:
+    """Set the value at a dotted key of a tree."""
+    *sections, last = key.split(".")
     for section in sections:
         tree = tree[section]
     tree[last] = value
 
 
 def write_split(folder: Path, split: str, rows: list[dict], shard_images: int) -> dict:
-    """Rows as shards of a split; its entry for the manifest."""
+    """Write rows as the shards of a split and return its entry for the manifest."""
     folder.mkdir(parents=True, exist_ok=True)
     columns = {name for row in rows for name in row}
     shards = [
@@ -101,7 +105,7 @@ def write_split(folder: Path, split: str, rows: list[dict], shard_images: int) -
 
 @pytest.fixture
 def one_thread():
-    """For tests that fork: OpenMP's threads do not survive it."""
+    """Use one thread, for tests that fork: OpenMP's threads do not survive a fork."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -110,18 +114,18 @@ def one_thread():
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch, one_thread) -> Path:
-    """An empty folder to work in; .scratch and whatever else is relative lands there."""
+    """Change to an empty folder, so that .scratch and every other relative path lies there."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def saved_state(name: str = "stage", recipe: str = "recipe", code: dict[str, str] | None = None) -> SavedState:
-    """Where the state of a training of this recipe is kept."""
+    """Return the saved state of a training of this recipe."""
     return SavedState(name, Identity({"recipe": recipe}), code or {"milan/a.py": "1"})
 
 
 def forked(function: Callable, *arguments) -> int:
-    """Run function(*arguments) in a child; its exit status, negative for the signal that ended it."""
+    """Run function(*arguments) in a forked child and return its exit status, negative for the signal that ended it."""
     child = multiprocessing.get_context("fork").Process(target=function, args=arguments)
     child.start()
     child.join(90)
@@ -130,7 +134,7 @@ def forked(function: Callable, *arguments) -> int:
 
 
 def run_main(module, p: Params, out: Path, metrics: Path, curve: Path, **arguments) -> dict:
-    """A stage's main with a tracker that remembers nothing; its metrics."""
+    """Run a stage's main without tracking and return its metrics."""
     given = argparse.Namespace(out=out, metrics=metrics, curve=curve, **arguments)
     stage = Stage(module.__name__.split(".")[-1], given, p)
     stage.tracker = mock.Mock()
@@ -139,7 +143,7 @@ def run_main(module, p: Params, out: Path, metrics: Path, curve: Path, **argumen
 
 
 def script(name: str, arguments: list[str], out: Path) -> None:
-    """In a child: run a stage as `python -m stages.name` would, with its output in a file."""
+    """Run a stage, in a child, as `python -m stages.name` would, and write its output to a file."""
     with open(out, "wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

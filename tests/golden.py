@@ -1,11 +1,11 @@
-"""Compare this code with numbers that the original implementation produced.
+"""Compare this code with numbers from the original implementation.
 
     python -m tests.golden DIR [CASE ...]
 
-DIR holds manifest.json and the cases it lists, in the format told in tests/golden/README.md: no weights, no inputs,
-only outputs; one formula makes the weights and inputs anew from names, shapes and a seed. One line is printed for each
-case and tensor, with the largest error beside the allowed one. Every size is read from the manifest, and what a case is
-from what it holds. Exit status: 0 all within tolerance, 1 a miss, 2 a folder that cannot be read.
+DIR holds manifest.json and the cases that it lists, in the format of tests/golden/README.md: only outputs, because one formula
+makes weights and inputs from names, shapes and a seed. The command prints one line for each case and tensor, with the largest
+error and the allowed one. It reads every size from the manifest, and tells the kind of a case from the tensors that it holds.
+Exit status: 0 all within tolerance, 1 a miss, 2 a folder that cannot be read.
 """
 
 import argparse
@@ -30,8 +30,8 @@ SAMPLED = "keep_prob_mc"
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One compared thing: its largest error, and the largest that is allowed. Without an error it is a note: a
-    stated fact that is proved elsewhere or has no counterpart here."""
+    """One comparison: its largest error and the allowed one. A row without an error is a note on a fact that is proved
+    elsewhere or has no counterpart here."""
 
     case: str
     what: str
@@ -51,7 +51,7 @@ class Row:
 
 
 class Case:
-    """One case of a folder: what the manifest says of it, its stored arrays, and the formula."""
+    """One case of a folder: its entry in the manifest, its stored arrays, and the formula of its weights and inputs."""
 
     def __init__(self, folder: Path, name: str, entry: dict, seed: int):
         self.name, self.seed = name, seed
@@ -63,7 +63,7 @@ class Case:
             self.stored(tensor)
 
     def stored(self, tensor: str) -> np.ndarray:
-        """What the file holds of a tensor: all of it or a slice."""
+        """Return the stored part of a tensor: all of it or a slice."""
         full = self.tensors[tensor]["stored"] == "full"
         return self.arrays[tensor if full else f"{tensor}__slice"]
 
@@ -71,7 +71,7 @@ class Case:
         return self.tensors[tensor]["shape"]
 
     def draw(self, name: str, shape: Iterable[int], mean: float = 0.0, std: float = 1.0) -> np.ndarray:
-        """The formula: standard normals of a generator seeded by the name, scaled and shifted in float32."""
+        """Draw an array by the formula: standard normals of a generator seeded by the name, scaled and shifted in float32."""
         return np.asarray(np.float32(mean) + np.float32(std) * standard_normal(f"{self.seed}:{name}", tuple(shape)))
 
     def input(self, name: str, *shape: int) -> torch.Tensor:
@@ -82,33 +82,33 @@ class Case:
         return torch.from_numpy(self.draw(name, shape, mean, 0.02))
 
 
-@functools.lru_cache(maxsize=300)  # several cases have the same ViT
+@functools.lru_cache(maxsize=300)  # several cases share a ViT
 def standard_normal(key: str, shape: tuple[int, ...]) -> np.ndarray:
     generator = np.random.Generator(np.random.PCG64(zlib.crc32(key.encode())))
     return np.asarray(generator.standard_normal(shape)).astype(np.float32)
 
 
 def tolerance(entry: dict, stored: np.ndarray) -> float:
-    """20 times the original's own rounding noise, or 1e-5 of the largest value, whichever is larger."""
+    """Return the allowed error: 20 times the original's rounding error, or 1e-5 of the largest value, whichever is larger."""
     noise = entry.get("fp32_vs_fp64", {})
     largest = max(float(np.abs(stored).max(initial=0)), noise.get("ref_absmax", 0.0))
     return max(20 * noise.get("max_abs", 0.0), 1e-5 * largest)
 
 
-def cut(tensor: np.ndarray, spelled: str) -> np.ndarray:
-    """The part of a tensor that `spelled` names, such as "[:, ::2, ::5]" (or "full")."""
-    if spelled == "full":
+def cut(tensor: np.ndarray, part: str) -> np.ndarray:
+    """Return a part of a tensor, given as text such as "[:, ::2, ::5]" or "full"."""
+    if part == "full":
         return tensor
 
-    def one(text: str):
+    def index(text: str):
         ends = [ast.literal_eval(end) if end.strip() else None for end in text.split(":")]
         return slice(*ends) if len(ends) > 1 else ends[0]
 
-    return tensor[tuple(one(text) for text in spelled.strip("[] ").split(","))]
+    return tensor[tuple(index(text) for text in part.strip("[] ").split(","))]
 
 
 def compare(case: Case, tensor: str, ours) -> Iterator[Row]:
-    """Rows for one tensor: its stored values, and the statistics of the whole where only a slice is stored."""
+    """Yield the rows of one tensor: its stored values, and the statistics of the whole where only a slice is stored."""
     entry, stored = case.tensors[tensor], case.stored(tensor)
     if stored.dtype.kind == "U":
         yield names_row(case.name, tensor, list(stored), list(ours))
@@ -131,20 +131,21 @@ def largest(difference: np.ndarray) -> float:
 
 
 def statistics_row(case: str, what: str, ours: np.ndarray, stats: dict, allowed: float) -> Row:
-    """If no value is off by more than `allowed`, neither are mean and std, nor l2 / sqrt(n)."""
+    """Compare statistics: if no value differs by more than `allowed`, neither do mean, std and l2 / sqrt(n)."""
     mine = {"mean": ours.mean(), "std": ours.std(), "l2": np.linalg.norm(ours)}
     scale = {"mean": 1, "std": 1, "l2": np.sqrt(ours.size)}
     return Row(case, what, max(abs(mine[key] - stats[key]) / scale[key] for key in mine), allowed)
 
 
 def names_row(case: str, what: str, theirs: Iterable, ours: Iterable) -> Row:
-    """Two lists as sets; the error is how many are in one alone."""
+    """Compare two lists as sets; the error is the number of names in only one of them."""
     differing = sorted(set(map(str, theirs)) ^ set(map(str, ours)))
     return Row(case, what, len(differing), 0, f"differ: {', '.join(differing[:8])}" if differing else "names")
 
 
 def relative_row(case: Case, tensor: str, ours: np.ndarray) -> Row:
-    """Norms, each relative to itself (1e-5 of the largest would hide the small ones); zero is held against the largest."""
+    """Compare norms, each relative to itself, because 1e-5 of the largest would hide the small ones; a norm of zero is compared
+    relative to the largest."""
     stored = case.stored(tensor).astype(np.float64)
     errors = np.abs(ours - stored) / np.maximum(stored, 1e-8 * stored.max())
     allowed = max(1e-4, 20 * case.entry.get(f"{tensor}_fp32_vs_fp64_max_rel", 0))
@@ -153,12 +154,12 @@ def relative_row(case: Case, tensor: str, ours: np.ndarray) -> Row:
 
 
 def sampled_row(case: Case, tensor: str, ours: np.ndarray) -> Row:
-    """Two Monte-Carlo estimates of the same probabilities: within five standard errors, and one draw's grain."""
+    """Compare two Monte-Carlo estimates of the same probabilities: five standard errors, plus the resolution of the draws."""
     stored = case.stored(tensor).astype(np.float64)
     theirs, draws = case.entry[SAMPLED]["draws"], SAMPLES
     allowed = 5 * np.sqrt(stored * (1 - stored) * (1 / draws + 1 / theirs)) + 5 / min(draws, theirs)
     worst = (np.abs(ours - stored) / allowed).argmax()
-    return Row(case.name, tensor, abs(ours[worst] - stored[worst]), allowed[worst], f"nearest to its bound: patch {worst}")
+    return Row(case.name, tensor, abs(ours[worst] - stored[worst]), allowed[worst], f"closest to its bound: patch {worst}")
 
 
 SAMPLES = 200_000
@@ -192,7 +193,7 @@ def run_json(name: str, content: dict) -> Iterator[Row]:
 
 
 def run(folder: Path, only: Iterable[str] = ()) -> Iterator[Row]:
-    """All rows of a folder, or of the cases and files named in `only`. A check that fails to run is a miss."""
+    """Yield all rows of a folder, or of the cases and files in `only`. A check that raises an error is a miss."""
     for name, check in read(folder):
         if only and name not in only:
             continue
@@ -203,7 +204,7 @@ def run(folder: Path, only: Iterable[str] = ()) -> Iterator[Row]:
 
 
 def read(folder: Path) -> list:
-    """(name, check) for every case and JSON file, all of them readable; raises UserError."""
+    """Return (name, check) for every case and JSON file. Raises UserError where one cannot be read."""
     path = folder / "manifest.json"
     try:
         manifest = json.loads(path.read_text())
@@ -218,9 +219,9 @@ def read(folder: Path) -> list:
             checks.append((name, lambda name=name, content=content: run_json(name, content)))
         return checks
     except KeyError as error:
-        raise UserError(f"{path}: {error.args[0]!r} is missing. The folder's format is told in tests/golden/README.md.") from None
+        raise UserError(f"{path}: {error.args[0]!r} is missing. The folder's format is described in tests/golden/README.md.") from None
     except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be read ({error}). Give a folder as told in tests/golden/README.md.") from None
+        raise UserError(f"{path} cannot be read ({error}). Give a folder as described in tests/golden/README.md.") from None
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -231,7 +232,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("only", nargs="*", metavar="CASE", help="names of cases or JSON files; all when left out")
     options = parser.parse_args(arguments)
     start, rows, threads = time.monotonic(), [], torch.get_num_threads()
-    torch.set_num_threads(1)  # as the original's numbers were made
+    torch.set_num_threads(1)  # as for the original's numbers
     try:
         for row in run(options.folder, options.only):
             print(row, flush=True)
@@ -252,6 +253,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    import tests.golden  # not __main__: the cases import this module too, and there should be one of it
+    import tests.golden  # not __main__: the cases import this module too, and it must not be loaded twice
 
     raise SystemExit(tests.golden.main())

@@ -1,4 +1,4 @@
-"""What our code computes for each kind of golden case: {tensor: values}, and further (what, error, allowed) rows."""
+"""Compute each kind of golden case with our code: {tensor: values}, and under "rows" further (what, error, allowed)."""
 
 import math
 import re
@@ -26,8 +26,8 @@ OFFICIAL_FEATURE_DIM = 512  # the release fixes it; trajectories do not state it
 
 
 def sizes(config: dict) -> params.Model:
-    """Sizes as stated: by name, in the config or the factory's arguments; or in the factory's "(768/12/12, decoder
-    512/8/16)"; or by its name, vit_base_patch16."""
+    """Return the model's sizes from a case's config: from its keys or the factory's arguments, from the factory's "(768/12/12,
+    decoder 512/8/16)", or from the factory's name, vit_base_patch16."""
     factory = config.get("factory", "")
     numbers = [int(n) for tower in re.findall(r"\d+/\d+/\d+", factory) for n in tower.split("/")]
     named = re.search(r"vit_(\w+?)_patch(\d+)", factory)
@@ -42,17 +42,17 @@ def sizes(config: dict) -> params.Model:
 
 
 def official(name: str) -> str:
-    """Our parameter name -> the official one."""
+    """Return the official name of one of our parameters."""
     return name.removeprefix("encoder.vit.").removeprefix("decoder.")
 
 
 def fill(model: nn.Module, case: Case) -> None:
-    """Every drawn weight of the model by the formula; position tables stay the model's own."""
+    """Set every weight of a model by the formula, except its position tables."""
     ours = {official(name): parameter for name, parameter in model.named_parameters()}
     expected = {name: tuple(shape) for name, shape in case.shapes.items()}
-    found = {name: tuple(parameter.shape) for name, parameter in ours.items()}
-    if expected and expected != found:
-        raise ValueError(f"parameters differ: {sorted(set(expected.items()) ^ set(found.items()))[:6]}")
+    built = {name: tuple(parameter.shape) for name, parameter in ours.items()}
+    if expected and expected != built:
+        raise ValueError(f"parameters differ: {sorted(set(expected.items()) ^ set(built.items()))[:6]}")
     with torch.no_grad():
         for name, parameter in ours.items():
             if not name.endswith("pos_embed"):
@@ -60,15 +60,15 @@ def fill(model: nn.Module, case: Case) -> None:
 
 
 class Masked:
-    """A pretraining case: the model with its weights, and images, teacher and ids of a step."""
+    """A pretraining case: the model with its weights, and the images, teacher features and ids of a step."""
 
     def __init__(self, case: Case):
         self.case, self.config, self.size = case, case.config, sizes(case.config)
         names = list(case.shapes) or list(case.arrays["param_names"])
         self.prompting = any(".attn.kv." in name for name in names)
         self.clip = self.config.get("use_clip", True)
-        recipe = params.AblationRow("clip" if self.clip else "pixels", "prompt" if self.prompting else "mae", "random")
-        self.model = pretraining.MaskedPretraining(self.size, recipe, self.config["mask_ratio"], self.feature_dim)
+        row = params.AblationRow("clip" if self.clip else "pixels", "prompt" if self.prompting else "mae", "random")
+        self.model = pretraining.MaskedPretraining(self.size, row, self.config["mask_ratio"], self.feature_dim)
         fill(self.model, case)
 
     @property
@@ -77,7 +77,7 @@ class Masked:
         return (self.config.get("teacher_dim") or (stated or [OFFICIAL_FEATURE_DIM])[0]) if self.clip else None
 
     def inputs(self, step: str = "") -> tuple[Tensor, Tensor | None, Tensor]:
-        """images (B, 3, H, H), teacher features (B, 1+N, D) or None, ids (B, N)."""
+        """Return images (B, 3, H, H), teacher features (B, 1+N, D) or None, and ids (B, N)."""
         batch, side, n = self.config["batch"], self.size.image_size, self.size.n_patches
         images = self.case.input(f"images{step}", batch, 3, side, side)
         name = "teacher" if self.prompting else f"teacher{self.feature_dim}"
@@ -89,7 +89,7 @@ class Masked:
         return visible, masking.complement(visible, self.size.n_patches)
 
     def forward(self, images: Tensor, teacher: Tensor | None, ids: Tensor) -> dict[str, Tensor]:
-        """latent, pred (image order), loss, and loss_per_token with features as the target."""
+        """Return latent, pred (in image order), loss and, for feature targets, loss_per_token."""
         model, (visible, masked) = self.model, self.split(ids)
         latent = model.encoder(images, visible)
         predictions = model.decoder(latent, visible, masked)
@@ -104,7 +104,7 @@ class Masked:
 
 
 def masked_step(case: Case) -> dict:
-    """A, B, C: the forward pass in float32, every gradient in float64."""
+    """Cases A, B, C: the forward pass in float32, every gradient in float64."""
     setting = Masked(case)
     images, teacher, ids = setting.inputs()
     with torch.no_grad():
@@ -121,7 +121,7 @@ def masked_step(case: Case) -> dict:
 
 
 def sampler(case: Case, setting: Masked) -> dict:
-    """The importance of the formula, and how often our sampler keeps each patch of its row."""
+    """Return the importance by the formula, and how often our sampler keeps each patch of one row."""
     if "importance" not in case.tensors:
         return {}
     logits = case.draw("input:importance", case.shape("importance")).astype(np.float64)
@@ -134,7 +134,7 @@ def sampler(case: Case, setting: Masked) -> dict:
 
 
 def keep_probability(importance: Tensor, k: int, draws: int, seed: int = 0) -> Tensor:
-    """(N,) share of draws in which each patch of importance (N,) is kept by our sampler."""
+    """Return the share (N,) of draws in which our sampler keeps each patch of importance (N,)."""
     n, kept, chunk = len(importance), torch.zeros(len(importance), dtype=torch.float64), 10_000
     for start in range(0, draws, chunk):
         noise = masking.gumbel(seed, 0, start, n * chunk).view(chunk, n)
@@ -144,7 +144,7 @@ def keep_probability(importance: Tensor, k: int, draws: int, seed: int = 0) -> T
 
 
 def clip_tower(case: Case) -> dict:
-    """D: features, the last block's attention and importance, from an OpenAI state dict."""
+    """Case D: features, the last block's attention and importance, from an OpenAI state dict."""
     state = {name: case.weight(name, shape) for name, shape in case.shapes.items()}
     state |= {name: torch.tensor(value) for name, value in case.entry.get("extra_int_keys", {}).items()}
     tower = ClipTower(empty_clip(case.config).visual).eval()
@@ -159,7 +159,7 @@ def clip_tower(case: Case) -> dict:
 
 
 def empty_clip(config: dict) -> CLIP:
-    """open_clip's model of the stated sizes; text heads are 64 wide, as in all of OpenAI's models."""
+    """Build open_clip's model of these sizes; text heads are 64 wide, as in all of OpenAI's models."""
     width, text = config["width"], config["text"]
     size = {"width": width, "layers": config["layers"], "head_width": width // config["heads"]}
     vision = CLIPVisionCfg(**size, patch_size=config["patch"], image_size=config["image"])
@@ -168,7 +168,7 @@ def empty_clip(config: dict) -> CLIP:
 
 
 def finetuned(case: Case) -> dict:
-    """E: features (mean of the patches, fc_norm) and logits in evaluation; and the drop path of each block."""
+    """Case E: features (mean of the patches, fc_norm) and logits in evaluation; and the drop path of each block."""
     rates = case.entry.get("drop_path_per_block", [0.0])
     classes = case.shape("logits")[-1]
     size = sizes(case.config)
@@ -194,7 +194,7 @@ def images_of(case: Case, size: params.Model) -> Tensor:
 
 
 def linear_probe(case: Case) -> dict:
-    """F: the head in evaluation, in training, and in evaluation after that one step; and LARS."""
+    """Case F: the head in evaluation, in training, and in evaluation after that one step; and LARS."""
     size = sizes(case.config)
     vit = build_vit(size).eval()
     fill_vit(vit, case, size)
@@ -211,13 +211,13 @@ def linear_probe(case: Case) -> dict:
 def lars_steps(case: Case) -> dict:
     if "lars_weight_steps" not in case.tensors:
         return {}
-    recipe, (steps, rows, columns) = case.config["lars"], case.shape("lars_weight_steps")
+    settings, (steps, rows, columns) = case.config["lars"], case.shape("lars_weight_steps")
     layer = nn.Linear(columns, rows)
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
             parameter.copy_(case.weight(f"lars.{name}", parameter.shape))
-    optimizer = optim.lars(layer, recipe["momentum"], recipe["weight_decay"])
-    optim.set_lr(optimizer, recipe["lr"])
+    optimizer = optim.lars(layer, settings["momentum"], settings["weight_decay"])
+    optim.set_lr(optimizer, settings["lr"])
     seen: dict[str, list] = {"weight": [], "bias": []}
     for step in range(steps):
         for name, parameter in layer.named_parameters():
@@ -225,12 +225,12 @@ def lars_steps(case: Case) -> dict:
         optimizer.step()
         for name, parameter in layer.named_parameters():
             seen[name].append(parameter.detach().clone())
-    trust = max(abs(group["trust_coeff"] - recipe["trust_coefficient"]) for group in optimizer.param_groups)
+    trust = max(abs(group["trust_coeff"] - settings["trust_coefficient"]) for group in optimizer.param_groups)
     return {f"lars_{name}_steps": torch.stack(values) for name, values in seen.items()} | {"rows": [("lars trust coefficient", trust, 0)]}
 
 
 def schedule(case: Case) -> dict:
-    """G: learning rates at fractional epochs."""
+    """Case G: learning rates at fractional epochs."""
     ours = {}
     for stage in (name.removeprefix("lr_").removesuffix("_epochs") for name in case.tensors if name.endswith("_epochs")):
         epochs = case.arrays[f"lr_{stage}_epochs"]
@@ -240,7 +240,7 @@ def schedule(case: Case) -> dict:
 
 
 def trajectory(case: Case) -> dict:
-    """H: AdamW steps, each with its own batch, or all with the first."""
+    """Case H: AdamW steps, each with its own batch, or all with the first one."""
     setting = Masked(case)
     numbers, weight_decay, betas = optimisation(case.config)
     optimizer = optim.adamw(optim.decay_groups(setting.model, weight_decay), betas)
@@ -267,7 +267,7 @@ def trajectory(case: Case) -> dict:
 
 
 def optimisation(config: dict) -> tuple[dict[str, float], float, list[float]]:
-    """(arguments of lr_at, weight decay, betas) out of the two sentences that state them."""
+    """Read (arguments of lr_at, weight decay, betas) from the two sentences that state them."""
     stated: dict[str, float] = {}
     for key, value in re.findall(r"(\w+)=([\d.e+-]+)", config["schedule"]):
         if key in ("lr", "min_lr", "warmup_epochs", "epochs"):
@@ -278,7 +278,7 @@ def optimisation(config: dict) -> tuple[dict[str, float], float, list[float]]:
 
 
 def position_embeddings(case: Case) -> dict:
-    """I: sin-cos tables and the interpolation, with single rows of each."""
+    """Case I: sin-cos tables and the interpolation, with single rows of each."""
     ours: dict[str, Tensor] = {}
     for dim, grid, *cls in case.config.get("sincos", ()):
         ours[f"sincos_{dim}"] = sincos_pos_embed(dim, grid)[0, 0 if cls else 1 :]
@@ -287,12 +287,12 @@ def position_embeddings(case: Case) -> dict:
         old = int(re.search(r"(\d+)x\d+", case.config["interpolate"])[1])
         ours["interpolated"] = interpolate_pos_embed(case.input("pos_embed", 1, old * old + 1, dim), math.isqrt(rows - 1))
     for name in case.tensors:
-        if found := re.fullmatch(r"(.+)_row(\d+)", name):
-            ours[name] = ours[found[1]].squeeze(0)[int(found[2])]
+        if match := re.fullmatch(r"(.+)_row(\d+)", name):
+            ours[name] = ours[match[1]].squeeze(0)[int(match[2])]
     return ours
 
 
-# What a case holds -> what computes it; the first that fits.
+# A tensor of a case: the function that computes cases with such a tensor. The first that applies is used.
 KINDS = {
     "losses": trajectory,
     "attention": clip_tower,

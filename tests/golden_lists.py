@@ -1,5 +1,5 @@
-"""The golden JSON files: parameter groups, names, and the recipe. Each check gives (what, error, allowed, note) rows; the
-error of a list is how many of its entries differ."""
+"""Check the golden JSON files: parameter groups, names, and the recipe. Each check yields rows (what, error, allowed, note); the
+error of a list is the number of entries that differ."""
 
 from collections.abc import Callable, Iterable, Iterator
 
@@ -15,7 +15,7 @@ from milan.training import optim
 from tests.golden_cases import official
 
 Rows = Iterator[tuple]
-TINY = 16  # a width: groups and names depend on the number of blocks alone
+TINY = 16  # width of the models: groups and names depend only on the number of blocks
 
 
 def count(what: str, differing: Iterable[str], of: int) -> tuple:
@@ -32,7 +32,7 @@ def blocks(names: Iterable[str], beginning: str) -> int:
 
 
 def finetune_groups(content: dict) -> Rows:
-    """E: rate scale and decay of every parameter of a fine-tuned ViT, and the groups they make."""
+    """File E: rate scale and decay of every parameter of a fine-tuned ViT, and its parameter groups."""
     depth = blocks(content["params"], "blocks.")
     model = build_vit(tiny(depth), num_classes=2, global_pool="avg")
     groups = optim.layer_decay_groups(
@@ -45,7 +45,7 @@ def finetune_groups(content: dict) -> Rows:
         if name not in ours or name not in content["params"] or not same_group(ours[name], content["params"][name])
     }
     yield count("scale and decay of every parameter", differing, len(content["params"]))
-    # As a multiset: the order of groups changes nothing, and timm 1 registers fc_norm before the head.
+    # Compared without order: it has no effect, and timm 1 registers fc_norm before the head.
     spelled = [sorted(spell(g["lr_scale"], g["weight_decay"], n) for g, n in each) for each in pairs(groups, content["groups_in_order"])]
     yield count("groups", set(spelled[0]) ^ set(spelled[1]), content["n_groups"])
     yield "number of groups", abs(len(groups) - content["n_groups"]), 0
@@ -71,7 +71,7 @@ def optimizer_rows(optimizer: torch.optim.Optimizer, stated: dict) -> Rows:
 
 
 def decay_lists(content: dict) -> Rows:
-    """G: which parameters of the pretraining models decay, which do not, and which are frozen."""
+    """File G: the parameters of the pretraining models with weight decay, without it, and frozen."""
     for name, lists in content["models"].items():
         every = [parameter for names in lists.values() for parameter in names]
         kind = "prompt" if any(".attn.kv." in parameter for parameter in every) else "mae"
@@ -88,7 +88,7 @@ def grouped(model: nn.Module) -> dict[str, set[str]]:
 
 
 def mmpretrain_names(content: dict) -> Rows:
-    """K: every name there and back, with tensors as they are; and by how much its position tables differ."""
+    """File K: every name mapped there and back with its tensor unchanged, and the distance of the position tables."""
     for part in ("backbone", "neck"):
         theirs = {entry["mmpretrain"]: torch.empty(entry["shape"], device="meta") for entry in content[part]}
         names = {entry["mmpretrain"]: entry["official"] for entry in content[part]}
@@ -103,13 +103,13 @@ def mmpretrain_names(content: dict) -> Rows:
 
 
 def swap_distance(shape: list[int]) -> float:
-    """Largest difference between our table and the one with its halves swapped."""
+    """Return the largest difference between our position table and the one with its halves swapped."""
     table = sincos_pos_embed(shape[2], round((shape[1] - 1) ** 0.5))
     return (table - torch.cat(table.chunk(2, dim=2)[::-1], dim=2)).abs().max().item()
 
 
 def recipe(content: dict) -> Rows:
-    """J; it needs the stages and hydra, which the other files do not."""
+    """File J. Imported here because it alone needs the stages and hydra."""
     from tests import golden_recipe
 
     return golden_recipe.recipe(content)

@@ -1,7 +1,7 @@
-"""Golden file J: the facts of the release's recipe, each held against ours as composed with scale=paper.
+"""Golden file J: compare the facts of the release's recipe with ours, composed with scale=paper.
 
-Every leaf of the file is checked: as a value of the recipe, by what our code does, or, where a fact is proved by
-another case or has no counterpart here, by saying so. A leaf that none of these knows is a miss."""
+Every leaf of the file is checked against a value of the recipe or the behaviour of our code, or noted where another case
+proves it or it has no counterpart here. A leaf without any of these is a miss."""
 
 import math
 import re
@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from milan import params
-from milan.core import typed
+from milan.core.validation import validate
 from milan.data import transforms
 from milan.evaluation.classifier import FinetuneLoss, build_classifier
 from milan.evaluation.linear import LinearHead, ProbeLoss
@@ -36,7 +36,7 @@ TINY = params.Model("golden", 8, 4, params.TransformerSize(16, 3, 2), params.Tra
 def composed(scale: str) -> params.Params:
     with initialize_config_dir(str(CONF), version_base=None):
         tree = OmegaConf.to_container(compose("config", overrides=[f"scale={scale}"]))
-    return typed.build(params.Params, tree, f"conf/scale/{scale}.yaml")
+    return validate(params.Params, tree, f"conf/scale/{scale}.yaml")
 
 
 def recipe(content: dict) -> Iterator[tuple]:
@@ -61,7 +61,7 @@ def leaves(tree, path: str = "") -> Iterator[tuple[str, object]]:
 
 
 def row(path: str, stated, ours) -> tuple:
-    """A callable gives (error, allowed) for what is stated; anything else is compared with it."""
+    """Compare a stated fact with ours: a callable returns (error, allowed) for it; any other value is compared with it."""
     if isinstance(ours, Callable):
         return path, *ours(stated)
     scale = abs(stated) if isinstance(stated, int | float) else 1.0
@@ -69,19 +69,19 @@ def row(path: str, stated, ours) -> tuple:
 
 
 def values(p: params.Params) -> dict:
-    """Paths whose stated value is a value of the composed recipe, or of the objects that the stages build from it."""
+    """Return {path: value} of facts that are values of the composed recipe, or of the objects that stages build from it."""
     x, f, probe = p.pretrain, p.finetune, p.linear_eval
     mixer = FinetuneLoss(nn.Identity(), f, CLASSES).mixup
-    found = {f"pretrain.{key}": getattr(x, key) for key in ("clip_grad", "epochs", "lr", "mask_ratio", "min_lr", "warmup_epochs")}
-    found |= {f"linprobe.{key}": getattr(probe, key) for key in ("epochs", "min_lr", "warmup_epochs")}
+    expected = {f"pretrain.{key}": getattr(x, key) for key in ("clip_grad", "epochs", "lr", "mask_ratio", "min_lr", "warmup_epochs")}
+    expected |= {f"linprobe.{key}": getattr(probe, key) for key in ("epochs", "min_lr", "warmup_epochs")}
     same = ("clip_grad", "cutmix", "drop_path", "epochs", "label_smoothing", "layer_decay", "lr", "min_lr", "mixup", "warmup_epochs")
-    found |= {f"finetune.{key}": getattr(f, key) for key in same}
-    found |= {f"{name}.effective_batch": s.batch_size for name, s in (("pretrain", x), ("linprobe", probe), ("finetune", f))}
-    return found | {
+    expected |= {f"finetune.{key}": getattr(f, key) for key in same}
+    expected |= {f"{name}.effective_batch": s.batch_size for name, s in (("pretrain", x), ("linprobe", probe), ("finetune", f))}
+    return expected | {
         "pretrain.blr": x.lr * 256 / x.batch_size,
-        "pretrain.gpus": p.world,
+        "pretrain.gpus": p.world_size,
         "pretrain.per_gpu": x.micro_batch,
-        "pretrain.accum_iter": x.batch_size // (x.micro_batch * p.world),
+        "pretrain.accum_iter": x.batch_size // (x.micro_batch * p.world_size),
         "pretrain.drop_last": Order(10, 4, 4, 1, 0).steps_per_epoch == 2,
         "linprobe.blr_base": probe.lr * 256 / probe.batch_size,
         "linprobe.sync_bn": not isinstance(LinearHead(4, 2).norm, nn.BatchNorm1d),
@@ -104,7 +104,7 @@ def values(p: params.Params) -> dict:
 
 
 def large_values() -> dict:
-    """What ViT-L has otherwise."""
+    """Return {path: value} of the facts in which ViT-L differs."""
     p = composed("paper_large")
     return {
         "finetune.large.drop_path": p.finetune.drop_path,
@@ -114,32 +114,32 @@ def large_values() -> dict:
 
 
 def numbers(sentence: str) -> dict[str, float]:
-    """{"eps": 1e-8, "wd": 0.05, "betas": [0.9, 0.999]} out of "AdamW betas (0.9,0.999) eps 1e-8 wd 0.05": first mentions."""
-    found: dict = {}
+    """Read {"eps": 1e-8, "wd": 0.05, "betas": [0.9, 0.999]} from "AdamW betas (0.9,0.999) eps 1e-8 wd 0.05": first mentions."""
+    stated: dict = {}
     for word, value in re.findall(r"(lr|momentum|wd|trust|eps|std|bias)[ =]([\d.]+(?:e-?\d+)?)", sentence):
-        found.setdefault(word, float(value))
+        stated.setdefault(word, float(value))
     if betas := re.search(r"betas \(([\d.]+),\s*([\d.]+)\)", sentence):
-        found["betas"] = [float(betas[1]), float(betas[2])]
-    return found
+        stated["betas"] = [float(betas[1]), float(betas[2])]
+    return stated
 
 
 def said(ours: dict, tolerance: float = 1e-9) -> Callable[[str], tuple]:
-    """A check that the numbers of a sentence are ours."""
+    """Return a check that the numbers of a sentence are ours."""
     return lambda stated: (differ(ours, numbers(stated)), tolerance, f"ours {ours}")
 
 
 def holds(fact: bool) -> Callable[[str], tuple]:
-    """A check of a fact told in words: the words are those of the file, the proof is here."""
+    """Return a check of a fact that the file states in words and that `fact` proves."""
     return lambda stated: (float(not fact), 0, str(stated)[:60])
 
 
 def zero(fact: bool) -> Callable[[float], tuple]:
-    """A check of a number that is stated as zero, of which our code has none at all."""
+    """Return a check of a number that is stated as zero, where our code has no such feature."""
     return lambda stated: (float(stated != 0 or not fact), 0)
 
 
 def behaviours(p: params.Params) -> dict[str, Callable]:
-    """Paths that tell what the code does, with checks of what ours does."""
+    """Return {path: check} of facts about the code's behaviour."""
     return {
         "pretrain.optimizer": said(adamw_numbers(p.pretrain)),
         "pretrain.drop_path": zero(not any(getattr(module, "drop_prob", 0) for module in masked_model().modules())),
@@ -196,7 +196,8 @@ def positions_are_fixed() -> bool:
 
 
 def fresh_norm(p: params.Params) -> bool:
-    """The checkpoint (here: all fives) reaches the encoder, not the new norm, and its own final norm is not used."""
+    """Return whether the checkpoint (here all fives) is loaded into the encoder but not the new norm, and its own final norm is
+    not used."""
     vit = classifier(p)
     loaded = vit.blocks[0].norm1.weight.eq(5).all() and vit.pos_embed.eq(5).all()
     return bool(loaded and vit.fc_norm.weight.eq(1).all() and vit.fc_norm.bias.eq(0).all() and isinstance(vit.norm, nn.Identity))
@@ -210,7 +211,7 @@ def drop_path_is_linear(p: params.Params) -> bool:
 
 
 def partner_is_flipped(p: params.Params) -> bool:
-    """Mixup of a batch of constants c and its reverse: every value is lam c + (1 - lam) reversed c, for one lam."""
+    """Return whether mixup mixes a batch with its reverse: constants c become lam c + (1 - lam) reversed c, with one lam."""
     mixer = FinetuneLoss(nn.Identity(), p.finetune, CLASSES).mixup
     mixer.switch_prob = 0.0
     torch.manual_seed(0)
@@ -221,7 +222,7 @@ def partner_is_flipped(p: params.Params) -> bool:
 
 
 def smoothing_is_in_targets(p: params.Params) -> bool:
-    """off = s / C and on = 1 - s + s / C; and the criterion is the cross entropy against these soft targets."""
+    """Return whether the loss is the cross entropy against soft targets: s / C, and 1 - s + s / C for the label."""
     loss, s = FinetuneLoss(nn.Flatten(), p.finetune, CLASSES), p.finetune.label_smoothing
     loss.mixup.mixup_enabled = False
     images, labels = torch.randn(2, 1, 1, CLASSES), torch.tensor([3, 5])
@@ -232,7 +233,7 @@ def smoothing_is_in_targets(p: params.Params) -> bool:
 
 
 def positions_are_tuned(p: params.Params) -> bool:
-    """Trainable, without weight decay, at the first layer's rate."""
+    """Return whether the position table is trained, without weight decay, at the first layer's rate."""
     vit = classifier(p)
     group = next(group for group in finetune.layer_groups(vit, p.finetune) if "pos_embed" in group["names"])
     rate = p.finetune.layer_decay ** (len(vit.blocks) + 1)
@@ -247,7 +248,7 @@ def probe_is_plain() -> bool:
 
 
 def initialised_as_stated() -> bool:
-    """Largest weight of every linear just within Xavier's bound, by the shape of the matrix as it is stored."""
+    """Return whether the initial weights are those that the release states; Xavier's bound is that of the stored matrix."""
     torch.manual_seed(0)
     size = params.Model("golden", 16, 8, params.TransformerSize(96, 2, 2), params.TransformerSize(64, 2, 2))
     encoder, decoder = Encoder(size).vit, DECODERS["prompt"](96, 64, 2, 2, size.grid, 32)
@@ -271,7 +272,7 @@ def loss_behaviours() -> dict[str, Callable]:
     prediction, target = (torch.randn(2, 5, 10, generator=torch.Generator().manual_seed(i)) for i in range(2))
     plain = 2 - 2 * nn.functional.cosine_similarity(prediction, target, dim=-1)
     ours = pretraining.feature_loss(prediction, target)
-    tiny = pretraining.feature_loss(prediction * 1e-9, target)  # an epsilon would show here
+    tiny = pretraining.feature_loss(prediction * 1e-9, target)  # an epsilon in the norm would change this
     return {
         "loss.formula": holds(torch.allclose(ours, plain, atol=1e-5)),
         "loss.eps": holds(torch.allclose(ours, tiny, atol=1e-5)),
@@ -284,7 +285,7 @@ def loss_behaviours() -> dict[str, Callable]:
 
 
 def tokens_in_loss() -> dict[str, bool]:
-    """Which of the teacher's tokens move the loss, and whether some weigh otherwise than in a mean over all."""
+    """Return which of the teacher's tokens enter the loss, and whether it is anything but the mean over all tokens."""
     model = masked_model()
     noise = torch.rand(1, TINY.n_patches, generator=torch.Generator().manual_seed(0))
     visible = noise.argsort(dim=1, descending=True)[:, : model.n_visible]
@@ -297,12 +298,12 @@ def tokens_in_loss() -> dict[str, bool]:
     masked = hidden.nonzero()[:, 0][None]
     predictions = pretraining.in_image_order(model.predict(images, visible, masked), visible, masked)
     mean = pretraining.feature_loss(predictions, features).mean()
-    found = {"cls": moved[0], "visible": moved[1:][~hidden].all(), "masked": moved[1:][hidden].all(), "weighted": abs(loss - mean) > 1e-6}
-    return {name: bool(value) for name, value in found.items()}
+    counted = {"cls": moved[0], "visible": moved[1:][~hidden].all(), "masked": moved[1:][hidden].all(), "weighted": abs(loss - mean) > 1e-6}
+    return {name: bool(value) for name, value in counted.items()}
 
 
 def pixel_targets_are_normalised() -> bool:
-    """Unbiased variance, eps 1e-6, masked patches alone."""
+    """Return whether pixel targets are the masked patches, normalised with unbiased variance and eps 1e-6."""
     model, images, masked = masked_model("pixels", "mae"), torch.randn(1, 3, 8, 8) * 1e-3, torch.tensor([[1, 2]])
     patches = pretraining.patchify(images, 4)[:, [1, 2]].double()
     deviation = patches - patches.mean(-1, keepdim=True)
@@ -312,15 +313,15 @@ def pixel_targets_are_normalised() -> bool:
 
 ELSEWHERE = {
     "finetune.eval_loss": "no evaluation loss is reported",
-    "linprobe.amp": "differs knowingly: compute.precision, bf16 as shipped, fp16 on request",
-    "linprobe.backbone_mode": "frozen and free of dropout: train and eval mode are one",
+    "linprobe.amp": "deliberate difference: compute.precision, bf16 by default, fp16 on request",
+    "linprobe.backbone_mode": "frozen and without dropout: train and eval mode are the same",
     "linprobe.feature": "proved by case F",
     "loss.teacher_features": "proved by case D",
     "masking.draw": "proved by case A, keep_prob_mc, and tests/method/test_masking.py",
     "masking.importance": "proved by case D",
-    "pretrain.amp": "differs knowingly: compute.precision, bf16 as shipped, fp16 on request",
+    "pretrain.amp": "deliberate difference: compute.precision, bf16 by default, fp16 on request",
     "pretrain.lr_granularity": "per optimizer step from its fractional epoch: cases G and H",
-    "pretrain.norm_pix_loss": "no such switch here: the target says it",
+    "pretrain.norm_pix_loss": "no such switch here: it follows from the target",
     "teacher_normalisation.clip_own.note": "see clip_own_mean_std_used",
     "teacher_normalisation.received": "see mean and std",
     "transform_notes": "checked entry by entry under transforms",

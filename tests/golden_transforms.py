@@ -1,7 +1,7 @@
-"""Golden file J, transforms: every argument of every transform of the release, held against what ours do.
+"""Golden file J, transforms: compare every argument of every transform of the release with the behaviour of ours.
 
-Reference images come from PIL and torchvision's classes on PIL images, as the release used them; distributions are
-compared by the Kolmogorov-Smirnov distance of 2,000 draws from ours and 2,000 from a reference."""
+Reference images come from torchvision's classes on PIL images, as in the release. Distributions are compared by the
+Kolmogorov-Smirnov distance between 2,000 draws of ours and 2,000 of a reference."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -19,8 +19,8 @@ from milan.data import transforms
 from stages import finetune, linear_eval
 
 DRAWS = 2_000
-KS_BOUND = 1.95 * math.sqrt(2 / DRAWS)  # of two samples of the same distribution, in all but one case of a thousand
-SIDES = (300, 500)  # so wide that some crops do not fit at first: retries and clipping show
+KS_BOUND = 1.95 * math.sqrt(2 / DRAWS)  # exceeded once in a thousand pairs of samples of one distribution
+SIDES = (300, 500)  # elongated, so that some crops do not fit at first: retries and clipping take effect
 GREY_LEVELS = 2  # uint8 tensors against PIL
 
 
@@ -35,15 +35,15 @@ def rows(stated: dict, p: params.Params) -> Iterator[tuple]:
                 yield what, math.inf, 0, "nothing here checks it"
                 continue
             args = {**entry["args"], "simple": entry["transform"].startswith("official")}
-            found = check(args, stage, p, name)
-            unchecked = set(entry["args"]) - {argument for argument, *_ in found}
-            found += [(argument, math.inf, 0) for argument in sorted(unchecked)]
-            for argument, error, allowed, *note in found:
+            results = check(args, stage, p, name)
+            unchecked = set(entry["args"]) - {argument for argument, *_ in results}
+            results += [(argument, math.inf, 0) for argument in sorted(unchecked)]
+            for argument, error, allowed, *note in results:
                 yield f"{what} {argument}".strip(), error, allowed, *note
 
 
 def differ(ours, stated) -> float:
-    """Largest difference of numbers, lists or dicts of them; 1 where anything else is unequal."""
+    """Return the largest difference between numbers, or lists or dicts of them; 1 where anything else is unequal."""
     if isinstance(stated, list | tuple) and isinstance(ours, list | tuple) and len(ours) == len(stated):
         return max((differ(a, b) for a, b in zip(ours, stated, strict=True)), default=0.0)
     if isinstance(stated, dict) and isinstance(ours, dict) and ours.keys() == stated.keys():
@@ -53,7 +53,7 @@ def differ(ours, stated) -> float:
 
 
 def picture() -> Image.Image:
-    """Noise at two scales: hard for any resampling that is not the reference's."""
+    """Return noise at two scales, in which any other resampling than the reference's shows."""
     draw = np.random.default_rng(0)
     coarse = Image.fromarray(draw.integers(0, 256, (20, 30, 3), dtype=np.uint8)).resize(SIDES[::-1], Image.BICUBIC)
     fine = draw.integers(-40, 40, (*SIDES, 3))
@@ -69,25 +69,25 @@ def grey_levels(ours: torch.Tensor, reference: Image.Image) -> float:
 
 
 def resampling(stated: int | str) -> torchvision.InterpolationMode:
-    """PIL's number or name for it."""
+    """Return the interpolation of PIL's number or name."""
     return torchvision.InterpolationMode[(Image.Resampling(stated).name if isinstance(stated, int) else stated)]
 
 
 def boxes(draw: Callable, scale: list[float]) -> np.ndarray:
-    """(DRAWS, 5) of top, left, height, width, flip."""
+    """Draw boxes (DRAWS, 5): top, left, height, width, flip."""
     generator = torch.Generator().manual_seed(0)
     return np.array([draw(*SIDES, scale, generator) for _ in range(DRAWS)], dtype=float)
 
 
 def stage_draw(name: str, p: params.Params) -> Callable:
-    """How the stage itself draws its crops."""
+    """Return the function with which the stage draws its crops."""
     if name.startswith("linprobe"):
         return linear_eval.training_data(p, 0, [], None, torch.device("cpu"))[0].draw_crop
     return finetune.samples(p, [], 0).draw_crop if name.startswith("finetune") else transforms.draw_crop
 
 
 def reference_boxes(args: dict) -> np.ndarray:
-    """(DRAWS, 4) by torchvision's own rule; or, without its retries, by the rule of the release's util/crop.py."""
+    """Draw boxes (DRAWS, 4) by torchvision's rule or, where "simple", by the rule of the release's util/crop.py: no retries."""
     torch.manual_seed(1)
     if not args["simple"]:
         image = torch.empty(3, *SIDES)
@@ -101,7 +101,7 @@ def reference_boxes(args: dict) -> np.ndarray:
 
 
 def ks(a: np.ndarray, b: np.ndarray) -> float:
-    """Largest distance of two samples' distribution functions."""
+    """Return the Kolmogorov-Smirnov distance of two samples."""
     places = np.concatenate([a, b])
     below = [np.searchsorted(np.sort(sample), places, "right") / len(sample) for sample in (a, b)]
     return np.abs(below[0] - below[1]).max()
@@ -155,7 +155,7 @@ def normalise_rows(args: dict, stage, p: params.Params, name: str) -> list[tuple
 
 
 def scale_rows(args: dict, stage, p: params.Params, name: str) -> list[tuple]:
-    """ToTensor: bytes to [0, 1], proved together with Normalize."""
+    """ToTensor maps bytes to [0, 1], which is proved together with Normalize."""
     return [("", None, None, "with Normalize")]
 
 
@@ -183,7 +183,7 @@ def rand_augment_rows(args: dict, stage, p: params.Params, name: str) -> list[tu
 
 
 def eraser(p: params.Params) -> tuple[RandomErasing, bool]:
-    """timm's object as the stage makes it, and whether it is given normalised images."""
+    """Return timm's object as the stage builds it, and whether it receives normalised images."""
     seen = []
 
     def record(self, images):
@@ -198,8 +198,8 @@ def eraser(p: params.Params) -> tuple[RandomErasing, bool]:
 
 def erasing_rows(args: dict, stage, p: params.Params, name: str) -> list[tuple]:
     ours, after_normalise = eraser(p)
-    found = [(key, differ(getattr(ours, key), stated), 1e-12) for key, stated in args.items() if key not in ("simple", "device")]
-    return [*found, ("device", None, None, "the images' own"), ("order", float(not after_normalise), 0, "after Normalize")]
+    arguments = [(key, differ(getattr(ours, key), stated), 1e-12) for key, stated in args.items() if key not in ("simple", "device")]
+    return [*arguments, ("device", None, None, "the images' own"), ("order", float(not after_normalise), 0, "after Normalize")]
 
 
 CHECKS = {

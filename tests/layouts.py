@@ -1,4 +1,4 @@
-"""Miniatures of the layouts in which ImageNet and ADE20K come, made of the same few images, for the tests."""
+"""Small copies of the layouts in which ImageNet and ADE20K are distributed, made of the same few images."""
 
 import io
 import json
@@ -14,13 +14,13 @@ from PIL import Image
 
 WNIDS = ["n01440764", "n01443537", "n02099601"]
 WORDS = ["tench, Tinca tinca", "goldfish, Carassius auratus", "golden retriever"]
-IMAGENET_NAMES = ["tench", "goldfish", "Golden Retriever"]  # as OpenAI calls them
-IDS = {"n01440764": 449, "n01443537": 3, "n02099601": 12}  # as in the devkit, in no order of WordNet ids
-HOUSE = {"train": 4, "val": 2}  # images of a class
+IMAGENET_NAMES = ["tench", "goldfish", "Golden Retriever"]  # OpenAI's names of the classes
+IDS = {"n01440764": 449, "n01443537": 3, "n02099601": 12}  # as in the devkit, where they do not follow the WordNet ids
+IMAGES_PER_CLASS = {"train": 4, "val": 2}
 
 
 def encoded(kind: str = "JPEG", mode: str = "RGB", size=(20, 16), seed: int = 0, **options) -> bytes:
-    """A smooth picture, so that decoders agree on it."""
+    """Encode a smooth picture, on which decoders agree."""
     coarse = np.random.default_rng(seed).integers(0, 255, (3, 4, 3), np.uint8)
     out = io.BytesIO()
     Image.fromarray(coarse).resize(size, Image.BICUBIC).convert(mode).save(out, kind, **options)
@@ -28,7 +28,7 @@ def encoded(kind: str = "JPEG", mode: str = "RGB", size=(20, 16), seed: int = 0,
 
 
 def odd_files() -> dict[str, bytes]:
-    """What is odd in ImageNet and right all the same."""
+    """Return files of the unusual kinds that ImageNet holds and that are valid."""
     return {
         "a_plain.JPEG": encoded(),
         "b_cmyk.JPEG": encoded(mode="CMYK"),
@@ -49,17 +49,17 @@ def broken_files() -> dict[str, bytes]:
 
 
 def images() -> dict[str, dict[str, bytes]]:
-    """{"train" | "val": {"<wnid>/<file>": bytes}}; val numbers run across the classes, as in ILSVRC2012."""
+    """Return {"train" | "val": {"<wnid>/<file>": bytes}}; the numbers of val alternate between classes, as in ILSVRC2012."""
     train, val = {}, {}
     for k, wnid in enumerate(WNIDS):
-        train |= {f"{wnid}/{wnid}_{i}.JPEG": encoded(seed=10 * k + i) for i in range(HOUSE["train"])}
-        numbers = [1 + k + len(WNIDS) * i for i in range(HOUSE["val"])]
+        train |= {f"{wnid}/{wnid}_{i}.JPEG": encoded(seed=10 * k + i) for i in range(IMAGES_PER_CLASS["train"])}
+        numbers = [1 + k + len(WNIDS) * i for i in range(IMAGES_PER_CLASS["val"])]
         val |= {f"{wnid}/ILSVRC2012_val_{n:08d}.JPEG": encoded(seed=100 + n) for n in numbers}
     return {"train": train, "val": val}
 
 
 def class_tree(root: Path, files: dict[str, bytes]) -> Path:
-    """{"train/n01/x.JPEG": bytes} as a folder."""
+    """Write files {"train/n01/x.JPEG": bytes} into a folder."""
     for name, data in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(data)
@@ -81,14 +81,14 @@ def tar(files: dict[str, bytes], format: int = tarfile.GNU_FORMAT) -> bytes:
 
 
 def train_tars(files: dict[str, bytes]) -> dict[str, bytes]:
-    """{"n01440764.tar": its bytes}, members flat, as the release has them."""
+    """Return {"n01440764.tar": its bytes}, with members at the top, as in the release."""
     return {
         f"{wnid}.tar": tar({name.split("/")[1]: data for name, data in files.items() if name.startswith(wnid)}) for wnid in WNIDS
     }
 
 
 def tars(root: Path, labels: str = "devkit", given: dict[str, dict[str, bytes]] | None = None) -> Path:
-    """The release's tars of images() or of others, classes and images in another order than that of their names."""
+    """Write the release's tars, of images() where none are given, with classes and images not in the order of their names."""
     given = given or images()
     root.mkdir(parents=True)
     inner = train_tars(dict(reversed(given["train"].items())))
@@ -129,7 +129,7 @@ def listed(root: Path, known: dict[str, str]) -> None:
 
 
 def parquet(path: Path, files: dict[str, bytes], names: list[str] | None, plain: bool = False, rows_a_group: int = 5) -> None:
-    """Rows {"image": {"bytes", "path"} or bytes, "label"}; labels are places in `names`, WordNet ids or words, or in WNIDS."""
+    """Write rows {"image": {"bytes", "path"} or, where plain, bytes, "label"}; labels are indices of `names` or of WNIDS."""
     order = names if names and set(names) == set(WNIDS) else WNIDS
     labels = [order.index(name.split("/")[0]) for name in files]
     struct = [{"bytes": data, "path": name} for name, data in files.items()]
@@ -147,7 +147,7 @@ def parquet(path: Path, files: dict[str, bytes], names: list[str] | None, plain:
 
 
 def parquets(root: Path, names: list[str] | None = WORDS, plain: bool = False) -> Path:
-    """Two files of train and one of validation in data/, as Hugging Face has them."""
+    """Write two files of train and one of validation into data/, as on Hugging Face."""
     given = images()
     train = list(given["train"].items())
     parts = {
@@ -170,7 +170,7 @@ FITTING = np.arange(48).reshape(6, 8) % 12  # labels 0 to 11
 
 
 def scene_files(annotations: dict[str, bytes | None], split: str = "training") -> dict[str, bytes]:
-    """{"images/training/x.jpg": bytes, "annotations/training/x.png": ...}"""
+    """Return {"images/training/x.jpg": bytes, "annotations/training/x.png": bytes}, without the annotations that are None."""
     images = {f"images/{split}/{name}.jpg": encoded(size=(8, 6)) for name in annotations}
     return images | {f"annotations/{split}/{name}.png": data for name, data in annotations.items() if data is not None}
 

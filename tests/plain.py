@@ -1,6 +1,6 @@
-"""The method written down once more, as plainly as possible and with nothing of milan in it: float64 functions of a
-dict of weights. It makes golden folders of any seed and size, so that the golden command can be tried on what nobody
-tuned it for."""
+"""A second, plain implementation of the method that imports nothing of milan: float64 functions of a dict of weights.
+
+It makes golden folders of any seed and size, on which tests run the golden command (tests/test_golden.py)."""
 
 import json
 import math
@@ -28,7 +28,7 @@ def weights(seed: int, shapes: dict[str, tuple]) -> Weights:
 
 
 def table(dim: int, grid: int) -> Tensor:
-    """Sin-cos positions, (1 + N, D), by the definition, in float32's precision."""
+    """Return the sin-cos position table (1 + N, D) by its definition, in the precision of float32."""
     rows = [[0.0] * dim]
     for y in range(grid):
         for x in range(grid):
@@ -38,32 +38,32 @@ def table(dim: int, grid: int) -> Tensor:
 
 
 def block_shapes(prefix: str, dim: int, attention: dict[str, int]) -> dict[str, tuple]:
-    """{"qkv": 3 D, "proj": D} as names of matrices and their numbers of rows."""
+    """Return the shapes of a transformer block. attention: {matrix: rows}, such as {"qkv": 3 D, "proj": D}."""
     matrices = {f"attn.{name}": (rows, dim) for name, rows in attention.items()} | {"mlp.fc1": (4 * dim, dim), "mlp.fc2": (dim, 4 * dim)}
-    found = {f"{prefix}.norm{i}.{kind}": (dim,) for i in (1, 2) for kind in ("weight", "bias")}
+    shapes = {f"{prefix}.norm{i}.{kind}": (dim,) for i in (1, 2) for kind in ("weight", "bias")}
     for name, shape in matrices.items():
-        found |= {f"{prefix}.{name}.weight": shape, f"{prefix}.{name}.bias": shape[:1]}
-    return found
+        shapes |= {f"{prefix}.{name}.weight": shape, f"{prefix}.{name}.bias": shape[:1]}
+    return shapes
 
 
 def vit_shapes(c: dict, norm: str) -> dict[str, tuple]:
     d, n = c["embed_dim"], (c["img_size"] // c["patch_size"]) ** 2
-    found = {"cls_token": (1, 1, d), "pos_embed": (1, 1 + n, d), f"{norm}.weight": (d,), f"{norm}.bias": (d,)}
-    found |= {"patch_embed.proj.weight": (d, 3, c["patch_size"], c["patch_size"]), "patch_embed.proj.bias": (d,)}
+    shapes = {"cls_token": (1, 1, d), "pos_embed": (1, 1 + n, d), f"{norm}.weight": (d,), f"{norm}.bias": (d,)}
+    shapes |= {"patch_embed.proj.weight": (d, 3, c["patch_size"], c["patch_size"]), "patch_embed.proj.bias": (d,)}
     for i in range(c["depth"]):
-        found |= block_shapes(f"blocks.{i}", d, {"qkv": 3 * d, "proj": d})
-    return found
+        shapes |= block_shapes(f"blocks.{i}", d, {"qkv": 3 * d, "proj": d})
+    return shapes
 
 
 def milan_shapes(c: dict, prompting: bool, out: int) -> dict[str, tuple]:
     d, e, n = c["embed_dim"], c["decoder_embed_dim"], (c["img_size"] // c["patch_size"]) ** 2
     attention = {"q": e, "kv": 2 * e, "proj": e} if prompting else {"qkv": 3 * e, "proj": e}
-    found = {**vit_shapes(c, "norm"), "mask_token": (1, 1, e), "decoder_pos_embed": (1, 1 + n, e)}
-    found |= {"decoder_norm.weight": (e,), "decoder_norm.bias": (e,)}
-    found |= {"decoder_embed.weight": (e, d), "decoder_embed.bias": (e,), "decoder_pred.weight": (out, e), "decoder_pred.bias": (out,)}
+    shapes = {**vit_shapes(c, "norm"), "mask_token": (1, 1, e), "decoder_pos_embed": (1, 1 + n, e)}
+    shapes |= {"decoder_norm.weight": (e,), "decoder_norm.bias": (e,)}
+    shapes |= {"decoder_embed.weight": (e, d), "decoder_embed.bias": (e,), "decoder_pred.weight": (out, e), "decoder_pred.bias": (out,)}
     for i in range(c["decoder_depth"]):
-        found |= block_shapes(f"decoder_blocks.{i}", e, attention)
-    return found
+        shapes |= block_shapes(f"decoder_blocks.{i}", e, attention)
+    return shapes
 
 
 def linear(x: Tensor, w: Weights, name: str) -> Tensor:
@@ -76,7 +76,7 @@ def layer_norm(x: Tensor, w: Weights, name: str, eps: float = 1e-6) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-    """(mixed (B, T, D), attention (B, T, S) averaged over heads), a head at a time."""
+    """Return mixed (B, T, D) and attention (B, T, S) averaged over heads, computed one head at a time."""
     mixed, seen = [], []
     for a, b, c in zip(q.chunk(heads, -1), k.chunk(heads, -1), v.chunk(heads, -1), strict=True):
         attention = (a @ b.transpose(1, 2) / math.sqrt(a.shape[-1])).softmax(-1)
@@ -103,13 +103,13 @@ def mlp(x: Tensor, w: Weights, name: str) -> Tensor:
 
 
 def patches_of(images: Tensor, p: int) -> Tensor:
-    """(B, N, 3, p, p), row by row."""
+    """Cut images into patches (B, N, 3, p, p), row by row."""
     side = images.shape[-1] // p
     return torch.stack([images[:, :, p * y : p * y + p, p * x : p * x + p] for y in range(side) for x in range(side)], 1)
 
 
 def pretrain(w: Weights, c: dict, images: Tensor, ids: Tensor, teacher: Tensor | None) -> dict[str, Tensor]:
-    """One forward pass of MILAN (weights with attn.kv) or MAE, one image at a time."""
+    """Compute a forward pass of MILAN (weights with attn.kv) or MAE, one image at a time."""
     n = ids.shape[1]
     k = int(n * (1 - c["mask_ratio"]))
     outs = []
@@ -119,8 +119,8 @@ def pretrain(w: Weights, c: dict, images: Tensor, ids: Tensor, teacher: Tensor |
                 w, c, images[row : row + 1], ids[row, :k], sorted(ids[row, k:].tolist()), None if teacher is None else teacher[row]
             )
         )
-    found = {key: torch.cat([out[key] for out in outs]) for key in outs[0]}
-    return {**found, "loss": found["loss_per_token"].mean()}
+    tensors = {key: torch.cat([out[key] for out in outs]) for key in outs[0]}
+    return {**tensors, "loss": tensors["loss_per_token"].mean()}
 
 
 def pretrain_one(w: Weights, c: dict, image: Tensor, kept: Tensor, hidden_ids: list[int], teacher: Tensor | None) -> dict[str, Tensor]:
@@ -151,7 +151,7 @@ def pretrain_one(w: Weights, c: dict, image: Tensor, kept: Tensor, hidden_ids: l
 
 
 def vit(w: Weights, c: dict, images: Tensor) -> Tensor:
-    """All tokens after the last block, (B, 1 + N, D)."""
+    """Return all tokens after the last block: (B, 1 + N, D)."""
     x = patches_of(images, c["patch_size"]).flatten(2) @ w["patch_embed.proj.weight"].flatten(1).T + w["patch_embed.proj.bias"]
     x = torch.cat([w["cls_token"].expand(len(x), -1, -1), x], 1) + w["pos_embed"]
     for i in range(c["depth"]):
@@ -161,28 +161,28 @@ def vit(w: Weights, c: dict, images: Tensor) -> Tensor:
 
 def clip_shapes(c: dict) -> dict[str, tuple]:
     d, n, text = c["width"], (c["image"] // c["patch"]) ** 2, c["text"]
-    found = {
+    shapes = {
         "visual.class_embedding": (d,),
         "visual.positional_embedding": (1 + n, d),
         "visual.proj": (d, c["embed_dim"]),
         "logit_scale": (),
     }
-    found |= {"visual.conv1.weight": (d, 3, c["patch"], c["patch"]), "positional_embedding": (text["context_length"], text["width"])}
-    found |= {"text_projection": (text["width"], c["embed_dim"]), "token_embedding.weight": (text["vocab_size"], text["width"])}
+    shapes |= {"visual.conv1.weight": (d, 3, c["patch"], c["patch"]), "positional_embedding": (text["context_length"], text["width"])}
+    shapes |= {"text_projection": (text["width"], c["embed_dim"]), "token_embedding.weight": (text["vocab_size"], text["width"])}
     for name, dim in (("visual.ln_pre", d), ("visual.ln_post", d), ("ln_final", text["width"])):
-        found |= {f"{name}.{kind}": (dim,) for kind in ("weight", "bias")}
+        shapes |= {f"{name}.{kind}": (dim,) for kind in ("weight", "bias")}
     for tower, dim, layers in (("visual.transformer", d, c["layers"]), ("transformer", text["width"], text["layers"])):
         for i in range(layers):
             name = f"{tower}.resblocks.{i}"
-            found |= {f"{name}.attn.in_proj_weight": (3 * dim, dim), f"{name}.attn.in_proj_bias": (3 * dim,)}
-            found |= {f"{name}.{norm}.{kind}": (dim,) for norm in ("ln_1", "ln_2") for kind in ("weight", "bias")}
+            shapes |= {f"{name}.attn.in_proj_weight": (3 * dim, dim), f"{name}.attn.in_proj_bias": (3 * dim,)}
+            shapes |= {f"{name}.{norm}.{kind}": (dim,) for norm in ("ln_1", "ln_2") for kind in ("weight", "bias")}
             for part, shape in (("attn.out_proj", (dim, dim)), ("mlp.c_fc", (4 * dim, dim)), ("mlp.c_proj", (dim, 4 * dim))):
-                found |= {f"{name}.{part}.weight": shape, f"{name}.{part}.bias": shape[:1]}
-    return found
+                shapes |= {f"{name}.{part}.weight": shape, f"{name}.{part}.bias": shape[:1]}
+    return shapes
 
 
 def clip(w: Weights, c: dict, images: Tensor) -> dict[str, Tensor]:
-    """Features of all tokens, and the last block's attention."""
+    """Return the features of all tokens and the last block's attention."""
     x = patches_of(images, c["patch"]).flatten(2) @ w["visual.conv1.weight"].flatten(1).T
     x = torch.cat([w["visual.class_embedding"].expand(len(x), 1, -1), x], 1) + w["visual.positional_embedding"]
     x = layer_norm(x, w, "visual.ln_pre", 1e-5)
@@ -199,12 +199,12 @@ def clip(w: Weights, c: dict, images: Tensor) -> dict[str, Tensor]:
 
 
 def write(folder: Path, seed: int, cases: dict[str, tuple[dict, dict]]) -> None:
-    """A golden folder: {name: (entry without file and tensors, {tensor: array})}; "pred" is stored as a slice."""
+    """Write a golden folder of cases {name: (entry without file and tensors, {tensor: array})}; "pred" is stored as a slice."""
     folder.mkdir()
     manifest: dict = {"seed": seed, "cases": {}}
-    for name, (entry, found) in cases.items():
+    for name, (entry, values) in cases.items():
         tensors, arrays = {}, {}
-        for key, value in found.items():
+        for key, value in values.items():
             value = value.detach().numpy() if isinstance(value, Tensor) else np.asarray(value)
             value = value.astype("float32") if value.dtype == np.float64 else value
             sliced = key == "pred"

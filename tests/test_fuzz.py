@@ -1,9 +1,9 @@
-"""Whatever a file holds or a recipe says: either the right result or one clear error, never another exception.
+"""Fuzz every reader of files and recipes: each input gives the right result or one clear error, never another exception.
 
-    MILAN_FUZZ=2000 pytest tests/test_fuzz.py      a longer campaign; the last test prints what was tried
+    MILAN_FUZZ=2000 pytest tests/test_fuzz.py      a longer campaign; the last test prints the counts
 
-The examples of a run are always the same (derandomize). A fault found by a longer campaign stands in it from then on as an
-@example, or in the tests of the module that it was found in.
+The examples of a run are always the same (derandomize). A fault that a longer campaign finds becomes an @example here, or a test
+of the module at fault.
 """
 
 import copy
@@ -27,7 +27,7 @@ from PIL import Image
 
 from milan.convert import interop
 from milan.core.errors import UserError
-from milan.core.typed import arithmetic, build
+from milan.core.validation import arithmetic, validate
 from milan.data import records, transforms
 from milan.evaluation.classifier import ClassifierInfo, load_classifier, save_classifier
 from milan.ingest import archives, labels, packing
@@ -44,11 +44,11 @@ from tests.layouts import tar, zipped
 EXAMPLES = int(os.environ.get("MILAN_FUZZ", "25"))
 TRIED: dict[str, Counter] = {}
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of PIL and torch, on what is odd
+pytestmark = pytest.mark.filterwarnings("ignore")  # of PIL and torch, on unusual files
 
 
 def campaign(name: str, inputs: st.SearchStrategy, attempt: Callable, share: float = 1) -> Counter:
-    """attempt(input) for many inputs: it asserts that the result is right, or raises a UserError. Returns the counts."""
+    """Call attempt(input) for many inputs; it asserts that the result is right, or raises a UserError. Return the counts."""
     count = TRIED.setdefault(name, Counter())
 
     @settings(
@@ -83,13 +83,13 @@ PLAIN = st.recursive(
 
 
 def places(tree, before: tuple = ()) -> list[tuple]:
-    """Every place in a tree of lists and dictionaries."""
+    """Return the path of every value in a tree of lists and dictionaries."""
     inside = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     return [place for key, value in inside for place in [(*before, key), *places(value, (*before, key))]]
 
 
 def changed(tree, place: tuple, value, how: str):
-    """The tree with one place replaced, dropped, or with a value beside it."""
+    """Return a copy of the tree with one value replaced or dropped, or with another value beside it."""
     tree = copy.deepcopy(tree)
     around = tree
     for key in place[:-1]:
@@ -109,13 +109,13 @@ def changes(tree, plain: st.SearchStrategy = PLAIN) -> st.SearchStrategy:
 
 
 def damages(data: bytes, head: int | None = None) -> st.SearchStrategy:
-    """The file cut short, or with one to four bytes changed (in its first `head`)."""
+    """Draw copies of a file that are cut short, or have one to four bytes changed (in the first `head` bytes)."""
 
     def flipped(flips: list) -> bytes:
-        found = bytearray(data)
+        damaged = bytearray(data)
         for place, value in flips:
-            found[place] = value
-        return bytes(found)
+            damaged[place] = value
+        return bytes(damaged)
 
     flips = st.lists(st.tuples(st.integers(0, (head or len(data)) - 1), st.integers(0, 255)), min_size=1, max_size=4)
     return st.one_of(flips.map(flipped), flips.map(flipped), st.integers(0, len(data) - 1).map(lambda n: data[:n]))
@@ -130,7 +130,7 @@ def saved(path: Path, value) -> Path:
 
 
 def agrees(built, given) -> bool:
-    """Whether a built recipe says what the file says; sums of numbers, which are text, are test_sums's."""
+    """Return whether a built recipe has the file's values. Text that may be arithmetic is left to test_sums."""
     if isinstance(given, dict):
         return built.keys() == given.keys() and all(agrees(built[key], given[key]) for key in given)
     return built == given or isinstance(given, str)
@@ -138,7 +138,7 @@ def agrees(built, given) -> bool:
 
 def test_recipes(committed_tree):
     def attempt(tree) -> None:
-        assert agrees(dataclasses.asdict(build(Params, tree, "params.yaml")), tree)
+        assert agrees(dataclasses.asdict(validate(Params, tree, "params.yaml")), tree)
 
     near = st.sampled_from([1, 2, 4, 8, 0.5, 0.001, True, None, "milan"])
     inputs = changes(committed_tree) | changes(committed_tree, near) | changes(committed_tree, near)
@@ -153,14 +153,17 @@ def test_recipe_files(tmp_path):
 
 def test_sums():
     def attempt(text: str) -> None:
-        value = arithmetic(text, "here")
+        try:
+            value = arithmetic(text)
+        except ValueError as error:
+            raise UserError(str(error)) from None
         assert value == eval(text, {"__builtins__": {}}), text  # of digits and signs alone
 
     count = campaign("a sum", st.text("0123456789.e+-*/() ", max_size=12), attempt, 8)
     assert count["refused"] and count["right"]
 
 
-# What stages wrote.
+# Files that stages wrote.
 
 
 def test_record_shards(tmp_path):
@@ -170,9 +173,9 @@ def test_record_shards(tmp_path):
     manifest = json.loads((tmp_path / "manifest.json").read_text())
 
     def attempt(*_) -> None:
-        found = records.Records(tmp_path, "train")
-        assert len([found[k] for k in range(len(found))]) == len(found.column("image")) == found.about()["images"]
-        assert all(isinstance(row["image"], bytes) and row.get("label", 0) in (0, 1, 2) for row in (found[k] for k in range(10)))
+        split = records.Records(tmp_path, "train")
+        assert len([split[k] for k in range(len(split))]) == len(split.column("image")) == split.about()["images"]
+        assert all(isinstance(row["image"], bytes) and row.get("label", 0) in (0, 1, 2) for row in (split[k] for k in range(10)))
         provenance.read_data(tmp_path, None)
 
     shard = (tmp_path / "train-0.arrow").read_bytes()
@@ -205,7 +208,7 @@ def test_banks(tmp_path):
 
 
 MODEL = Model("tiny", 16, 8, TransformerSize(16, 1, 2), TransformerSize(16, 1, 2))
-SMALL = st.recursive(  # no sizes that are valid and take all memory
+SMALL = st.recursive(  # without sizes that are valid and take all memory
     st.none() | st.booleans() | st.integers(-3, 70) | st.floats(-2, 2) | st.text(max_size=4),
     lambda some: st.lists(some, max_size=3) | st.dictionaries(st.text(max_size=4), some, max_size=3),
     max_leaves=5,
@@ -217,7 +220,7 @@ def test_teachers(tmp_path, committed_tree):
     tiny = TinyClip(**sizes, text_width=16, text_heads=1, text_layers=1, context_length=5)
     clip.save_teacher(tmp_path, clip.build_tiny(tiny, 16, 8, 3), clip.tiny_config(tiny, MODEL, [1, 2, 3]))
     about = json.loads((tmp_path / "teacher.json").read_text())
-    compute = build(Params, committed_tree, "params.yaml").compute
+    compute = validate(Params, committed_tree, "params.yaml").compute
 
     def attempt(tree) -> None:
         saved(tmp_path / "teacher.json", tree)
@@ -251,9 +254,9 @@ def test_weights(tmp_path):
     interop.convert(plain, safe, "timm")
 
     def attempt(path: Path) -> None:
-        found = interop.read_encoder(path, MODEL)
-        assert {name: tensor.shape for name, tensor in found.items()} == {name: tensor.shape for name, tensor in state.items()}
-        assert all(tensor.isfinite().all() for tensor in found.values())
+        weights = interop.read_encoder(path, MODEL)
+        assert {name: tensor.shape for name, tensor in weights.items()} == {name: tensor.shape for name, tensor in state.items()}
+        assert all(tensor.isfinite().all() for tensor in weights.values())
 
     data = safe.read_bytes()
     header = 8 + int.from_bytes(data[:8], "little")
@@ -278,7 +281,7 @@ def encoded(image: Image.Image, kind: str, **options) -> bytes:
 
 @st.composite
 def pictures(draw) -> bytes:
-    """A small picture of any mode in any format that can hold it, and in some that nobody reads here."""
+    """Draw a small picture of any mode in any format that can hold it, including formats that are not read here."""
     mode = draw(st.sampled_from(["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "I", "F"]))
     kind = draw(st.sampled_from(["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "TGA", "EPS"]))
     size = draw(st.tuples(st.integers(1, 24), st.integers(1, 24)))
@@ -305,7 +308,7 @@ def packed(path: Path, data: bytes, short_side: int | None = None, mask: Path | 
 
 
 def by_hand(data: bytes) -> np.ndarray:
-    """(H, W, 3), as PIL has it, 16 bits of grey by their high byte."""
+    """Decode by PIL to (H, W, 3), of 16-bit grey the high byte."""
     with Image.open(io.BytesIO(data)) as image:
         if image.mode.startswith("I"):
             return np.repeat((np.asarray(image) >> 8)[..., None], 3, axis=2)
@@ -328,7 +331,7 @@ def test_pictures(tmp_path):
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "GIF"])
 def test_damaged_pictures(tmp_path, kind):
-    """What is packed is what training can decode; a server's answer is a picture of a size that was allowed, or a refusal."""
+    """A packed picture can be decoded in training; the server returns a picture or a UserError."""
     data = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 9, 3), dtype=np.uint8)), kind)
     campaign("a damaged picture", damages(data), lambda data: transforms.decode(packed(tmp_path / "x.jpg", data)["image"]), 2)
 
@@ -365,7 +368,7 @@ def test_archives(tmp_path):
         for place in listed:
             try:
                 assert isinstance(place.read(), bytes)
-            except (OSError, ValueError) as error:  # which packing lists beside the file's name
+            except (OSError, ValueError) as error:  # which packing lists with the file's name
                 raise UserError(f"{place}: {error}, of the file alone") from None
 
     campaign("a tar", damages(tar(content)), lambda data: read(archives.tar_spans(saved(tmp_path / "a.tar", data))), 2)
@@ -404,8 +407,8 @@ def test_published_tables(tmp_path):
 
     def attempt(tree: list) -> None:
         text = "\n".join(",".join(line) for line in tree)
-        found = results.read_published(saved(tmp_path / "p.csv", text.encode(errors="replace")))
-        assert len(table.published_rows(found, "published", str)) <= len(found)
+        published = results.read_published(saved(tmp_path / "p.csv", text.encode(errors="replace")))
+        assert len(table.published_rows(published, "published", str)) <= len(published)
 
     inputs = st.builds(
         changed, st.just(cells), st.sampled_from([p for p in places(cells) if len(p) == 2]), words, st.just("replace")
@@ -417,7 +420,7 @@ def test_locks(tmp_path, committed_tree, monkeypatch):
     monkeypatch.chdir(tmp_path)
     item = {"path": "a", "md5": "b"}
     lock = {"stages": {"pretrain@milan-0": {"cmd": "x", "deps": [item], "outs": [item]}}}
-    params = build(Params, committed_tree, "params.yaml")
+    params = validate(Params, committed_tree, "params.yaml")
     plain = st.recursive(
         st.none() | st.integers(0, 9) | st.text("ab", max_size=3),
         lambda some: st.lists(some, max_size=3) | st.dictionaries(st.text("ab", max_size=3), some, max_size=3),
@@ -439,7 +442,7 @@ def test_locks(tmp_path, committed_tree, monkeypatch):
 
 
 def test_the_count(capsys):
-    """Last: how many inputs of each kind were tried, refused clearly, and read rightly."""
+    """Print, as the last test, how many inputs of each kind were tried, refused, and read correctly."""
     total = sum(TRIED.values(), Counter())
     with capsys.disabled():
         for name, count in {**TRIED, "all": total}.items():

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from milan import plan
 from milan.core.errors import UserError
-from milan.core.typed import build
+from milan.core.validation import validate
 from milan.method.model import MaskedPretraining
 from milan.params import Params, Pretrained, read_params
 from milan.teacher.clip import build_tiny
@@ -126,7 +126,7 @@ def test_the_command(words, said, monkeypatch, capsys):
 def test_a_recipe_that_pretrains_nothing_is_planned(tree):
     change(tree, "pretrain.ablation", {"scratch": {"target": "none", "decoder": "none", "masking": "none"}})
     tree["variants"] = ["scratch"]
-    said = plan.plan(build(Params, tree, "params.yaml"), 1e12, "given")
+    said = plan.plan(validate(Params, tree, "params.yaml"), 1e12, "given")
     assert "linear_eval" in said and "pretrain" not in said
 
 

@@ -1,5 +1,5 @@
-"""Hostile files run nothing and take no memory, the code calls nothing that would, servers stay on this machine, and what is
-logged tells no secrets. (Names and links in archives: test_archives; a digest for TorchScript: test_pretrained.)"""
+"""Hostile files run no code and take no memory, our code makes no unsafe calls, servers bind to this machine, and logs hold no
+secrets. (Names and links in archives: ingest/test_archives.py; the digest of TorchScript: teacher/test_released.py.)"""
 
 import argparse
 import ast
@@ -29,8 +29,8 @@ from PIL import Image
 from milan import stage
 from milan.convert import interop
 from milan.core.errors import UserError
-from milan.core.redaction import discreet
-from milan.core.typed import build
+from milan.core.redaction import redact
+from milan.core.validation import validate
 from milan.data import records
 from milan.data.records import Records
 from milan.evaluation.classifier import load_classifier
@@ -48,7 +48,7 @@ from stages import prepare_imagenet
 from tests.conftest import ROOT, saved_state
 from tests.layouts import class_tree
 
-# Programs in the place of data.
+# Programs in place of data.
 
 
 class Malice:
@@ -92,9 +92,9 @@ def yaml_program(marker: Path) -> bytes:
 
 
 def extension_table(marker: Path) -> pa.Table:
-    """A column of a type that is a pickle, as pyarrow ran it before 14.0.1 (CVE-2023-47248)."""
-    told = {b"ARROW:extension:name": b"arrow.py_extension_type", b"ARROW:extension:metadata": bare_pickle(marker)}
-    fields = [pa.field("image", pa.large_binary(), metadata=told), pa.field("label", pa.int32())]
+    """Return a table whose column type is a pickle, which pyarrow before 14.0.1 ran (CVE-2023-47248)."""
+    metadata = {b"ARROW:extension:name": b"arrow.py_extension_type", b"ARROW:extension:metadata": bare_pickle(marker)}
+    fields = [pa.field("image", pa.large_binary(), metadata=metadata), pa.field("label", pa.int32())]
     return pa.table([pa.array([b"x"], pa.large_binary()), pa.array([0], pa.int32())], pa.schema(fields))
 
 
@@ -127,7 +127,7 @@ PROGRAMS = {
 
 
 def as_scratch(path: Path) -> None:
-    """A state whose digest is right, as whoever writes it can make it."""
+    """Load a file as a saved state with a correct digest, which anyone who writes the file can compute."""
     data, saved = path.read_bytes(), saved_state()
     saved.folder.mkdir(parents=True, exist_ok=True)
     (saved.folder / "state-000000001.pt").write_bytes(hashlib.sha256(data).digest() + data)
@@ -167,7 +167,7 @@ def as_teacher(path: Path) -> None:
     fetch_teacher(Pretrained("open_clip", "ViT-B-32", None, str(path), None), path.parent / "teacher")
 
 
-MODEL = build(Params, yaml.safe_load((ROOT / "params.yaml").read_text()), "params.yaml").model
+MODEL = validate(Params, yaml.safe_load((ROOT / "params.yaml").read_text()), "params.yaml").model
 READERS = {
     "a released checkpoint .pth": lambda path: interop.read_encoder(named(path, "a.pth"), MODEL),
     "a released checkpoint .pt": lambda path: interop.read_encoder(named(path, "a.pt"), MODEL),
@@ -195,13 +195,13 @@ READERS = {
     "captions": lambda path: imagenet.table(path, "file", "caption"),
     "a picture": as_picture,
 }
-HARMLESS = {("archive_of_arrays", "a zip"), ("zip_pickle", "a zip")}  # zips, listed and not opened
-HARMLESS |= {("parquet_program", "a parquet file")}  # a column of bytes, its type's word ignored
+HARMLESS = {("archive_of_arrays", "a zip"), ("zip_pickle", "a zip")}  # zips, whose members are listed and not opened
+HARMLESS |= {("parquet_program", "a parquet file")}  # a column of bytes, whose extension type is ignored
 
 
 @pytest.mark.parametrize("reader", READERS)
 def test_no_file_runs_a_program(reader, workplace):
-    """Of any kind, in the place of any file that a user may have downloaded."""
+    """Give programs of every kind to every reader of files that a user may have downloaded."""
     for name, made in PROGRAMS.items():
         marker, path = workplace / "ran", workplace / "given"
         path.write_bytes(made(marker))
@@ -214,7 +214,7 @@ def test_no_file_runs_a_program(reader, workplace):
 
 
 def test_the_programs_would_run(tmp_path):
-    """Read by what may not be used here."""
+    """Read the programs with the functions that our code may not call."""
     pickle.loads(bare_pickle(tmp_path / "pickle"))
     torch.load(io.BytesIO(zip_pickle(tmp_path / "zip")), weights_only=False)
     torch.load(io.BytesIO(legacy_pickle(tmp_path / "legacy")), weights_only=False)
@@ -258,14 +258,14 @@ def huge_gif() -> bytes:
 @pytest.mark.parametrize(
     "data", [png(60000, 60000), png(2**31 - 1, 1), huge_jpeg(), huge_bmp(), huge_gif()], ids=["png", "line", "jpeg", "bmp", "gif"]
 )
-def test_a_picture_beyond_all_use_is_refused_by_its_header(data, tmp_path):
+def test_a_huge_picture_is_refused_by_its_header(data, tmp_path):
     (tmp_path / "huge.jpg").write_bytes(data)
     with pytest.raises(UserError, match=r"huge\.jpg .*exceeds limit of \d+ pixels"):
         as_picture(tmp_path / "huge.jpg")
 
 
 def test_a_compressed_checkpoint_is_not_unpacked(tmp_path):
-    """torch would: 1 GB from each MB."""
+    """torch.load would unpack it: 1 MB to 1 GB."""
     torch.save({"model": {"a": torch.zeros(1 << 18)}}, tmp_path / "plain.pth")
     with (
         zipfile.ZipFile(tmp_path / "plain.pth") as plain,
@@ -280,7 +280,7 @@ def test_a_compressed_checkpoint_is_not_unpacked(tmp_path):
 
 
 def test_a_header_of_a_devkit_is_not_unpacked_beyond_the_limit(tmp_path, monkeypatch):
-    """tarfile would read the whole of a header before it gives anybody the member."""
+    """tarfile reads a whole header before it returns the member."""
     monkeypatch.setattr(archives, "LIMIT", 10_000)
     header = tarfile.TarInfo("x")
     header.type, header.size = tarfile.XHDTYPE, 1 << 22
@@ -306,7 +306,7 @@ def test_arrays_larger_than_their_file_are_refused(tmp_path):
         as_bank(tmp_path / "given")
 
 
-# What the code may not call.
+# Calls that the code may not make.
 
 SAFE = {"torch.load": ("weights_only", True), "np.load": ("allow_pickle", False), "numpy.load": ("allow_pickle", False)}
 SAFE_LOADER = 'loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)'
@@ -316,8 +316,8 @@ UNSAFE = r"""(pickle|cPickle|dill|cloudpickle|joblib|marshal)\.(loads?|Unpickler
 
 
 def dangers(code: str) -> list[str]:
-    """The calls in a program that would run what a file says, or write where it says."""
-    found = []
+    """Return the calls in a program that could run code from a file, or write to a path from a file."""
+    calls = []
     for node in ast.walk(ast.parse(code)):
         if not isinstance(node, ast.Call):
             continue
@@ -326,24 +326,24 @@ def dangers(code: str) -> list[str]:
         unsafe = re.fullmatch(UNSAFE.replace("\n", ""), name) or said.get("shell") or said.get("allow_pickle")
         unstated = name in SAFE and said.get(SAFE[name][0]) is not SAFE[name][1]
         if unsafe or unstated or (name == "yaml.load" and SAFE_LOADER not in code):
-            found.append(ast.unparse(node))
-    return found
+            calls.append(ast.unparse(node))
+    return calls
 
 
 def programs() -> dict[str, str]:
-    """The code of the library, the stages, the benchmarks and the notebooks."""
-    found = {path: path.read_text() for folder in ("milan", "stages", "benchmarks") for path in (ROOT / folder).rglob("*.py")}
+    """Return {file: code} of the library, the stages, the benchmarks and the notebooks."""
+    texts = {path: path.read_text() for folder in ("milan", "stages", "benchmarks") for path in (ROOT / folder).rglob("*.py")}
     for path in (ROOT / "notebooks").glob("*.ipynb"):
         cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
-        found[path] = "\n".join("".join(cell["source"]) for cell in cells)
-    return {path.relative_to(ROOT).as_posix(): text for path, text in found.items()}
+        texts[path] = "\n".join("".join(cell["source"]) for cell in cells)
+    return {path.relative_to(ROOT).as_posix(): text for path, text in texts.items()}
 
 
-def test_no_code_runs_what_a_file_says():
-    """But one: a TorchScript archive that the recipe names by its digest (milan/teacher/released.py)."""
+def test_no_call_runs_code_from_a_file():
+    """The one exception is a TorchScript archive whose digest the recipe states (milan/teacher/released.py)."""
     assert len(programs()) > 60
-    found = {name: calls for name, text in programs().items() if (calls := dangers(text))}
-    assert found == {"milan/teacher/released.py": ["torch.jit.load(path, map_location='cpu')"]}
+    dangerous = {name: calls for name, text in programs().items() if (calls := dangers(text))}
+    assert dangerous == {"milan/teacher/released.py": ["torch.jit.load(path, map_location='cpu')"]}
 
 
 @pytest.mark.parametrize(
@@ -360,12 +360,12 @@ def test_no_code_runs_what_a_file_says():
         *("zipfile.ZipFile(f).extract('a')", "subprocess.run(x, shell=True)", "pd.read_pickle(f)", "torch.jit.load(f)"),
     ],
 )
-def test_the_search_finds(call):
+def test_the_search_finds_unsafe_calls(call):
     assert dangers(f"def f():\n    return {call}")
 
 
 def test_every_package_is_pinned():
-    """To one version by Python's version; `make audit` asks what is known of them."""
+    """To one version for each version of Python; `make audit` checks them for known vulnerabilities."""
     lines = [line.split(";")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
     packages = [line for line in lines if line and not line.startswith("#")]
     assert len(packages) > 100
@@ -376,7 +376,7 @@ def test_every_package_is_pinned():
 
 
 def commands() -> list[tuple[str, list[str]]]:
-    """(file, words) of every command in documents, Makefile and scripts that would open a port."""
+    """Return (file, words) of every command in documents, Makefile and scripts that opens a port."""
     places = [
         ROOT / "README.md",
         ROOT / "Makefile",
@@ -384,32 +384,32 @@ def commands() -> list[tuple[str, list[str]]]:
         *(ROOT / "milan").rglob("*.py"),
         *ROOT.glob("stages/*.py"),
     ]
-    found = []
+    servers = []
     for path in places:
         text = re.sub(r"\\\n\s*", "", path.read_text())
         for line in re.findall(r"mlflow (?:ui|server|models serve|gateway)\b [^`\n]*--[^`\n]*", text):
-            found.append((path.name, shlex.split(line.split("#")[0].replace('"', " "))))
-    return found
+            servers.append((path.name, shlex.split(line.split("#")[0].replace('"', " "))))
+    return servers
 
 
 def test_every_server_binds_to_this_machine():
-    found = commands()
-    assert {name for name, _ in found} >= {"README.md", "Makefile", "stores.md", "serving.md"} and len(found) >= 6
-    for name, words in found:
+    servers = commands()
+    assert {name for name, _ in servers} >= {"README.md", "Makefile", "stores.md", "serving.md"} and len(servers) >= 6
+    for name, words in servers:
         assert "--host" in words and words[words.index("--host") + 1] == "127.0.0.1", (name, words)
         assert "0.0.0.0" not in words
 
 
 @pytest.mark.parametrize("document", ["stores.md", "serving.md"])
-def test_who_shares_a_server_is_told_to_put_a_login_in_front(document):
+def test_the_documents_demand_a_login_for_a_shared_server(document):
     text = (ROOT / "docs" / document).read_text()
     about = text[text.index("**Who may come in.**") :]
     assert re.search(r"proxy .*asks for a login", about, re.S) and "--host 127.0.0.1" in about
 
 
-# What is told.
+# Redaction of logs and reports.
 
-TOLD = {
+REDACTED = {
     "/home/alice/data/imagenet": "~/data/imagenet",
     "/home/alicent/data": "/home/alicent/data",
     "data.imagenet: /home/alice/data\nseeds": "data.imagenet: ~/data\nseeds",
@@ -424,18 +424,18 @@ TOLD = {
 }
 
 
-@pytest.mark.parametrize("text", TOLD)
-def test_what_is_told_is_discreet(text, monkeypatch):
+@pytest.mark.parametrize("text", REDACTED)
+def test_logged_text_is_redacted(text, monkeypatch):
     monkeypatch.setenv("HOME", "/home/alice")
     monkeypatch.setenv("USER", "alice")
-    assert discreet(text) == TOLD[text]
-    assert discreet([text, 1]) == [TOLD[text], 1]
+    assert redact(text) == REDACTED[text]
+    assert redact([text, 1]) == [REDACTED[text], 1]
 
 
-def test_without_a_home_nothing_is_taken_for_one(monkeypatch):
+def test_without_a_home_no_path_is_redacted(monkeypatch):
     monkeypatch.setenv("HOME", "/")
     monkeypatch.delenv("USER", raising=False)
-    assert [discreet(value) for value in ("/data/imagenet", 0.5, None)] == ["/data/imagenet", 0.5, None]
+    assert [redact(value) for value in ("/data/imagenet", 0.5, None)] == ["/data/imagenet", 0.5, None]
 
 
 SECRETS = {
@@ -447,27 +447,27 @@ SECRETS = {
     "HOME": "/home/alice",
     "USER": "alice",
 }
-TELLING = [*SECRETS.values(), "alice", "sesame", "ticket"]
+PRIVATE = [*SECRETS.values(), "alice", "sesame", "ticket"]
 
 
 @pytest.fixture
-def secretive(workplace, monkeypatch) -> Path:
+def private_environment(workplace, monkeypatch) -> Path:
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
     return workplace
 
 
-def test_a_run_tells_nothing_of_its_user(secretive, tree, monkeypatch):
-    """All that a stage hands to MLflow: tags, params, data, metrics."""
+def test_a_run_logs_nothing_private(private_environment, tree, monkeypatch):
+    """Search everything that a stage sends to MLflow: tags, params, data, metrics."""
     tree["data"]["imagenet"] = "/home/alice/images"
     tree["pretrain"]["weights"] = "/scratch/alice/milan.pth"
-    records.write_manifest(secretive / "alice", splits={"train": {"images": 0, "shards": []}}, classes=[], source="x")
+    records.write_manifest(private_environment / "alice", splits={"train": {"images": 0, "shards": []}}, classes=[], source="x")
     monkeypatch.setattr(tracker, "subprocess", SimpleNamespace(Popen=lambda *_, **__: None, DEVNULL=None))
-    out = secretive / "alice" / "out.json"
-    here = stage.Stage("teacher", argparse.Namespace(out=out, metrics=out, seed=0), build(Params, tree, "params.yaml"))
+    out = private_environment / "alice" / "out.json"
+    here = stage.Stage("teacher", argparse.Namespace(out=out, metrics=out, seed=0), validate(Params, tree, "params.yaml"))
 
     def main(here: stage.Stage) -> None:
-        here.tracker.reads(Records(secretive / "alice", "train"))
+        here.tracker.reads(Records(private_environment / "alice", "train"))
         here.write_metrics({"teacher/loss": 0.5}, here.identify({}))
 
     stage.tracked(here, main)
@@ -477,30 +477,30 @@ def test_a_run_tells_nothing_of_its_user(secretive, tree, monkeypatch):
     assert (
         said[1]["values"]["data.imagenet"] == "~/images" and said[1]["values"]["pretrain.weights"] == "/scratch/$USER/milan.pth"
     )
-    # The data set's own folder is named alice here, in its name as well, which is nobody's path.
+    # The data set's name is that of its folder, alice, which is no path.
     said[2]["name"] = ""
-    assert [word for word in TELLING if word in json.dumps(said)] == []
+    assert [word for word in PRIVATE if word in json.dumps(said)] == []
 
 
-def test_a_logger_s_complaint_tells_nothing(secretive, monkeypatch, capsys):
+def test_a_logger_s_error_holds_nothing_private(private_environment, monkeypatch, capsys):
     def refuse(*_):
         raise ConnectionError(f"no answer from {SECRETS['MLFLOW_TRACKING_URI']} for /home/alice/x")
 
     monkeypatch.setattr(logger, "check_reachable", refuse)
-    (secretive / "1.jsonl").touch()
-    logger.deliver(secretive / "1.jsonl")
+    (private_environment / "1.jsonl").touch()
+    logger.deliver(private_environment / "1.jsonl")
     said = capsys.readouterr().out
-    assert "no answer from https://***@mlflow.example.org/x?***" in said and [word for word in TELLING if word in said] == []
+    assert "no answer from https://***@mlflow.example.org/x?***" in said and [word for word in PRIVATE if word in said] == []
 
 
-def test_a_manifest_and_the_page_tell_nothing(secretive, tree, monkeypatch):
-    root = secretive / "alice" / "images"
+def test_a_manifest_and_the_page_hold_nothing_private(private_environment, tree, monkeypatch):
+    root = private_environment / "alice" / "images"
     for split in ("train", "val"):
         class_tree(root, {f"{split}/{name}/1.jpg": encoded("JPEG") for name in ("cat", "dog")})
     monkeypatch.setattr(imagenet, "refuse_too_few", lambda *_: None)
     tree["prepare_imagenet"]["pairs"] = 0
-    folder = secretive / "records"
+    folder = private_environment / "records"
     folder.mkdir()
-    prepare_imagenet.pack(root, folder, build(Params, tree, "params.yaml"), "/home/alice/images")
+    prepare_imagenet.pack(root, folder, validate(Params, tree, "params.yaml"), "/home/alice/images")
     assert "alice" not in "".join(path.read_bytes().decode(errors="replace") for path in folder.iterdir())
     assert provenance.read_data(folder, "/home/alice/images").source == "~/images"

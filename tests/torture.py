@@ -1,11 +1,11 @@
-"""A whole pipeline under every fault that we could think of: what it ends in must be what an undisturbed run ends in.
+"""Run a whole pipeline under many kinds of faults: its results must be those of an undisturbed run.
 
     make torture        or        python -m tests.torture [--only FAULT ...] [--kills 20] [--seed 0] [--json FILE]
 
-Clones HEAD into a temporary folder, runs it once at smoke scale, and keeps dvc.lock as the truth. Then come the faults of
-tests/torture_faults.py, a line each: what was done, how often, and how often the pipeline lived through it. Everything
-random follows from the seed. What needs a right that is missing (mounting a small disk) is skipped and said.
-Exit status: 0 all survived, 1 a fault that did not. About half an hour on two cores; nothing outside of the clone is touched.
+The command clones HEAD into a temporary folder, runs it once at smoke scale and keeps dvc.lock as the truth. Then it plays the
+faults of tests/torture_faults.py and prints, for each, how often it was tried and how often the pipeline survived. All random
+choices follow from the seed. A fault that needs a missing right (to mount a small disk) is skipped, with a message.
+Exit status: 0 all survived, 1 otherwise. About half an hour on two cores; nothing outside of the clone is changed.
 """
 
 import argparse
@@ -31,7 +31,7 @@ PATIENCE = 1800  # seconds for any one command
 
 
 class Wrong(Exception):
-    """What a fault did that it must not do."""
+    """A consequence that a fault must not have."""
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Row:
 
 
 class Running:
-    """A command in a session of its own, whose output is read as it comes."""
+    """A command in a session of its own, whose output is read while it runs."""
 
     def __init__(self, command: list[str], folder: Path, environment: dict[str, str]):
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
@@ -66,13 +66,13 @@ class Running:
                 self.stages[line.split("'")[1]] = time.monotonic()
 
     def wait(self) -> str:
-        """Until it ends; what it said."""
+        """Wait until the command ends and return its output."""
         self.process.wait(PATIENCE)
         self.reader.join(60)
         return self.said
 
     def until(self, condition) -> bool:
-        """Wait for condition(); False when the command ends before."""
+        """Wait for condition() and return True, or False when the command ends before."""
         while self.process.poll() is None:
             if condition():
                 return True
@@ -81,7 +81,7 @@ class Running:
 
 
 class Clone:
-    """A clone of HEAD, its one undisturbed run, and the commands that faults are played to."""
+    """A clone of HEAD, its undisturbed run, and the commands that faults are played against."""
 
     def __init__(self, folder: Path):
         self.folder, self.outs = folder, folder / "outs/smoke"
@@ -100,13 +100,13 @@ class Clone:
         return self.start("-m", "dvc", *words, **environment)
 
     def run_once(self) -> None:
-        """Once for ever: a kept clone knows the truth from its first use."""
+        """Do the undisturbed run, unless an earlier call kept the clone and its truth."""
         if not self.kept.exists():
             self.kept.write_text(json.dumps(self.undisturbed()))
         self.truth, self.seconds = json.loads(self.kept.read_text()).values()
 
     def undisturbed(self) -> dict:
-        """dvc.lock, and the seconds that each stage took, in their order."""
+        """Run the pipeline and return dvc.lock and the seconds that each stage took, in their order."""
         running = self.dvc("exp", "run", "-S", "scale=smoke")
         said, end = running.wait(), time.monotonic()
         if running.process.returncode:
@@ -120,13 +120,13 @@ class Clone:
         return yaml.safe_load(path.read_text())["stages"] if path.exists() else {}
 
     def forget(self) -> None:
-        """As if nothing had been run; the recipe stays at smoke scale."""
+        """Remove all results; the recipe stays at smoke scale."""
         for name in ("dvc.lock", "outs", ".scratch", ".dvc/cache"):
             path = self.folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
     def finish(self, *words: str, **environment: str) -> str:
-        """`dvc repro` to the end, which must be the truth's; what it said."""
+        """Run `dvc repro` to the end, demand that dvc.lock is the truth, and return the output."""
         running = self.dvc("repro", *words, **environment)
         said = running.wait()
         demand(running.process.returncode == 0, f"`dvc repro` failed: {said[-600:]}")
@@ -134,19 +134,19 @@ class Clone:
         return said
 
     def processes(self) -> list[psutil.Process]:
-        """What runs in the clone, its loggers aside: those outlive a stage on purpose."""
-        found = []
+        """Return the processes that run in the clone, except loggers, which outlive a stage on purpose."""
+        running = []
         for process in psutil.process_iter():
             try:
                 inside = Path(process.cwd()).is_relative_to(self.folder)
                 if inside and process.status() != psutil.STATUS_ZOMBIE and "milan.tracking.logger" not in process.cmdline():
-                    found.append(process)
+                    running.append(process)
             except psutil.Error:
                 continue
-        return found
+        return running
 
     def no_orphans(self, seconds: float = 30) -> None:
-        """All processes of the clone end by themselves; those that do not are named, and killed."""
+        """Demand that all processes of the clone end by themselves; name and kill those that do not."""
         end = time.monotonic() + seconds
         while (left := self.processes()) and time.monotonic() < end:
             time.sleep(0.2)
@@ -155,8 +155,8 @@ class Clone:
         demand(not left, f"still running after {seconds:.0f} s: {'; '.join(str(process) for process in left)}")
 
 
-def demand(truth: bool, otherwise: str) -> None:
-    if not truth:
+def demand(condition: bool, otherwise: str) -> None:
+    if not condition:
         raise Wrong(otherwise)
 
 
@@ -165,10 +165,10 @@ def differing(one: dict, other: dict) -> list[str]:
 
 
 def last_error(said: str) -> str:
-    """The paragraph in which a stage says what is wrong, as one line. Demands that it is one, and no traceback."""
+    """Return a stage's error message as one line. Demands that there is one, and no traceback."""
     demand("Traceback" not in said, f"a traceback: {said[-600:]}")
-    _, found, rest = said.rpartition("\nerror: ")
-    demand(bool(found), f"no error is said: {said[-600:]}")
+    _, separator, rest = said.rpartition("\nerror: ")
+    demand(bool(separator), f"no error is said: {said[-600:]}")
     return " ".join(rest.split("\n\n")[0].split())
 
 
@@ -185,7 +185,7 @@ def arguments(parsed: list[str] | None, faults: list[str]) -> argparse.Namespace
 
 
 def play(name: str, trials: list, progress: Progress) -> Row:
-    """Each trial is a callable that raises Wrong."""
+    """Run the trials of a fault, [(what, callable that raises Wrong)], and return its row."""
     row = Row(name)
     for what, trial in trials:
         print(f"{name}: {what}", flush=True)
@@ -193,7 +193,7 @@ def play(name: str, trials: list, progress: Progress) -> Row:
         try:
             trial()
             row.survived += 1
-        except Exception as wrong:  # Wrong, or what else came to light
+        except Exception as wrong:  # Wrong, or any other error
             row.wrong.append(f"{what}: {type(wrong).__name__}: {wrong}")
             print(f"    DID NOT SURVIVE: {row.wrong[-1]}", flush=True)
         progress.update()
@@ -222,6 +222,6 @@ def main(parsed: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    import tests.torture  # not __main__: the faults import this module too, and there should be one of it
+    import tests.torture  # not __main__: the faults import this module too, and it must not be loaded twice
 
     raise SystemExit(tests.torture.main())

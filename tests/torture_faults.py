@@ -1,6 +1,5 @@
-"""The faults of tests/torture.py: each makes, of a clone that has run once, its trials [(what, callable)], or a reason to skip.
-
-A trial plays its fault, lets the user's next command run, and raises Wrong when anything is not as it was undisturbed.
+"""The faults of tests/torture.py. Each takes a clone that has run once and returns its trials [(what, callable)], or the reason
+why it is skipped. A trial plays its fault, runs the user's next command, and raises Wrong where a result differs from the truth.
 """
 
 import contextlib
@@ -29,12 +28,12 @@ Trials = list[tuple[str, Callable[[], None]]]
 
 # Interruptions of a run from nothing.
 
-VICTIMS = ("all", "all", "the stage", "dvc")  # of a kill -9: mostly all processes, sometimes one alone
+VICTIMS = ("all", "all", "the stage", "dvc")  # of a kill -9: mostly all processes, sometimes only one
 
 
 @dataclass(frozen=True)
 class Blow:
-    """A signal at a moment: `after` seconds from the start of a stage."""
+    """A signal that is sent `after` seconds from the start of a stage."""
 
     stage: str
     after: float
@@ -46,7 +45,7 @@ class Blow:
 
 
 def blows(seconds: dict[str, float], n: int, number: int, draw: random.Random) -> list[Blow]:
-    """n blows in the order of the stages: each stage is hit before any is hit twice, then the longer ones more often."""
+    """Draw n blows in the order of the stages: every stage is hit before any is hit twice, and longer ones are hit more often."""
     stages = list(seconds)
     chosen = draw.sample(stages, min(n, len(stages))) + draw.choices(stages, list(seconds.values()), k=max(0, n - len(stages)))
     victims = VICTIMS if number == signal.SIGKILL else VICTIMS[:1]
@@ -54,7 +53,7 @@ def blows(seconds: dict[str, float], n: int, number: int, draw: random.Random) -
 
 
 def interruptions(number: int, share: float, clone: Clone, options) -> Trials:
-    """A run from nothing, hit again and again; after each blow `dvc repro`, until all blows are dealt."""
+    """Return the trials of a run from nothing that is interrupted by every blow and continued by `dvc repro` after each."""
     draw = random.Random(f"{options.seed} {number}")
     dealt = blows(clone.seconds, max(1, round(options.kills * share)), number, draw)
     hits = [(str(blow), functools.partial(hit, clone, blow, fresh=blow is dealt[0])) for blow in dealt]
@@ -62,7 +61,7 @@ def interruptions(number: int, share: float, clone: Clone, options) -> Trials:
 
 
 def hit(clone: Clone, blow: Blow, fresh: bool) -> None:
-    """Start or continue the run, deal the blow, and see that what dvc.lock says until now is the truth."""
+    """Start or continue the run, deal the blow, and demand that dvc.lock, as far as it goes, is the truth."""
     if fresh:
         clone.forget()
     running, order = clone.dvc("repro"), list(clone.seconds)
@@ -104,7 +103,7 @@ def twice(clone: Clone, options) -> Trials:
 
 
 def at_once(clone: Clone) -> None:
-    """Both end well, or one says that it is kept out; afterwards all is as ever."""
+    """Demand that both succeed, or that one says why it was refused; afterwards the results must be the truth."""
     both = [clone.dvc("repro", "-f", "-s", "pretrain@milan-0") for _ in range(2)]
     said = [running.wait() for running in both]
     good = [running.process.returncode == 0 for running in both]
@@ -129,7 +128,7 @@ def full_disk(clone: Clone, options) -> Trials | str:
 
 
 def fill(clone: Clone, stage: str, place: Path) -> None:
-    """The stage's own command with its results on a disk of half their size, and again when there is room."""
+    """Run a stage's command with its results on a disk of half their size, and again once there is room."""
     results = {word: word.replace("/", "-") for word in places(clone, stage)}
     words = [f"full/{results[word]}" if word in results else word for word in shlex.split(clone.truth[stage]["cmd"])[1:]]
     size = sum(out["size"] for out in clone.truth[stage].get("outs", [])) or (clone.folder / next(iter(results))).stat().st_size
@@ -151,18 +150,18 @@ def fill(clone: Clone, stage: str, place: Path) -> None:
 
 
 def places(clone: Clone, stage: str) -> list[str]:
-    """Where a stage's command puts what: of --metrics and --out, those that it writes."""
+    """Return the paths that a stage's command writes."""
     words = shlex.split(clone.truth[stage]["cmd"])
     given = {word: words[k + 1] for k, word in enumerate(words[:-1]) if word in ("--out", "--metrics", "--curve", "--confusion")}
-    if "--published" in words:  # the last stages read the metrics
+    if "--published" in words:  # the last stages read --metrics
         given.pop("--metrics")
     return list(given.values())
 
 
 def whole(clone: Clone, place: Path, results: dict[str, str], all_there: bool = False) -> None:
-    """Whatever stands under a result's name is the file of the undisturbed run."""
+    """Demand that every file under a result's name equals that of the undisturbed run."""
     for original, name in results.items():
-        if original.endswith(".html"):  # names hours
+        if original.endswith(".html"):  # states times
             continue
         there, truth = place / name, clone.folder / original
         for file in filter(Path.is_file, there.rglob("*") if there.is_dir() else [there]):
@@ -193,28 +192,28 @@ def flips(clone: Clone, options) -> Trials:
 
 
 def flip(clone: Clone, name: str, stage: str, where: float) -> None:
-    """One bit in the middle half of a file, its time as before, and linked with DVC's cache where links are to be had, as
-    after a pull; the stage that reads it must name it, and what it says to do must mend it."""
+    """Flip one bit in the middle half of a file, keeping its time, and its link to DVC's cache where DVC makes links. The stage
+    that reads the file must name it, and following the error's advice must mend it."""
     clone.dvc("checkout", "--relink", "-q").wait()
     path = clone.outs / name
-    sound, before = path.read_bytes(), path.stat()
-    place = int(len(sound) * (0.25 + where / 2))
+    original, before = path.read_bytes(), path.stat()
+    place = int(len(original) * (0.25 + where / 2))
     mode = before.st_mode
     path.chmod(0o644)
     with open(path, "r+b") as file:
         file.seek(place)
-        file.write(bytes([sound[place] ^ 1 << place % 8]))
+        file.write(bytes([original[place] ^ 1 << place % 8]))
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     path.chmod(mode)
     running = clone.dvc("repro", "-f", "-s", stage)
     said = running.wait()
-    demand(running.process.returncode != 0, f"{stage} took it in silence (byte {place})")
+    demand(running.process.returncode != 0, f"{stage} read it without an error (byte {place})")
     error = last_error(said.partition("\nERROR: failed to reproduce")[0])
     demand(name in error, f"the file is not named: {error}")
     for command in re.findall("`(find .*?)`", error):
         subprocess.run(command, shell=True, cwd=clone.folder, check=True)
     clone.finish()
-    demand(path.read_bytes() == sound, f"{name} is not mended by what is said: {error}")
+    demand(path.read_bytes() == original, f"{name} is not mended by the error's advice: {error}")
 
 
 def cut_checkpoint(clone: Clone, options) -> Trials:
@@ -249,7 +248,7 @@ def store(clone: Clone, options) -> Trials:
 
 
 def outage(clone: Clone, trouble) -> None:
-    """The stage ends as ever; afterwards its run is in the store, whole and once."""
+    """Demand that the stage succeeds; afterwards its run is in the store, complete and once."""
     before = len(runs(clone))
     with trouble as uri:
         clone.finish("-f", "-s", "linear_eval@milan-0", **({"MLFLOW_TRACKING_URI": uri} if uri else {}))
@@ -262,14 +261,14 @@ def delivered(clone: Clone, before: int) -> None:
     said = logger.wait()
     left = [path.name for path in clone.folder.glob(".scratch/tracking/*.jsonl")]
     demand(logger.process.returncode == 0 and not left, f"not delivered: {left} {said[-300:]}")
-    found, metrics = runs(clone), clone.folder / "reports/metrics/smoke/linear_eval/milan-0.json"
-    demand(len(found) == before + 1, f"{len(found) - before} runs for one stage")
+    stored, metrics = runs(clone), clone.folder / "reports/metrics/smoke/linear_eval/milan-0.json"
+    demand(len(stored) == before + 1, f"{len(stored) - before} runs for one stage")
     top1 = json.loads(metrics.read_text())["linear_eval/top1"]
-    demand(found[-1] == ("FINISHED", top1), f"the store has {found[-1]}, the stage came to {top1}")
+    demand(stored[-1] == ("FINISHED", top1), f"the store has {stored[-1]}, the stage's result is {top1}")
 
 
 def runs(clone: Clone) -> list[tuple[str, float]]:
-    """(status, linear_eval/top1) of the runs of linear_eval milan 0, the newest last."""
+    """Return (status, linear_eval/top1) of the runs of linear_eval milan 0, the newest last."""
     query = """select status, value from runs left join latest_metrics on latest_metrics.run_uuid = runs.run_uuid
         and key = 'linear_eval/top1' where name = 'linear_eval milan seed 0' order by start_time"""
     with contextlib.closing(sqlite3.connect(clone.folder / "mlflow.db")) as base:
@@ -310,7 +309,7 @@ def clock(clone: Clone, options) -> Trials:
 
 
 def jumps(clone: Clone) -> None:
-    """Python takes sitecustomize.py up by itself, in DVC, the stage and its logger."""
+    """Run a stage with a jumping clock: Python imports sitecustomize.py in DVC, the stage and its logger."""
     folder = clone.folder / ".scratch/clock"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "sitecustomize.py").write_text(JUMPY)

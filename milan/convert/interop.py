@@ -27,6 +27,7 @@ from milan.convert import layouts
 from milan.convert.layouts import State, depth, split_decoder
 from milan.core.errors import UserError
 from milan.core.files import write_whole
+from milan.core.validation import validate
 from milan.method.decoder import DECODERS
 from milan.method.encoder import build_vit
 from milan.params import Model, TransformerSize
@@ -126,8 +127,10 @@ def check_complete(encoder: State, decoder: State, path: str | Path, decoder_pat
     (_, rows, width), (*_, patch) = encoder["pos_embed"].shape, encoder["patch_embed.proj.weight"].shape
     grid = math.isqrt(max(rows - 1, 1))
     try:
-        size = TransformerSize(width, depth(encoder, "blocks."), 1)
-        check(encoder, encoder_shapes(Model("checkpoint", grid * patch, patch, size, size)), path)
+        tower = {"embed_dim": width, "depth": depth(encoder, "blocks."), "num_heads": 1}
+        size = {"name": "checkpoint", "image_size": grid * patch, "patch_size": patch, "encoder": tower}
+        model = validate(Model, {**size, "decoder": TransformerSize(4, 1, 1)}, f"{path} holds a model that cannot be built here")
+        check(encoder, encoder_shapes(model), path)
         if decoder:
             check(decoder, decoder_shapes(decoder, width, grid), decoder_path)
     except ValueError as error:

@@ -1,1 +1,1 @@
-"""What is general: errors, files written whole or not at all, progress, parallel work, redaction, the code that a stage runs."""
+"""General tools: errors, validation, atomic files, digests, progress, parallel work, redaction, the code that a stage runs."""

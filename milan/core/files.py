@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and digests of what a result was made from."""
+"""Atomic writing of files and folders, JSON with a digest, and digests of files."""
 
 import contextlib
 import errno
@@ -12,10 +12,9 @@ from typing import BinaryIO
 
 from milan.core.errors import UserError
 
-SCRATCH = Path(".scratch")
 OTHER_DIGEST = "the digest is not the one that it was written with"
 FULL = (errno.ENOSPC, errno.EDQUOT)
-REFUSED = (  # by the file system, for what the user can mend
+REFUSED = (  # errors of the file system that the user can mend
     errno.EACCES,
     errno.EPERM,
     errno.EROFS,
@@ -27,14 +26,23 @@ REFUSED = (  # by the file system, for what the user can mend
 )
 
 
+def project_root() -> Path:
+    """Return the repository's root, also from a temporary workspace of `dvc exp run --queue` or `--temp` (.dvc/tmp/exps/...)."""
+    here = Path.cwd()
+    return Path(*here.parts[: here.parts.index(".dvc")]) if ".dvc" in here.parts else here
+
+
+SCRATCH = Path(os.path.relpath(project_root() / ".scratch"))  # one for all workspaces: it outlives a temporary one
+
+
 def json_digest(*parts) -> str:
-    """16 hex digits of anything JSON can say (dataclasses are spelled by repr)."""
+    """Return 16 hex digits of a SHA-256 over JSON; values that JSON lacks count by their repr."""
     text = json.dumps(parts, sort_keys=True, default=repr)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
+    """Return the SHA-256 of a file, in hex."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -43,8 +51,9 @@ def file_digest(path: Path) -> str:
 
 
 def dvc_hash(path: Path, limit: int = 2 << 30) -> str | None:
-    """What DVC calls the content of a file (its MD5) or a folder (the MD5 of its listing, and ".dir"), so that a run
-    can be found from dvc.lock and back. None above `limit` bytes: there, DVC's own hashing is slow enough once."""
+    """Return DVC's hash of a file (its MD5) or a folder (the MD5 of its listing, and ".dir"), or None above `limit` bytes.
+
+    With it a run can be found from dvc.lock and back. Above the limit a second hashing beside DVC's own takes too long."""
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     if sum(file.stat().st_size for file in files) > limit:
         return None
@@ -56,8 +65,8 @@ def dvc_hash(path: Path, limit: int = 2 << 30) -> str | None:
 
 
 @contextlib.contextmanager
-def full_disk_said(path: Path) -> Iterator[None]:
-    """Turn "no space left" into an error that names the place."""
+def explain_full_disk(path: Path) -> Iterator[None]:
+    """Raise "no space left" as a UserError that names the place."""
     try:
         yield
     except OSError as error:
@@ -71,9 +80,9 @@ def full_disk_said(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def refusals_said() -> Iterator[None]:
-    """Turn what the file system refuses (a full disk, a missing right, a file where a folder belongs) into an error that
-    names the place; any other OSError is a fault of this program, and passes."""
+def explain_os_errors() -> Iterator[None]:
+    """Raise errors of the file system (a full disk, missing rights, a file in place of a folder) as a UserError that names
+    the place. Any other OSError is a fault of this program and passes."""
     try:
         yield
     except OSError as error:
@@ -89,6 +98,7 @@ def refusals_said() -> Iterator[None]:
 
 
 def existing_parent(path: Path) -> Path:
+    """Return the path itself or its closest parent that exists."""
     path = Path(path).absolute()
     while not path.exists():
         path = path.parent
@@ -97,9 +107,9 @@ def existing_parent(path: Path) -> Path:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to fill that stands under path once it is whole; after an error path is as it was."""
+    """Yield a file to fill, and move it to `path` at the end. After an error `path` is as it was."""
     temporary = path.with_name(path.name + ".part")
-    with full_disk_said(path):
+    with explain_full_disk(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(temporary, "wb") as file:
@@ -113,44 +123,46 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write data under path, or leave path as it was."""
+    """Write a file completely, or leave it as it was."""
     with whole_file(Path(path)) as file:
         file.write(data)
 
 
 def write_json(path: Path, value) -> None:
+    """Write a value as JSON with sorted keys, completely or not at all."""
     write_whole(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
 
 
 def read_json(path: Path, **keys: type) -> dict:
-    """The object in a file that a stage wrote. Raises UserError for anything but an object with values of these types."""
+    """Return the JSON object that a stage wrote. Raises UserError for anything but an object with values of these types."""
     try:
-        found = json.loads(path.read_text())
+        entries = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path} is missing: run `dvc repro`, which makes it, or `dvc pull`, which fetches it.") from None
     except (ValueError, RecursionError):  # JSON's and UTF-8's errors are ValueErrors
-        found = None
-    if not isinstance(found, dict) or any(not isinstance(found.get(key), kind) for key, kind in keys.items()):
+        entries = None
+    if not isinstance(entries, dict) or any(not isinstance(entries.get(key), kind) for key, kind in keys.items()):
         raise damaged(path, f"it is no JSON object with {', '.join(keys)}")
-    return found
+    return entries
 
 
 def write_checked(path: Path, entries: dict) -> None:
-    """JSON that carries its own digest."""
+    """Write JSON with its own digest as a further entry."""
     write_json(path, {**entries, "digest": json_digest(entries)})
 
 
 def read_checked(path: Path, **keys: type) -> dict:
-    """What write_checked was given. Raises UserError, as read_json does, and when a byte has changed since."""
-    found = read_json(path, **keys)
-    if found.pop("digest", None) != json_digest(found):
+    """Return the entries that write_checked wrote. Raises UserError as read_json does, and where the digest is another."""
+    entries = read_json(path, **keys)
+    if entries.pop("digest", None) != json_digest(entries):
         raise damaged(path, OTHER_DIGEST)
-    return found
+    return entries
 
 
 def damaged(path: Path, fault: str) -> UserError:
-    """For a file in a stage's out. Where DVC links (.dvc/config), its cache holds the very same file, and deleting the out
-    alone would bring it back."""
+    """Return the error for a damaged file in a stage's out.
+
+    Where DVC links files (.dvc/config), its cache holds the same file: deleting the out alone would bring it back."""
     return UserError(
         f"{path} is damaged: {fault}. Delete it and its twin in DVC's cache (`find .dvc/cache -samefile {path} -delete; "
         f"rm -r {Path(path).parent}`) and run `dvc repro` again, which makes what the cache lacks."
@@ -159,8 +171,10 @@ def damaged(path: Path, fault: str) -> UserError:
 
 @contextlib.contextmanager
 def whole_folder(target: Path, digest: str) -> Iterator[Path]:
-    """A folder to fill that becomes `target` in one step at the end. What an interrupted run with the same
-    digest left in it is still there, to be continued. Raises UserError, before any work, where no folder can be."""
+    """Yield a folder to fill, and move it to `target` at the end in one step.
+
+    It still holds the files of an interrupted run with the same digest, to be continued. Raises UserError before any work
+    where `target` cannot be a folder."""
     if target.name in ("", "..") or target.is_symlink() or (target.exists() and not target.is_dir()):
         raise UserError(
             f"{target} cannot be replaced by a folder of results: give the path of a folder of its own, or remove it."
@@ -169,13 +183,13 @@ def whole_folder(target: Path, digest: str) -> Iterator[Path]:
     for other in target.parent.glob(f".{target.name}.part-*"):
         if other != folder:
             shutil.rmtree(other)
-    with full_disk_said(target):
+    with explain_full_disk(target):
         folder.mkdir(parents=True, exist_ok=True)
         try:
             yield folder
         except BaseException:
             with contextlib.suppress(OSError):
-                folder.rmdir()  # unless something is there to be continued
+                folder.rmdir()  # if it is empty: files in it can be continued
             raise
         if target.exists():
             shutil.rmtree(target)

@@ -1,4 +1,4 @@
-"""Work spread over processes: results in order, few of them in memory, a Ctrl-C that is never lost, and no orphans."""
+"""Parallel work in processes: results in order, few of them in memory, no lost Ctrl-C and no orphans."""
 
 import contextlib
 import os
@@ -12,11 +12,11 @@ from concurrent.futures.process import BrokenProcessPool
 
 from milan.core.errors import UserError
 
-AHEAD = 4  # jobs a process that may be finished before their turn
+AHEAD = 4  # jobs of each process that may be finished before their turn
 
 
 def ordered(function: Callable, jobs: Iterable, processes: int) -> Iterator:
-    """function(job) of each job, in the order of the jobs, computed by several processes (by this one if it is 1). Raises
+    """Yield function(job) of each job, in the order of the jobs, computed by several processes (1: by this one). Raises
     UserError when one of them is killed."""
     if processes == 1:
         yield from map(function, jobs)
@@ -33,15 +33,15 @@ def ordered(function: Callable, jobs: Iterable, processes: int) -> Iterator:
     except BrokenProcessPool:
         raise UserError("A worker process was killed, perhaps for want of memory. Run again: it continues.") from None
     finally:
-        pool.shutdown(cancel_futures=True)  # after a failure, what still waits need not be done
+        pool.shutdown(cancel_futures=True)  # after a failure the waiting jobs are not needed
 
 
 @contextlib.contextmanager
 def interrupts_held() -> Iterator[None]:
-    """Put off Ctrl-C while processes are forked: inside fork's own hooks Python would swallow it, and half a pool
-    would outlive its parent. The children keep this handler, and leave it to their parent to end them.
+    """Delay Ctrl-C while processes are forked: Python swallows it inside fork's own hooks, and half a pool would outlive its
+    parent. The children keep this handler; their parent ends them.
 
-    A handler and not a signal mask: the system may deliver the signal to any thread, such as a library's own."""
+    It is a handler and no signal mask because the system may deliver the signal to any thread, such as a library's own."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -56,8 +56,9 @@ def interrupts_held() -> Iterator[None]:
 
 
 def end_with(parent: int) -> None:
-    """Make this process end when its parent is gone (kill -9 reaches only one): no orphan works on unseen. A SIGTERM ends
-    it as well: the handler of a stage, inherited, would only fail the job at hand, and a pool wait for ever."""
+    """End this process when its parent is gone (kill -9 reaches only one process), and on SIGTERM.
+
+    The SIGTERM handler that it inherits from a stage would only fail the current job, and a pool would wait for ever."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def watch() -> None:

@@ -1,19 +1,19 @@
 """The fine-tuned classifier: a ViT with a head, its files and its loss."""
 
 import dataclasses
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic.dataclasses import dataclass
 from timm.data.mixup import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from milan.core.files import read_json, write_json
-from milan.core.typed import build, choice
+from milan.core.validation import Section, Text, validate
 from milan.method.encoder import build_vit
-from milan.params import Finetune, Model
+from milan.params import Few, Finetune, Model, Pooling
 from milan.training.weights import OTHER_MODEL, load_state, load_weights, save_weights
 
 TIMM_POOLING = {"mean": "avg", "cls": "token"}
@@ -33,13 +33,13 @@ def build_classifier(model: Model, finetune: Finetune, classes: int, encoder: di
 
 
 @dataclass(frozen=True)
-class ClassifierInfo:
+class ClassifierInfo(Section):
     """Content of classifier.json: everything needed to use the weights in classifier.safetensors."""
 
     model: Model
-    pooling: str = choice(*TIMM_POOLING)
-    resize: int  # short side of an image in pixels, before the central crop
-    classes: list[str]
+    pooling: Pooling
+    resize: Few  # short side of an image in pixels, before the central crop
+    classes: list[Text]
 
 
 def save_classifier(folder: Path, vit: VisionTransformer, info: ClassifierInfo) -> None:
@@ -51,7 +51,7 @@ def save_classifier(folder: Path, vit: VisionTransformer, info: ClassifierInfo) 
 def load_classifier(folder: Path) -> tuple[VisionTransformer, ClassifierInfo]:
     """Load what save_classifier wrote. Raises UserError when a file is missing or damaged."""
     path = folder / "classifier.json"
-    info = build(ClassifierInfo, read_json(path, model=dict), str(path))
+    info = validate(ClassifierInfo, read_json(path, model=dict), str(path))
     vit = build_vit(info.model, num_classes=len(info.classes), global_pool=TIMM_POOLING[info.pooling])
     path = folder / "classifier.safetensors"
     load_state(vit, load_weights(path), path, "classifier.json beside it describes another model: export the classifier again.")

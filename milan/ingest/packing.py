@@ -1,8 +1,9 @@
-"""From items to record shards: every image is opened and decoded once here, so that a broken one is found in minutes rather
-than in the middle of a night's training.
+"""Pack items into record shards. Every image is opened and decoded once here, so that a broken file is reported within minutes
+and not in the middle of a night's training.
 
-A shard that is finished stays. Its seal, a small file beside it until all is done, names what it was made of; a run that
-comes after (a killed one, a full disk, broken files that were mended) packs anew only what no seal vouches for.
+An item is a record whose image and mask are still places of files (milan/ingest/archives.py), each with read() and identity().
+A finished shard stays: beside it lies a seal, a small JSON file, with the key of the items and settings that it was made of. A
+later run (after a kill, a full disk, or once broken files are mended) packs only the shards without a valid seal.
 """
 
 import io
@@ -22,14 +23,20 @@ from milan.core.progress import track
 from milan.data import records
 from milan.data.images import DAMAGE, KINDS, open_image, rgb
 
-LISTED = 20
-PLACES = ("image", "mask")  # where items hold places and rows bytes
+LISTED = 20  # broken files that an error names
+PLACES = ("image", "mask")  # keys whose value is a place in an item and bytes in a record
+JOB_IMAGES = 64  # images that a process reads at a time
+
+Job = tuple[dict, int | None, int]  # item, short_side, classes
+Result = tuple[dict | None, str | None]  # record and None, or None and what is wrong with the file
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Where shards go and how they are made. short_side: shrink larger images to it (None: keep the files as they are);
-    classes: the largest annotation value allowed in masks."""
+    """The settings of packing into one folder.
+
+    short_side: pixels to which larger images are shrunk (None: keep the files as they are). classes: the largest annotation
+    value allowed in masks."""
 
     folder: Path
     shard_images: int
@@ -38,10 +45,11 @@ class Packing:
     classes: int = 255
 
     def pack(self, splits: dict[str, list[dict]]) -> dict[str, dict]:
-        """Write the items of each split into shards. Returns the manifest's entries; raises one UserError that lists every
-        unreadable file of all splits, once whatever could be packed is packed."""
+        """Write the items of each split into shards and return the manifest's entries.
+
+        Raises one UserError that lists the unreadable files of all splits, after all other shards are written."""
         broken: list[str] = []
-        found = {split: self.split(split, items, broken) for split, items in splits.items()}
+        entries = {split: self.pack_split(split, items, broken) for split, items in splits.items()}
         if broken:
             broken = list(dict.fromkeys(broken))
             more = f" and {len(broken) - LISTED} more" if len(broken) > LISTED else ""
@@ -50,97 +58,102 @@ class Packing:
                 f"{len(broken)} of {files} files cannot be used: {'; '.join(broken[:LISTED])}{more}. Mend or remove them and run "
                 "again: what is packed already is kept."
             )
-        return found
+        return entries
 
-    def split(self, name: str, items: list[dict], broken: list[str]) -> dict:
-        """The manifest's entry of one split; what is wrong with its items is added to `broken`."""
-        shards = {
-            self.folder / f"{name}-{k:05d}.arrow": shard for k, shard in enumerate(records.chunks(items, self.shard_images))
-        }
+    def pack_split(self, name: str, items: list[dict], broken: list[str]) -> dict:
+        """Write the shards of one split and return its entry in the manifest. Faults of files are added to `broken`."""
+        chunks = enumerate(records.chunks(items, self.shard_images))
+        shards = {self.folder / f"{name}-{number:05d}.arrow": chunk for number, chunk in chunks}
         entries = {path: self.finished(path, shard) for path, shard in shards.items()}
-        left = {path: shard for path, shard in shards.items() if entries[path] is None}
+        missing = {path: shard for path, shard in shards.items() if entries[path] is None}
+        done = len(items) - sum(map(len, missing.values()))
         keys: dict[Path, str] = {}
-        jobs = records.chunks(self.jobs(left, keys), 64)
+        jobs = records.chunks(self.jobs(missing, keys), JOB_IMAGES)
         with closing(ordered(read_jobs, jobs, self.processes)) as results:
-            each = (result for some in results for result in some)
-            each = track(each, f"packing {name}", len(items), len(items) - sum(map(len, left.values())))
-            for path, shard in left.items():
-                entries[path] = self.shard(path, shard, islice(each, len(shard)), keys, broken)
-            next(each, None)  # lets the progress say its end
+            each = track((result for chunk in results for result in chunk), f"packing {name}", len(items), done)
+            for path, shard in missing.items():
+                entries[path] = self.pack_shard(path, shard, islice(each, len(shard)), keys, broken)
+            next(each, None)  # closes the progress
         return {"images": len(items), "shards": list(entries.values())}
 
-    def jobs(self, shards: dict[Path, list[dict]], keys: dict[Path, str]) -> Iterator[tuple]:
-        """What the processes are to read; each shard's key is taken before any of it is read."""
+    def jobs(self, shards: dict[Path, list[dict]], keys: dict[Path, str]) -> Iterator[Job]:
+        """Yield the jobs of the shards. A shard's key is put into `keys` before any of its files is read."""
         for path, shard in shards.items():
             keys[path] = self.key(shard)
             yield from ((item, self.short_side, self.classes) for item in shard)
 
-    def shard(
-        self, path: Path, items: list[dict], results: Iterator[tuple], keys: dict[Path, str], broken: list[str]
+    def pack_shard(
+        self, path: Path, items: list[dict], results: Iterator[Result], keys: dict[Path, str], broken: list[str]
     ) -> dict | None:
-        """Write one shard and its seal; with a broken item among them only go on to look for more."""
+        """Write one shard and its seal and return its entry in the manifest.
+
+        Where an item is broken, write nothing, add all of the shard's faults to `broken` and return None."""
         columns = {name for item in items for name in item}
         try:
-            entry = records.write_shard(path, sound(results), columns)
-        except Broken as first:
+            entry = records.write_shard(path, unbroken(results), columns)
+        except BrokenFile as first:
             broken += [str(first), *(fault for _, fault in results if fault)]
             return None
-        write_json(seal(path), {"key": keys[path], "bytes": path.stat().st_size, "entry": entry})
+        write_json(seal_of(path), {"key": keys[path], "bytes": path.stat().st_size, "entry": entry})
         return entry
 
     def finished(self, path: Path, items: list[dict]) -> dict | None:
-        """The entry of a shard that stands already and was made of just these items."""
-        if not seal(path).exists() or not path.exists():
+        """Return the entry of a shard that exists and was made of exactly these items and settings, else None."""
+        if not seal_of(path).exists() or not path.exists():
             return None
-        found = read_json(seal(path), key=str, bytes=int, entry=dict)
-        same = found["bytes"] == path.stat().st_size and found["key"] == self.key(items)
-        return found["entry"] if same else None
+        seal = read_json(seal_of(path), key=str, bytes=int, entry=dict)
+        valid = seal["bytes"] == path.stat().st_size and seal["key"] == self.key(items)
+        return seal["entry"] if valid else None
 
     def key(self, items: list[dict]) -> str:
-        said = [{name: value.identity() if name in PLACES else value for name, value in item.items()} for item in items]
-        return json_digest(self.short_side, self.classes, said)
+        """Return the digest of the settings and of the items, each file by its identity."""
+        plain = [{name: value.identity() if name in PLACES else value for name, value in item.items()} for item in items]
+        return json_digest(self.short_side, self.classes, plain)
 
 
-class Broken(Exception):
-    """A row that is none; says what is wrong with its file."""
+class BrokenFile(Exception):
+    """A file that cannot be used; its text names the file and the fault."""
 
 
-def sound(results: Iterable[tuple[dict | None, str | None]]) -> Iterator[dict]:
-    for row, fault in results:
+def unbroken(results: Iterable[Result]) -> Iterator[dict]:
+    """Yield the records. Raises BrokenFile at the first fault."""
+    for record, fault in results:
         if fault:
-            raise Broken(fault)
-        yield row
+            raise BrokenFile(fault)
+        yield record
 
 
-def seal(path: Path) -> Path:
+def seal_of(path: Path) -> Path:
     return path.with_suffix(".seal")
 
 
-def read_jobs(jobs: list[tuple]) -> list[tuple]:
+def read_jobs(jobs: list[Job]) -> list[Result]:
     return [read_job(job) for job in jobs]
 
 
-def read_job(job: tuple[dict, int | None, int]) -> tuple[dict | None, str | None]:
-    """(row, None), or (None, what is wrong with the file)."""
+def read_job(job: Job) -> Result:
+    """Read and check the files of an item."""
     item, short_side, classes = job
-    row, place = dict(item), item["image"]
+    record, place = dict(item), item["image"]
     try:
         item["name"].encode()
-        row["image"] = checked_image(place.read(), short_side)
+        record["image"] = checked_image(place.read(), short_side)
         if "mask" in item:
             place = item["mask"]
-            row["mask"] = checked_mask(place.read(), row["image"], classes)
+            record["mask"] = checked_mask(place.read(), record["image"], classes)
     except UnidentifiedImageError:
         return None, f"{place} (no image: none of {', '.join(KINDS)})"
     except UnicodeEncodeError:
         return None, f"{ascii(str(place))} (the name is not in UTF-8: rename it)"
     except DAMAGE as error:
         return None, f"{place} ({str(error) or type(error).__name__})"
-    return row, None
+    return record, None
 
 
 def checked_image(data: bytes, short_side: int | None) -> bytes:
-    """An image's bytes, verbatim, once they have proved to decode; re-encoded only when they are to be shrunk."""
+    """Return an image's bytes unchanged, or as a JPEG where it is shrunk to short_side pixels.
+
+    Raises one of DAMAGE or UnidentifiedImageError where the image does not decode."""
     if not data:
         raise ValueError("empty file")
     with open_image(data) as image:
@@ -155,13 +168,15 @@ def checked_image(data: bytes, short_side: int | None) -> bytes:
 
 
 def has_labels(mask: bytes) -> bool:
-    """Whether any pixel of an annotation is of a class, neither 0 nor 255."""
+    """Return whether any pixel of an annotation has a class: a value other than 0 and 255."""
     with open_image(mask) as image:
         return bool((np.asarray(image) % 255).any())
 
 
 def checked_mask(data: bytes, image: bytes, classes: int) -> bytes:
-    """An annotation's bytes, once they have proved to fit the image and to name no class beyond the last."""
+    """Return an annotation's bytes unchanged.
+
+    Raises one of DAMAGE where it does not decode, has another size than the image, or a value above `classes`."""
     if not data:
         raise ValueError("empty file")
     with open_image(data) as mask, open_image(image) as picture:
@@ -169,7 +184,7 @@ def checked_mask(data: bytes, image: bytes, classes: int) -> bytes:
             raise ValueError(f"annotation of mode {mask.mode}, expected one 8-bit channel")
         if mask.size != picture.size:
             raise ValueError(f"annotation of {mask.size} for an image of {picture.size}")
-        strange = set(np.unique(np.asarray(mask)).tolist()) - set(range(classes + 1))
-    if strange:
-        raise ValueError(f"annotation value {min(strange)} with {classes} classes")
+        excess = set(np.unique(np.asarray(mask)).tolist()) - set(range(classes + 1))
+    if excess:
+        raise ValueError(f"annotation value {min(excess)} with {classes} classes")
     return data

@@ -1,4 +1,4 @@
-"""Pretraining samples and the views of the target bank; every draw is keyed by (epoch, index)."""
+"""The samples of pretraining, and the views of which the target bank is made."""
 
 import torch
 from torch.utils.data import Dataset
@@ -10,19 +10,15 @@ from milan.method.target_bank import Bank, view_box
 
 
 class PretrainSamples(Dataset):
-    """One crop of one image with its mask noise, and its banked targets where there is a bank.
+    """One crop of one image with the noise of its mask, and its targets where there is a bank.
 
-    item (epoch, index) -> {"image": uint8 (3, S, S), "noise": (N,) Gumbel[, "features", "importance"]}"""
+    Item (epoch, index) is {"image": uint8 (3, S, S), "noise": float32 (N,) Gumbel} and, with a bank, "features" float16
+    (1+N, D) and "importance" float32 (N,). All draws follow from (seed, epoch, index). crop_scale: smallest and largest share
+    of the image's area, without a bank."""
 
     def __init__(self, records: Records, seed: int, image_size: int, n_patches: int, crop_scale: list[float], bank: Bank | None):
-        self.records, self.seed, self.size, self.n_patches, self.scale, self.bank = (
-            records,
-            seed,
-            image_size,
-            n_patches,
-            crop_scale,
-            bank,
-        )
+        self.records, self.seed, self.size, self.n_patches = records, seed, image_size, n_patches
+        self.scale, self.bank = crop_scale, bank
 
     def __len__(self) -> int:
         return len(self.records)
@@ -40,8 +36,9 @@ class PretrainSamples(Dataset):
 
 
 class BankViews(Dataset):
-    """The views of a range of images: item k -> {"image": uint8 (3, S, S), "box": (5,) int32}; views of an image are
-    neighbours (item = (index - start) * V + view)."""
+    """The V views of the images in `span`, image by image: view v of the k-th image is item k V + v.
+
+    An item is {"image": uint8 (3, S, S), "box": int32 (5,) top, left, height, width, flip}."""
 
     def __init__(self, records: Records, span: range, views: int, seed: int, size: int, crop_scale: list[float]):
         self.records, self.span, self.views, self.seed, self.size, self.scale = records, span, views, seed, size, crop_scale
@@ -50,8 +47,8 @@ class BankViews(Dataset):
         return len(self.span) * self.views
 
     def __getitem__(self, item: int) -> dict:
-        place, view = divmod(item, self.views)
-        index = self.span[place]
+        position, view = divmod(item, self.views)
+        index = self.span[position]
         record = self.records[index]
         image = transforms.decode(record["image"], record["name"])
         box = view_box(self.seed, view, index, *image.shape[1:], self.scale)

@@ -1,6 +1,6 @@
-"""The pretrained models of an experiment side by side, from MLflow: what differed in their recipes, what came out.
+"""Compare the pretrained models of a scale side by side, from MLflow: differences of their recipes, and results.
 
-A cell of notebook 1; mlflow ui compares the same runs with their curves.
+Notebook 1 shows the table; `mlflow ui` compares the same runs with their curves.
 """
 
 import pandas as pd
@@ -11,12 +11,12 @@ from milan.tracking.runs import first_line, open_store
 
 MOST = 30  # rows, the newest
 SECONDS = "wall_seconds"
-NO_RECIPE = ("runtime.", "scale", "seeds", "variants")  # what makes no other model
+NO_RECIPE = ("runtime.", "scale", "seeds", "variants")  # keys that do not change a model
 
 
 def pretrained_models(client, scale: str) -> pd.DataFrame:
-    """A row a model that pretraining made, newest first: name, minutes of pretraining, the columns of MEASURES as far as it
-    was evaluated, and of the recipe what is not the same in all rows. Empty when MLflow has no such model."""
+    """Return one row per pretrained model, newest first: name, minutes of pretraining, its results, and the keys of the recipe
+    that differ between rows. Empty without such a model."""
     experiment = client.get_experiment_by_name(f"milan-{scale}")
     if experiment is None:
         return pd.DataFrame()
@@ -42,7 +42,7 @@ def row_of(model, run) -> dict:
 
 
 def in_markdown(scale: str) -> str:
-    """The table, or why there is none."""
+    """Return the table in Markdown, or a sentence that gives the reason why there is none."""
     try:
         frame = pretrained_models(open_store(), scale)
     except Exception as error:  # whatever ails the store: its server, its address, its file

@@ -1,4 +1,4 @@
-"""What results cost: the seconds of the runs that made them, from MLflow, and the size of their target bank, from dvc.lock."""
+"""The costs of results: seconds of the runs that made them, from MLflow, and the size of the target bank, from dvc.lock."""
 
 import pandas as pd
 
@@ -14,14 +14,16 @@ CAVEAT = (
 
 
 class Prices:
-    """Of the results in a lock: its stages, as dvc.lock has them; known: the runs to look among."""
+    """The costs of an experiment's results.
+
+    lock: the stages of its dvc.lock; known: MLflow's runs."""
 
     def __init__(self, lock: dict, known: list[StageRun]):
         self.lock = lock
         self.runs = {origin.stage: origin.run for origin in provenance.origins(provenance.stage_hashes(lock), known)}
 
     def of(self, variant: str, seed: int) -> dict[str, float | None]:
-        """Column: number, or None where it is not known."""
+        """Return {column: number}; None where it is not known."""
         outs = self.lock.get("extract_targets", {}).get("outs", [])
         bank = next((item["size"] / 1e6 for item in outs if item["path"].endswith("/targets") and "size" in item), None)
         seconds = map(self.seconds, ("extract_targets", f"pretrain@{variant}-{seed}"))
@@ -33,10 +35,10 @@ class Prices:
 
 
 def known_runs(scale: str) -> list[StageRun]:
-    """From MLflow; none where it cannot be read, and a line says so."""
+    """Return MLflow's finished runs at a scale. Where MLflow cannot be read, print that and return none."""
     try:
         return provenance.finished_runs(f"milan-{scale}")
-    except Exception as error:  # whatever ails the store must not keep the table
+    except Exception as error:  # a fault of the store of any kind must not prevent the table
         print(f"An MLflow store cannot be read, so what it knows is left out: {str(error)[:300]}.", flush=True)
         return []
 
@@ -47,7 +49,7 @@ def cell(values: pd.Series) -> str:
 
 
 def said(locks: list[dict], known: list[StageRun]) -> str:
-    """A sentence: at which revisions, and on what, the results in the locks were made."""
+    """Return a sentence with the revisions and the machines that made the results in the locks."""
     made = [origin for lock in locks for origin in provenance.origins(provenance.stage_hashes(lock), known)]
     runs = [origin.run for origin in made if origin.run]
     if not runs:

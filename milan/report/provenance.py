@@ -9,7 +9,7 @@ import yaml
 
 from milan.core.errors import UserError
 from milan.core.files import file_digest
-from milan.core.redaction import discreet
+from milan.core.redaction import redact
 from milan.data.records import read_manifest
 from milan.params import Params
 from milan.tracking import runs
@@ -85,7 +85,7 @@ def read_data(folder: Path, source: str | None) -> PackedData:
     """Return a packed data set's counts and digest; source: the folder that it was packed from, None for the built-in world."""
     manifest = read_manifest(folder)
     splits = {name: split["images"] for name, split in manifest["splits"].items()}
-    return PackedData(folder, splits, discreet(source or "the built-in world"), file_digest(folder / "manifest.json"))
+    return PackedData(folder, splits, redact(source or "the built-in world"), file_digest(folder / "manifest.json"))
 
 
 def finished_runs(experiment: str) -> list[StageRun]:

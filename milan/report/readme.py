@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from milan.core.errors import UserError
-from milan.core.files import refusals_said, write_whole
+from milan.core.files import explain_os_errors, write_whole
 from milan.core.program import fail
 from milan.report.results import KINDS, TITLES, method_name
 from milan.report.table import DASH, ELSEWHERE, markdown_table
@@ -26,7 +26,7 @@ SOURCES = "Top-1 and mIoU in %; a dash is a number that does not exist. [All mea
 
 def main() -> None:
     try:
-        with refusals_said():
+        with explain_os_errors():
             write_whole(README, replace(present(README).read_text(), render()).encode())
     except UserError as error:
         fail(str(error))

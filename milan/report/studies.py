@@ -1,41 +1,41 @@
-"""The evidence: every study of docs/evidence.md, at demo scale or another (-S scale=), written to reports/evidence/<study>/.
+"""Run the studies of docs/evidence.md and write each to reports/evidence/<study>/.
 
     python -m milan.report.studies                 # all of them; or: python -m milan.report.studies seeds views
     python -m milan.report.studies mask_ratio --values 0.6,0.8 -S scale=smoke
 
-The studies run in a clone of the committed state, .scratch/studies, with this repository's DVC cache: nothing that was
-run here is run again, and nothing here changes but reports/evidence. Type the same command again after an interruption:
-it continues. Costs are said in docs/evidence.md.
+Every point of a study is a DVC experiment on the present commit (`dvc exp run --temp`): it runs in a temporary workspace
+of DVC's, shares the cache with this one, and is listed by `dvc exp show`. Type the same command again after an
+interruption: it continues. docs/evidence.md gives the costs.
 """
 
 import argparse
-import os
+import json
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-import yaml
-
 from milan.core.errors import UserError
-from milan.core.files import SCRATCH, refusals_said, write_whole
+from milan.core.files import explain_os_errors, json_digest, write_json, write_whole
 from milan.core.program import alone, fail
-from milan.core.redaction import discreet
-from milan.params import Params, read_params
+from milan.core.redaction import redact
+from milan.params import read_params
 from milan.report import claims, costs, plots, sweep, table
 from milan.report.page import LINKS
 from milan.report.provenance import StageRun
 from milan.report.results import read_results
 
-CLONE = SCRATCH / "studies"
-STAGES = ("linear_eval", "finetune", "segment")  # and what they need
+EVALUATIONS = ("linear_eval", "finetune", "segment")  # the stages to run, with the stages that they need
 OUT = Path("reports/evidence")
-PARTS = ("milan", "stages", "conf", "dvc.yaml", "reports/published.csv")  # what the studies take from the commit
+COMMITTED = ("milan", "stages", "conf", "dvc.yaml", "reports/published.csv")  # an experiment would take their changes along
+EXECUTIONS = Path(".dvc/tmp/exps/run")  # DVC's records of the experiments that it ran: a JSON file each
 
 
 class Study(NamedTuple):
-    """One key, the values that it takes, what they are to show."""
+    """A key of the recipe, its values, and the question that they answer."""
 
     key: str
     values: tuple
@@ -64,8 +64,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT, help="default: %(default)s")
     args = parser.parse_args()
     try:
-        with refusals_said(), alone("studies") as lock:
-            run(chosen(args.studies, args.values), args.settings, args.out, lock)
+        with explain_os_errors(), alone("studies") as lock:
+            refuse_changes()
+            for name, study in chosen(args.studies, args.values).items():
+                run(name, study, args.settings, args.out, lock)
     except UserError as error:
         fail(str(error))
     except KeyboardInterrupt:
@@ -73,7 +75,7 @@ def main() -> None:
 
 
 def chosen(names: list[str], values: str | None) -> dict[str, Study]:
-    """Raises UserError for a study that there is not, and for values that go with no one study."""
+    """Return the named studies, or all. Raises UserError for an unknown study, and for values without exactly one study."""
     for name in names:
         if name not in STUDIES:
             raise UserError(f"{name}: there is no such study; there are {', '.join(STUDIES)}.")
@@ -84,95 +86,72 @@ def chosen(names: list[str], values: str | None) -> dict[str, Study]:
     return {names[0]: STUDIES[names[0]]._replace(values=tuple(values.split(",")))}
 
 
-def run(studies: dict[str, Study], settings: list[str], out: Path, lock: int) -> None:
-    home, folder = Path.cwd(), out.absolute()
-    make_clone()
-    os.chdir(CLONE)
-    for name, study in studies.items():
-        for number, value in enumerate(study.values, 1):
-            print(f"\nstudy {name}, run {number} of {len(study.values)}: {study.key}={value}", flush=True)
-            experiment(re.sub(r"[^\w.]+", "-", f"{name}-{value}").strip("-"), study, value, settings, lock)
-        subprocess.run([sys.executable, "-m", "milan.tracking.logger"], check=True)  # what MLflow has not heard yet
-        about = f"{study.question}\n\nThe command: `{command(name, study, settings, out)}`."
-        known = runs_known(home)
-        if name == "seeds":
-            write_seeds(read_params(Path("params.yaml")), known, folder / name, about)
+def refuse_changes() -> None:
+    """Raise UserError where files that decide the results are not as committed."""
+    changed = sweep.git("status", "--porcelain", "-uno", *COMMITTED).strip()
+    if changed:
+        raise UserError(f"The studies run what is committed, and this is not: {' '.join(changed.split())}. Commit it first.")
+
+
+def run(name: str, study: Study, settings: list[str], out: Path, lock: int) -> None:
+    """Run the points of a study that have no result yet, and write the study to out/name."""
+    points = {point_name(name, value, settings): value for value in study.values}
+    remove_killed(list(points))
+    finished = [experiment.name for experiment in sweep.read_experiments()]
+    for number, (point, value) in enumerate(points.items(), 1):
+        print(f"\nstudy {name}, run {number} of {len(points)}: {study.key}={value}", flush=True)
+        if point in finished:
+            print(f"DVC has its result: experiment {point}", flush=True)
         else:
-            points = [e for e in sweep.read_experiments() if e.name.startswith(f"{name}-")]
-            sweep.write(study.key, points, known, folder / name, about)
+            given = [word for setting in (*study.fixed, f"{study.key}={value}", *settings) for word in ("-S", setting)]
+            sweep.dvc("exp", "run", "--temp", "--name", point, *given, *EVALUATIONS, pass_fds=[lock])
+    subprocess.run([sys.executable, "-m", "milan.tracking.logger"], check=True)  # events that MLflow could not take before
+    about = f"{study.question}\n\nThe command: `{command(name, study, settings, out)}`."
+    experiments = [experiment for experiment in sweep.read_experiments() if experiment.name in points]
+    runs = costs.known_runs(experiments[0].recipe["scale"])
+    if name == "seeds":
+        write_seeds(experiments[0], runs, out / name, about)
+    else:
+        sweep.write(study.key, experiments, runs, out / name, about)
+
+
+def point_name(name: str, value, settings: list[str]) -> str:
+    """Return the name of a point's experiment, such as mask_ratio-0.5; other settings have other names."""
+    words = [name, str(value), *([json_digest(settings)[:8]] if settings else [])]
+    return re.sub(r"[^\w.]+", "-", "-".join(words)).strip("-")
+
+
+def remove_killed(points: list[str]) -> None:
+    """Remove the temporary workspaces of killed runs of these points, which DVC keeps and lists as running."""
+    for path in EXECUTIONS.glob("*/*.run"):
+        execution = json.loads(path.read_text())
+        if execution["name"] in points:
+            shutil.rmtree(execution["root_dir"], ignore_errors=True)
 
 
 def command(name: str, study: Study, settings: list[str], out: Path = OUT) -> str:
     values = "" if study == STUDIES[name] else f" --values {','.join(study.values)}"
-    words = [f" -S '{setting}'" for setting in settings] + ([] if out == OUT else [f" --out {discreet(out)}"])
+    words = [f" -S '{setting}'" for setting in settings] + ([] if out == OUT else [f" --out {redact(out)}"])
     return f"python -m milan.report.studies {name}{values}{''.join(words)}"
 
 
-# -------------------------------------------------------------------------------------------------------------- the clone
-
-
-def make_clone() -> None:
-    """.scratch/studies at this commit, on this repository's DVC cache. What an earlier run left in it is continued."""
-    changed = sweep.git("status", "--porcelain", "-uno", *PARTS).strip()
-    if changed:
-        raise UserError(f"The studies run what is committed, and this is not: {' '.join(changed.split())}. Commit it first.")
-    if not CLONE.exists():
-        sweep.git("clone", "--quiet", "--no-checkout", ".", str(CLONE))
-    sweep.git("-C", str(CLONE), "fetch", "--quiet", str(Path.cwd()), "HEAD")
-    sweep.git("-C", str(CLONE), "reset", "--quiet", "--hard", "FETCH_HEAD")
-    cache = dvc("cache", "dir", capture_output=True, text=True).stdout.strip()
-    dvc("config", "--local", "cache.dir", cache, cwd=CLONE)
-
-
-def experiment(name: str, study: Study, value, settings: list[str], lock: int) -> None:
-    """One point, as an experiment of DVC's in the clone. A finished stage comes from the cache."""
-    sweep.git("reset", "--quiet", "--hard")
-    sweep.git("clean", "-fdq", "reports")
-    dvc("checkout", "--quiet", "--force", stderr=subprocess.DEVNULL, check=False)  # what the cache has, of what was pulled
-    dvc("exp", "remove", name, capture_output=True, check=False)  # of an earlier run, if there was one
-    given = [word for setting in (*study.fixed, f"{study.key}={value}", *settings) for word in ("-S", setting)]
-    dvc("exp", "run", "--name", name, *given, *STAGES, pass_fds=[lock])
-
-
-def dvc(*words: str, check: bool = True, **options) -> subprocess.CompletedProcess:
-    """DVC, with this interpreter for its stages. Raises UserError when it fails."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    done = subprocess.run([sys.executable, "-m", "dvc", *words], env={**os.environ, "PATH": path}, **options)
-    if check and done.returncode:
-        raise UserError(
-            f"dvc {' '.join(words)} ended with status {done.returncode}; what it said stands above. What is finished is kept: "
-            "mend the cause and type the same command again."
-        )
-    return done
-
-
-def runs_known(home: Path) -> list[StageRun]:
-    """Of the clone's store, and of this repository's, which knows what came from the cache."""
-    scale, here, found = yaml.safe_load(Path("params.yaml").read_text())["scale"], Path.cwd(), []
-    for folder in (home, here):
-        os.chdir(folder)
-        found += costs.known_runs(scale)
-    return found
-
-
-# -------------------------------------------------------------------------------------------------------------- the seeds
-
-
-def write_seeds(p: Params, known: list[StageRun], out: Path, about: str) -> None:
-    """Variants over seeds: means and ranges, and the claims judged; every seed's numbers in table.csv."""
-    r = read_results(Path("reports/metrics") / p.scale, Path(p.report.published), p)
-    recipe = yaml.safe_load(Path("params.yaml").read_text())
-    lock = sweep.read_lock(Path("dvc.lock").read_text(), recipe)
-    rows = [{k: v for k, v in row.items() if k not in LINKS} for row in table.our_rows(r, lambda text, path: text)]
-    sentences = "\n".join(f"- {sentence}" for sentence in [*table.order_sentences(r), *table.notes(r)])
-    parts = [f"# Variants over seeds at scale {p.scale}", about, table.measured_on(r), table.markdown_table(rows), sentences]
-    parts += [*table.claims_section(r), costs.said([lock], known), "![Bars of our variants](figure.png)"]
+def write_seeds(experiment: sweep.Experiment, runs: list[StageRun], out: Path, about: str) -> None:
+    """Write variants over seeds: means, ranges and the judged claims to table.md, every seed's numbers to table.csv."""
+    sweep.keep(out, experiment)
+    params = read_params(out / "params.yaml")
+    with tempfile.TemporaryDirectory() as folder:
+        for path, values in experiment.metrics.items():
+            write_json(Path(folder, path), values)
+        results = read_results(Path(folder), Path(params.report.published), params)
+    rows = [{k: v for k, v in row.items() if k not in LINKS} for row in table.our_rows(results, lambda text, path: text)]
+    sentences = "\n".join(f"- {sentence}" for sentence in [*table.order_sentences(results), *table.notes(results)])
+    parts = [f"# Variants over seeds at scale {params.scale}", about, table.measured_on(results), table.markdown_table(rows), sentences]
+    parts += [*table.claims_section(results), costs.said([experiment.lock], runs), "![Bars of our variants](figure.png)"]
     write_whole(out / "table.md", ("\n\n".join(parts) + "\n").encode())
-    write_whole(out / "table.csv", r.runs.to_csv(index=False, lineterminator="\n").encode())
-    write_whole(out / "claims.csv", claims.csv(r).encode())
-    plots.save(plots.bars(r), out / "figure.png")
-    sweep.keep(out, recipe, lock)
-    print(f"{out / 'table.md'}: {len(r.ours)} variants, {len(p.seeds)} seed(s)", flush=True)
+    write_whole(out / "table.csv", results.runs.to_csv(index=False, lineterminator="\n").encode())
+    write_whole(out / "claims.csv", claims.csv(results).encode())
+    plots.save(plots.bars(results), out / "figure.png")
+    print(f"{out / 'table.md'}: {len(results.ours)} variants, {len(params.seeds)} seed(s)", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,28 +1,29 @@
-"""The table and the figure of a sweep: DVC's experiments on this commit that differ in one key of the recipe.
+"""Write the table and the figure of a sweep: DVC's experiments on this commit that differ in one key of the recipe.
 
     dvc exp run --queue -S 'pretrain.mask_ratio=0.5,0.65,0.75,0.9'    # a decoder study: -S model.decoder.depth=1,2,4
     dvc exp run --run-all
     python -m milan.report.sweep pretrain.mask_ratio
 
 Writes table.md, table.csv and figure.png to reports/sweeps/<key>/, and for every experiment its params.yaml and dvc.lock;
-may be repeated as experiments come in. The commit's own results are a point too. What differs in another key than
-variants, seeds and runtime is no part of the sweep, and is named. What the target bank and pretraining cost stands beside
-what they came to, as far as MLflow and dvc.lock know it.
+may be repeated as experiments come in. The commit's own results are a point too. Experiments that differ in other keys,
+except variants, seeds and runtime, are left out and named. The costs of the target bank and of pretraining stand beside the
+results, where MLflow and dvc.lock have them.
 """
 
 import argparse
 import json
+import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
 import yaml
 
-from milan.core.errors import UserError
+from milan.core.errors import UserError, nearest
 from milan.core.files import write_whole
 from milan.core.program import fail
-from milan.core.typed import nearest
 from milan.report import costs, plots
 from milan.report.costs import COSTS
 from milan.report.plots import Figure, plt
@@ -39,12 +40,12 @@ TITLES = {**TITLES, "miou": "mIoU"}
 
 
 class Experiment(NamedTuple):
-    """An experiment as git keeps it: the recipe's tree, the metrics by (stage, variant, seed), and dvc.lock's stages."""
+    """An experiment as DVC and git keep it."""
 
     name: str
-    recipe: dict
-    metrics: dict[tuple[str, str, int], dict]
-    lock: dict
+    recipe: dict  # params.yaml
+    metrics: dict[str, dict]  # by path below the scale's folder, such as linear_eval/milan-0.json
+    lock: dict  # the stages of dvc.lock
 
 
 def main() -> None:
@@ -60,7 +61,8 @@ def main() -> None:
 
 
 def write(key: str, experiments: list[Experiment], known: list[StageRun], out: Path, about: str = "") -> None:
-    """known: of MLflow; about: a paragraph above the tables. Raises UserError unless two values of the key have results."""
+    """Write the sweep's files to out. known: MLflow's runs; about: a paragraph above the tables. Raises UserError unless two
+    values of the key have results."""
     sweep, others = members(key, experiments)
     runs = rows(key, sweep, known)
     if runs.empty:
@@ -75,14 +77,14 @@ def write(key: str, experiments: list[Experiment], known: list[StageRun], out: P
     plots.save(draw(key, runs), out / "figure.png")
     for experiment in used:
         if experiment.name != HERE:
-            keep(out / experiment.name, experiment.recipe, experiment.lock)
+            keep(out / experiment.name, experiment)
     left = f"; no part of this sweep: {', '.join(e.name for e in others)}" if others else ""
     print(f"{out / 'table.md'}: {runs['value'].nunique()} values, {runs['variant'].nunique()} variant(s){left}", flush=True)
 
 
-def keep(folder: Path, recipe: dict, lock: dict) -> None:
-    """What an experiment can be had again from: `dvc checkout` with these two in place, or `dvc repro`."""
-    for name, tree in {"params.yaml": recipe, "dvc.lock": {"schema": "2.0", "stages": lock}}.items():
+def keep(folder: Path, experiment: Experiment) -> None:
+    """Write the recipe and the lock of an experiment: with these two in place, `dvc repro` makes its results again."""
+    for name, tree in {"params.yaml": experiment.recipe, "dvc.lock": {"schema": "2.0", "stages": experiment.lock}}.items():
         write_whole(folder / name, yaml.dump(tree, Dumper=DUMPER, sort_keys=False).encode())
 
 
@@ -90,37 +92,41 @@ def keep(folder: Path, recipe: dict, lock: dict) -> None:
 
 
 def read_experiments() -> list[Experiment]:
-    """This commit's results and those of DVC's experiments on it, the oldest first."""
-    from dvc.exceptions import DvcException
-    from dvc.repo import Repo
-
-    try:
-        found = [pair for pairs in Repo().experiments.ls().values() for pair in pairs]
-    except DvcException as error:
-        raise UserError(f"DVC cannot list its experiments: {error}") from None
-    found.sort(key=lambda pair: int(git("show", "-s", "--format=%ct", pair[1])))
-    return [read_experiment(HERE, "HEAD"), *(read_experiment(name, revision) for name, revision in found)]
+    """Return this commit's results and those of DVC's finished experiments on it, the oldest first."""
+    _, commit = json.loads(dvc("exp", "show", "--json", capture_output=True, text=True).stdout)
+    done = [made for made in commit["experiments"] or [] if (made["executor"] or {}).get("state", "success") == "success"]
+    states = [(made["name"], made["revs"][0]) for made in done]
+    states.sort(key=lambda state: state[1]["data"]["timestamp"])
+    return [read_experiment(name, state) for name, state in [(HERE, commit), *states]]
 
 
-def read_experiment(name: str, revision: str) -> Experiment:
-    """Without dvc.lock, before a first run, the lock is empty."""
-    recipe = yaml.safe_load(git("show", f"{revision}:params.yaml"))
+def read_experiment(name: str, state: dict) -> Experiment:
+    """state: an entry of `dvc exp show --json`. Without dvc.lock, before a first run, the lock is empty."""
+    if not state["data"]:
+        raise UserError(f"DVC cannot read {name}: {state['error']['msg']}")
+    recipe = state["data"]["params"]["params.yaml"]["data"]
     folder = f"reports/metrics/{recipe['scale']}"
-    held, metrics = set(git("ls-tree", "-r", "--name-only", revision, folder).splitlines()), {}
-    for stage in sorted({stage for stage, _ in MEASURES.values()}):
-        for variant in recipe["variants"]:
-            for seed in recipe["seeds"]:
-                path = f"{folder}/{stage}/{variant}-{seed}.json"
-                if path in held:
-                    metrics[stage, variant, seed] = json.loads(git("show", f"{revision}:{path}"))
-    lock = git("show", f"{revision}:dvc.lock") if git("ls-tree", "--name-only", revision, "dvc.lock") else ""
-    return Experiment(name, recipe, metrics, read_lock(lock, recipe))
+    metrics = {os.path.relpath(path, folder): file["data"] for path, file in state["data"]["metrics"].items() if "data" in file}
+    held = git("ls-tree", "--name-only", state["rev"], "dvc.lock")
+    return Experiment(name, recipe, metrics, read_lock(git("show", f"{state['rev']}:dvc.lock") if held else "", recipe))
 
 
 def read_lock(text: str, recipe: dict) -> dict:
-    """Its stages that made the recipe's numbers."""
+    """Return the stages of a dvc.lock that made the recipe's numbers."""
     stages = recipe_stages(parse_yaml(text).get("stages", {}), recipe["variants"], recipe["seeds"])
     return {name: entry for name, entry in stages.items() if name not in AFTER}
+
+
+def dvc(*words: str, **options) -> subprocess.CompletedProcess:
+    """Run DVC, with this interpreter for its stages. Raises UserError when it fails."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    done = subprocess.run([sys.executable, "-m", "dvc", *words], env={**os.environ, "PATH": path}, **options)
+    if done.returncode:
+        raise UserError(
+            f"dvc {' '.join(words)} ended with status {done.returncode}; {done.stderr or 'its message stands above'}. "
+            "What is finished is kept: mend the cause and type the same command again."
+        )
+    return done
 
 
 def git(*words: str) -> str:
@@ -134,7 +140,8 @@ def git(*words: str) -> str:
 
 
 def members(key: str, experiments: list[Experiment]) -> tuple[list[Experiment], list[Experiment]]:
-    """(those that differ in the key alone, the others): of all such groups the largest, and of equal ones the newest."""
+    """Return the experiments that differ in the key alone, and the others. Of several such groups the largest counts, of
+    equally large ones the newest."""
     groups: dict[str, list[Experiment]] = {}
     for experiment in experiments:
         flat = flattened(experiment.recipe)
@@ -147,31 +154,30 @@ def members(key: str, experiments: list[Experiment]) -> tuple[list[Experiment], 
 
 
 def flattened(tree: dict, prefix: str = "") -> dict:
-    """{"section.key": value}."""
-    found = {}
+    """Return {"section.key": value}."""
+    flat = {}
     for name, value in tree.items():
-        found |= flattened(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return found
+        flat |= flattened(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
 
 
 def rows(key: str, sweep: list[Experiment], known: list[StageRun]) -> pd.DataFrame:
-    """A row a value, variant and seed that has all measures, of repeated ones the newest; no variant with one value only, and
-    no zero-shot column where nobody has a number."""
-    found = {}
+    """Return one row per value, variant and seed with all measures; of repeated ones the newest counts. Variants with one
+    value only are left out, and so are zero-shot columns without a number."""
+    points = {}
     for experiment in sweep:
         value = flattened(experiment.recipe)[key]
         price = costs.Prices(experiment.lock, known)
         for variant in experiment.recipe["variants"]:
             for seed in experiment.recipe["seeds"]:
                 numbers = {
-                    column: experiment.metrics.get((stage, variant, seed), {}).get(name)
+                    column: experiment.metrics.get(f"{stage}/{variant}-{seed}.json", {}).get(name)
                     for column, (stage, name) in {**MEASURES, **ZERO_SHOT}.items()
                 }
                 if None not in [numbers[column] for column in MEASURES]:
-                    place = (str(value), variant, seed)
                     point = {"value": value, "variant": variant, "seed": seed, "experiment": experiment.name}
-                    found[place] = {**point, **numbers, **price.of(variant, seed)}
-    table = pd.DataFrame(found.values(), columns=["value", "variant", "seed", *TITLES, *COSTS, "experiment"])
+                    points[str(value), variant, seed] = {**point, **numbers, **price.of(variant, seed)}
+    table = pd.DataFrame(points.values(), columns=["value", "variant", "seed", *TITLES, *COSTS, "experiment"])
     table = table.drop(columns=[column for column in ZERO_SHOT if table[column].isna().all()])
     numeric = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in table["value"])
     table = table.assign(value=table["value"] if numeric else table["value"].map(str))
@@ -180,7 +186,7 @@ def rows(key: str, sweep: list[Experiment], known: list[StageRun]) -> pd.DataFra
 
 
 def markdown(key: str, scale: str, runs: pd.DataFrame, about: str, origin: str) -> str:
-    """A table a variant, in %: means over seeds, and the range of several. Costs are means."""
+    """Return one table per variant, in %: means over seeds, with the range of several. Costs are means."""
 
     def cells(value, group: pd.DataFrame) -> dict[str, str]:
         shown = {title: spread(group[column]) for column, title in TITLES.items() if column in group}
@@ -206,7 +212,7 @@ def spread(values: pd.Series) -> str:
 
 
 def draw(key: str, runs: pd.DataFrame) -> Figure:
-    """A panel a measure, a line a variant through the means over seeds; a dot a seed."""
+    """Draw a panel per measure, in it a line per variant through the means over seeds and a dot per seed."""
     figure, axes = plt.subplots(1, len(MEASURES), figsize=(plots.WIDTH, 3.2))
     variants = list(runs["variant"].unique())
     for axis, column in zip(axes, MEASURES, strict=True):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from milan.core.errors import UserError
 from milan.core.files import read_checked, write_checked
 from milan.core.progress import track
+from milan.core.validation import validate
 from milan.params import Model, TinyClip
 from milan.teacher.class_text import Wording
 from milan.training.weights import load_state, load_weights, save_weights
@@ -110,6 +111,8 @@ def read_config(folder: Path) -> dict:
         raise UserError(
             f"{folder} holds no teacher: pretrain.weights was set when it was made. Set it to null and run `dvc repro`."
         )
+    if config["kind"] == "tiny":
+        validate(TinyClip, config.get("tiny"), f"{folder}/teacher.json, tiny")
     return config
 
 

@@ -22,9 +22,8 @@ from timm.models import list_pretrained
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
-from milan.core.errors import UserError
+from milan.core.errors import UserError, nearest
 from milan.core.files import file_digest
-from milan.core.typed import nearest
 from milan.params import Pretrained
 from milan.teacher.class_text import Wording, save_class_text
 from milan.teacher.clip import NO_VISION, Tokenizer, embed_classes, save_teacher

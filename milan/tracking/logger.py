@@ -19,7 +19,7 @@ from typing import TextIO
 
 import psutil
 
-from milan.core.redaction import discreet
+from milan.core.redaction import redact
 from milan.tracking.store import check_reachable, store_uri
 from milan.tracking.tracker import SPOOLS, warn_of_undelivered
 
@@ -83,7 +83,7 @@ def deliver(spool: Path) -> bool:
     except Exception as error:  # no error of the store may lose events
         mark.touch()
         print(
-            f"{spool.name}: MLflow cannot be reached ({type(error).__name__}: {discreet(str(error)[:500])}); kept for the next logger.",
+            f"{spool.name}: MLflow cannot be reached ({type(error).__name__}: {redact(str(error)[:500])}); kept for the next logger.",
             flush=True,
         )
         return False

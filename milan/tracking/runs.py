@@ -13,7 +13,7 @@ import yaml
 from mlflow import MlflowClient
 
 from milan.core.errors import UserError
-from milan.core.files import refusals_said
+from milan.core.files import explain_os_errors
 from milan.tracking.store import check_reachable, store_uri
 
 LOCK, RECIPE = Path("dvc.lock"), Path("params.yaml")
@@ -127,7 +127,7 @@ def main(words: list[str]) -> None:
     if len(words) != 1:
         sys.exit(__doc__)
     try:
-        with refusals_said():
+        with explain_os_errors():
             matches = find_runs(words[0].rstrip("/"))
     except UserError as error:
         sys.exit(f"error: {error}")

@@ -13,9 +13,9 @@ from mlflow import entities, types
 from mlflow.models import Model, ModelSignature
 
 import milan
-from milan.core.files import SCRATCH, dvc_hash
+from milan.core.files import SCRATCH, dvc_hash, project_root
 from milan.tracking import runs
-from milan.tracking.store import project_root, store_uri
+from milan.tracking.store import store_uri
 
 SKIPPED = "skipped."  # prefix of a parent run's tags that name the runs of skipped stages
 NOTE = "mlflow.note.content"
@@ -171,7 +171,8 @@ class Sender:
         registered = versions[0] if versions else self.create_version(event)
         model_id = registered.source.removeprefix("models:/")
         self.client.log_outputs(self.run_id, [entities.LoggedModelOutput(model_id, 0)])
-        self.client.set_registered_model_alias(event["registered"], event["alias"], registered.version)
+        if project_root() == Path.cwd():  # a queued experiment is compared with others, not served
+            self.client.set_registered_model_alias(event["registered"], event["alias"], registered.version)
 
     def create_version(self, event: dict):
         model_id = self.create_model(event)

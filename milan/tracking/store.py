@@ -3,16 +3,11 @@
 import contextlib
 import os
 import socket
-from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from milan.core.files import project_root
+
 ANSWER_TIMEOUT = 10.0  # seconds
-
-
-def project_root() -> Path:
-    """Where mlflow.db lies: the repository, also for an experiment that DVC's queue runs in .dvc/tmp/exps/..."""
-    here = Path.cwd()
-    return Path(*here.parts[: here.parts.index(".dvc")]) if ".dvc" in here.parts else here
 
 
 def store_uri() -> str:

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -17,8 +18,8 @@ from pathlib import Path
 
 import psutil
 
-from milan.core.files import dvc_hash
-from milan.core.redaction import discreet
+from milan.core.files import dvc_hash, project_root
+from milan.core.redaction import redact
 
 SPOOLS = Path(".scratch/tracking")
 LOG = SPOOLS / "log"
@@ -48,12 +49,12 @@ class Tracker:
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
         """Log a file or folder as an artifact of this run, in a folder of its artifacts."""
-        self.event("artifact", path=str(path), folder=folder)
+        self.event("artifact", path=str(path.absolute()), folder=folder)
 
     def reads(self, *splits) -> None:
         """Log splits of records (milan.data.records.Records) as the datasets of this run."""
         for split in splits:
-            self.event("dataset", **{name: discreet(value) for name, value in split.about().items()})
+            self.event("dataset", **{name: redact(value) for name, value in split.about().items()})
 
     def model(self, folder: Path, name: str) -> None:
         """Log the weights in a folder as this run's model, identified by their DVC hash."""
@@ -80,14 +81,19 @@ class LoggerProcess:
         self.tracker = Tracker(SPOOLS / f"{time.time_ns()}-{os.getpid()}.jsonl")
         self.spool_lock = lock_spool(self.tracker.spool)
         self.tracker.event("start", name=name, experiment=experiment, pipeline=pipeline_execution(), tags=tags)
-        self.tracker.event("params", values={name: discreet(value) for name, value in params.items()})
+        self.tracker.event("params", values={name: redact(value) for name, value in params.items()})
         # In its own session: Ctrl-C in the terminal ends the stage, and the logger reports that to MLflow.
         command = [sys.executable, "-m", "milan.tracking.logger", str(self.tracker.spool)]
         with open(LOG, "a") as log:
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
 
     def finish(self, status: str, wait: bool = False) -> None:
-        """wait: for the last stage, so that a finished pipeline is a finished record."""
+        """Say the end; wait: until all is delivered, for the last stage, so that a finished pipeline is a finished record.
+
+        In a temporary workspace, which DVC deletes after its last stage, every stage waits, and events that MLflow could not
+        take move to the project's own spools."""
+        temporary = project_root() != Path.cwd()
+        wait = wait or temporary
         self.tracker.event("end", status=status, last=wait)
         os.close(self.spool_lock)
         if not wait:
@@ -96,6 +102,10 @@ class LoggerProcess:
             self.process.wait(DELIVERY_TIMEOUT)
         except subprocess.TimeoutExpired:
             print(f"MLflow is slow to answer; its logger goes on in the background ({LOG}).", file=sys.stderr)
+        else:
+            for kept in SPOOLS.glob("*-*") if temporary else ():
+                (project_root() / SPOOLS).mkdir(parents=True, exist_ok=True)
+                shutil.move(kept, project_root() / SPOOLS)
         warn_of_undelivered()
 
 
@@ -111,7 +121,10 @@ def warn_of_undelivered() -> None:
 
 
 def pipeline_execution() -> str:
-    """Return an id that all stages of one `dvc repro` share: process number and start time of the DVC process above this one."""
+    """Return an id that all stages of one `dvc repro` share: MILAN_PIPELINE where it is set, else process number and start
+    time of the DVC process above this one. Slurm's srun starts processes without that ancestor, so docs/slurm.sh sets it."""
+    if given := os.environ.get("MILAN_PIPELINE"):
+        return given
     for parent in psutil.Process().parents():
         with contextlib.suppress(psutil.Error):  # another user's process does not tell its command
             if "dvc" in [Path(word).name for word in parent.cmdline()[:3]]:

@@ -2,7 +2,6 @@
 
 On one machine the stage starts the processes by torch.distributed.elastic. On several machines torchrun starts the stage's
 command on each (docs/cluster.md): then rank 0 is the stage, and the other ranks run only the function that it launches.
-Processes meet in a store of torch's, which also carries the first failure, so that one process can say it for all.
 """
 
 import contextlib
@@ -10,7 +9,6 @@ import ctypes
 import datetime
 import functools
 import importlib
-import json
 import logging
 import os
 import pickle
@@ -18,25 +16,25 @@ import signal
 import socket
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from milan.core.errors import PREEMPTED, Preempted, UserError
+from milan.core.errors import Preempted, UserError
 from milan.core.parallel import end_with
 from milan.core.program import fail
 from milan.params import Params
 from milan.training.device import resolve_device
+from milan.training.failures import FAILURE, LostProcess, end, first_failure, leave_word
 
 PR_SET_PDEATHSIG = 1  # prctl(2): the signal that a process gets when its parent dies
 STOP_SECONDS = 300  # between the signal that asks a process to save and end, and the one that ends it
-WAIT = datetime.timedelta(days=1)  # for rank 0's launch; if rank 0 ends without one, the wait ends
-CALL, FAILURE, LOST = "milan/call", "milan/failure", "milan/lost"  # keys of the store
+CONNECT_WAIT = datetime.timedelta(minutes=1)  # for torchrun's store, which is there before its processes
+START_WAIT = datetime.timedelta(minutes=10)  # for the slowest rank to start
+LAUNCH_WAIT = datetime.timedelta(days=1)  # for rank 0's launch; it ends when rank 0 ends without one
+CALL, HERE = "milan/call", "milan/here/"  # keys of the store
 
 
 def rank() -> int:
@@ -59,7 +57,7 @@ def launch(function: Callable[..., dict], params: Params, *arguments) -> dict:
     RuntimeError with its traceback, a lost process as a UserError, and Preempted after a signal."""
     if started_by_torchrun():
         return launch_from_rank_0(function, params, arguments)
-    if params.world == 1:
+    if params.world_size == 1:
         return function(params, *arguments)
     return launch_here(function, params, arguments)
 
@@ -163,8 +161,13 @@ def torchrun() -> Iterator[None]:
 
 @functools.cache
 def torchrun_store() -> dist.Store:
-    """Connect to the store of torchrun, at MASTER_ADDR and MASTER_PORT."""
-    return next(dist.rendezvous("env://"))[0]
+    """Connect to the store of torchrun, at MASTER_ADDR and MASTER_PORT. Ends this process where it is gone."""
+    try:
+        store = next(dist.rendezvous("env://", timeout=CONNECT_WAIT))[0]
+    except dist.DistError as error:
+        fail(f"The node of rank 0 has ended, or cannot be reached: {str(error)[:150]}")
+    store.set_timeout(START_WAIT)
+    return store
 
 
 def launch_from_rank_0(function: Callable[..., dict], params: Params, arguments: tuple) -> dict:
@@ -173,6 +176,7 @@ def launch_from_rank_0(function: Callable[..., dict], params: Params, arguments:
     module = sys.modules["__main__"].__spec__.name if function.__module__ == "__main__" else function.__module__
     store.set(CALL, pickle.dumps((module, function.__name__, kind, params, arguments)))
     try:
+        meet(store)
         join(store, kind)
         value = function(params, *arguments)
         leave()
@@ -186,29 +190,57 @@ def take_part() -> None:
     """Run the function that rank 0 launches. A failure ends this process; rank 0 says it, or, where rank 0 cannot, the first
     process of this node."""
     end_by_signals()
+    store = torchrun_store()
     try:
-        store = torchrun_store()
-        store.wait([CALL], WAIT)
+        store.wait([CALL], LAUNCH_WAIT)
         if call := store.get(CALL):
             module, name, kind, params, arguments = pickle.loads(call)
-            here = resolve_device(params.compute).type
-            if here != kind:
-                raise UserError(
-                    f"Rank 0 computes on {kind}, and {socket.gethostname()} on {here}: set compute.device, or mend its driver."
-                )
+            agree(resolve_device(params.compute).type, kind)
+            meet(store)
             join(store, kind)
             getattr(importlib.import_module(module), name)(params, *arguments)
             leave()
     except BaseException as error:
-        leave_word(torchrun_store(), error)
-        failure = first_failure(torchrun_store(), error)
+        leave_word(store, error)
+        arrive(store)
+        failure = first_failure(store, error)
         if isinstance(failure, LostProcess) and os.environ["LOCAL_RANK"] == "0" != os.environ["GROUP_RANK"]:
             with contextlib.suppress(SystemExit):
                 fail(str(failure))
         end(error)
 
 
-# Joining, leaving, failing.
+def agree(kind: str, of_rank_0: str) -> None:
+    """Raise UserError unless this machine computes on the same kind of device as rank 0, as it does not without its driver."""
+    if kind != of_rank_0:
+        raise UserError(
+            f"Rank 0 computes on {of_rank_0}, and {socket.gethostname()} on {kind}: mend its driver, or set compute.device."
+        )
+
+
+def arrive(store: dist.Store) -> None:
+    """Say that this rank is here, or has failed."""
+    with contextlib.suppress(dist.DistError):
+        store.set(HERE + os.environ["RANK"], b"")
+
+
+def meet(store: dist.Store) -> None:
+    """Wait until all ranks are here. Torch's own joining would wait half an hour for one that has failed before it."""
+    arrive(store)
+    ranks = range(int(os.environ["WORLD_SIZE"]))
+    try:
+        store.wait([f"{HERE}{rank}" for rank in ranks], START_WAIT)
+    except dist.DistStoreError:
+        missing = [str(rank) for rank in ranks if not store.check([f"{HERE}{rank}"])]
+        raise UserError(
+            f"Of ranks 0 to {ranks[-1]}, these did not start within {START_WAIT.seconds} s: {', '.join(missing)}. The logs of their "
+            "nodes say why."
+        ) from None
+    if store.check([FAILURE]):
+        raise LostProcess("a process failed before it joined the others")
+
+
+# Joining and leaving.
 
 
 def join(store: dist.Store, kind: str) -> None:
@@ -233,58 +265,6 @@ def leave() -> None:
     """Leave the group."""
     with contextlib.suppress(Exception):
         dist.destroy_process_group()
-
-
-class LostProcess(UserError):
-    """Another process ended without a word."""
-
-
-def kind_of(error: BaseException) -> str:
-    """Return what a failure is: stopped (by a signal), user (a UserError), lost (the end of another process, as this one
-    sees it) or crash (a fault of this program)."""
-    if isinstance(error, Preempted | KeyboardInterrupt):
-        return "lost" if sibling_is_gone() else "stopped"
-    if isinstance(error, UserError):
-        return "user"
-    return "lost" if isinstance(error, dist.DistError) or "/gloo/" in str(error) else "crash"
-
-
-def sibling_is_gone() -> bool:
-    """Return whether the launcher has seen another of its processes end. Then the SIGTERM that reached this one followed from
-    that; a launcher that was asked to stop sends the signal to all before it looks at any."""
-    return len(psutil.Process(os.getppid()).children()) < int(os.environ["LOCAL_WORLD_SIZE"])
-
-
-def leave_word(store: dist.Store, error: BaseException) -> None:
-    """Record why this process fails, for the others to say. The first word counts."""
-    kind = kind_of(error)
-    text = traceback.format_exc() if kind == "crash" else str(error)
-    if isinstance(error, Preempted):
-        text = "its launcher ended the others"
-    with contextlib.suppress(dist.DistError):  # the store is gone with the node that held it
-        store.compare_set(LOST if kind == "lost" else FAILURE, "", json.dumps([kind, text]))
-
-
-def first_failure(store: dist.Store, error: BaseException) -> BaseException:
-    """Return the failure to raise: the first that any process left word of. error: the failure as this process sees it."""
-    kind, text = "lost", type(error).__name__
-    with contextlib.suppress(dist.DistError):
-        for key in (LOST, FAILURE):
-            if store.check([key]):
-                kind, text = json.loads(store.get(key))
-    if kind == "lost":
-        return LostProcess(
-            f"A training process was lost ({text[:150]}): it may have been killed, for instance for want of memory. What was "
-            "saved is kept; run `dvc repro` again and it continues."
-        )
-    return {"stopped": Preempted, "user": UserError, "crash": RuntimeError}[kind](*([text] if kind != "stopped" else []))
-
-
-def end(error: BaseException) -> None:
-    """End this process at once (what tidies up may wait for processes that are gone), with a report for its launcher."""
-    get_error_handler().record_exception(error)
-    sys.stdout.flush(), sys.stderr.flush()
-    os._exit(PREEMPTED if isinstance(error, Preempted) else 1)
 
 
 # Collective operations; in a single process they return what they are given.

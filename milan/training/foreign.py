@@ -1,4 +1,4 @@
-"""Read strangers' weight files: tensors and plain values only; nothing in a file is ever run."""
+"""Read weight files of other origin: tensors and plain values only. No code in such a file is ever run."""
 
 import argparse
 import re
@@ -13,9 +13,9 @@ from milan.core.errors import UserError
 
 
 def read_foreign(path: Path):
-    """What a stranger's .safetensors file, or pickle of tensors and plain values, holds, on the CPU; no code in it is run.
+    """Load a .safetensors file, or a pickle of tensors and plain values (.pth, .pt), on the CPU, without running code in it.
 
-    Raises UserError when it cannot be read, is damaged, or holds anything else."""
+    Raises UserError when it cannot be read, is damaged, is a program, is compressed, or holds anything else."""
     require_file(path)
     if is_torchscript(path):
         raise UserError(
@@ -23,15 +23,15 @@ def read_foreign(path: Path):
             "(OpenAI's CLIP: open_clip_model.safetensors, Hugging Face: timm/vit_base_patch16_clip_224.openai). A teacher's is "
             "opened when the recipe names it: set teacher.pretrained.sha256 to the digest that its publisher gives."
         )
-    refuse_bomb(path)
+    refuse_compressed(path)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        if zipfile.is_zipfile(path) and (changed := zipfile.ZipFile(path).testzip()):  # torch.load looks at no CRC-32
+        if zipfile.is_zipfile(path) and (changed := zipfile.ZipFile(path).testzip()):  # torch.load compares no CRC-32
             raise UserError(
                 f"{path} is damaged: {changed} in it has another CRC-32 than was written. Download or write it again."
             )
-        # Releases of MAE, MILAN, DINO and SLIP carry their command line along; a Namespace is a bag of plain values.
+        # The releases of MAE, MILAN, DINO and SLIP contain their command line as a Namespace, which holds plain values.
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
@@ -41,7 +41,7 @@ def read_foreign(path: Path):
 
 
 def require_file(path: Path) -> None:
-    """Raises UserError unless path is a file that can be opened."""
+    """Raise UserError unless path is a file that can be opened."""
     try:
         if path.is_file():
             return path.open("rb").close()
@@ -52,11 +52,12 @@ def require_file(path: Path) -> None:
 
 
 def is_torchscript(path: Path) -> bool:
+    """Return whether a file is a TorchScript archive: a zip with a constants.pkl, which torch.save does not write."""
     return any(member.filename.endswith("constants.pkl") for member in members(path))
 
 
-def refuse_bomb(path: Path) -> None:
-    """Raises UserError for a zip that says that it unpacks to more than itself; torch would unpack it, whatever the size."""
+def refuse_compressed(path: Path) -> None:
+    """Raise UserError for a zip that declares more bytes than it has: torch would unpack it, whatever the size."""
     size = sum(member.file_size for member in members(path))
     if size > path.stat().st_size:
         raise UserError(
@@ -66,18 +67,18 @@ def refuse_bomb(path: Path) -> None:
 
 
 def members(path: Path) -> list[zipfile.ZipInfo]:
-    """Of a checkpoint that is a zip; none of any other file."""
+    """Return the members of a checkpoint that is a zip; none of any other file."""
     if path.suffix == ".safetensors":
         return []
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.infolist()
-    except Exception:  # no zip, or a damaged one, which raises many kinds: torch, asked next, opens no program either
+    except Exception:  # no zip, or a damaged one, which raises many kinds: torch.load, called next, refuses it
         return []
 
 
 def refusal(path: Path, error: Exception) -> UserError:
-    """In our words: torch's own would send the reader to weights_only=False."""
+    """Return the error for a file that torch or safetensors refused: torch's own message recommends weights_only=False."""
     wanted = re.search(r"GLOBAL (\S+)|Unsupported (?:global|class) (\S+)", str(error))
     if not wanted:
         return UserError(
@@ -92,21 +93,24 @@ def refusal(path: Path, error: Exception) -> UserError:
 
 
 def check_weights(weights: dict[str, torch.Tensor], path: str | Path) -> None:
-    """Raises UserError that names the first tensor of strange weights with which a model cannot compute."""
+    """Raise UserError naming the first tensor with which a model cannot compute.
+
+    path: origin of the weights, for the error."""
     for name, tensor in weights.items():
-        if fault := unfit(tensor):
+        if fault := fault_of(tensor):
             raise UserError(
                 f"{path}: {name} {fault}. Expected: dense tensors of finite floating-point numbers. Fetch or save it again."
             )
 
 
-def unfit(tensor: torch.Tensor) -> str | None:
+def fault_of(tensor: torch.Tensor) -> str | None:
+    """Return why a tensor is no dense tensor of finite floating-point numbers, or None where it is one."""
     if tensor.layout != torch.strided or tensor.is_nested:
         return "is sparse or nested"
     if tensor.is_meta:
         return "has a shape and no values (a meta tensor)"
     if not tensor.is_floating_point():
         return f"is {str(tensor.dtype).removeprefix('torch.')}"
-    if not tensor.float().isfinite().all():  # as the float32 that it will be: isfinite knows no float8
+    if not tensor.float().isfinite().all():  # as the float32 that it becomes: isfinite takes no float8
         return "holds values that are no finite numbers (its training had broken down, perhaps)"
     return None

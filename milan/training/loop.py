@@ -1,8 +1,8 @@
-"""The one training loop: order of the data, precision, accumulation, resume, progress.
+"""The one training loop: order of the samples, precision, gradient accumulation, resume, progress.
 
-The unit of work is the micro-batch. A global batch is batch_size / micro_batch of them, dealt to the
-processes in turn, and all that is random inside one follows from its number; so an epoch sees the same data
-and the same draws for any number of processes, and results agree to float rounding.
+The unit of work is the micro-batch. A batch is batch_size / micro_batch of them, dealt to the processes in turn. Every random
+draw follows from the micro-batch's number in the step, so any number of processes sees the same samples and the same draws,
+and their results agree to float rounding.
 """
 
 import contextlib
@@ -27,12 +27,15 @@ from milan.training.device import autocast, resolve_precision
 from milan.training.resume import SavedState
 
 CURVE_POINTS = 100
-CHECK_STEPS = 10  # between two looks at the loss, which make the host wait for the device
+CHECK_STEPS = 10  # steps between two readings of the loss: each makes the host wait for the device
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 @dataclass(frozen=True)
 class Order:
-    """Which samples make up which micro-batch: a function of the seed alone."""
+    """The samples of every micro-batch: a function of the seed alone. Raises UserError where n < batch_size.
+
+    n: samples in the data set. An epoch is a permutation of them, cut into whole batches; the rest is left out of it."""
 
     n: int
     batch_size: int
@@ -43,7 +46,7 @@ class Order:
     def __post_init__(self):
         if self.n < self.batch_size:
             raise UserError(
-                f"A global batch of {self.batch_size} needs at least as many samples, and the data set has {self.n}: "
+                f"A batch of {self.batch_size} needs at least as many samples, and the data set has {self.n}: "
                 "lower batch_size in this stage's section of params.yaml."
             )
 
@@ -57,44 +60,37 @@ class Order:
 
     @property
     def micro_batches(self) -> int:
+        """The number of micro-batches in a batch."""
         return self.batch_size // self.micro_batch
 
-    def keys(self, start_step: int, rank: int, world: int) -> Iterator[list[tuple[int, int]]]:
-        """Micro-batches of one process, as lists of (epoch, sample index), from a step onwards."""
-        epoch_of_order = None
+    def keys(self, start_step: int, rank: int, world_size: int) -> Iterator[list[tuple[int, int]]]:
+        """Yield the micro-batches of one process from a step onwards, each a list of (epoch, sample index)."""
+        permuted_epoch = None
         for step in range(start_step, self.total_steps):
-            epoch, place = divmod(step, self.steps_per_epoch)
-            if epoch != epoch_of_order:
-                order, epoch_of_order = seeding.permutation(self.n, self.seed, "shuffle", epoch).tolist(), epoch
-            for micro in range(rank, self.micro_batches, world):
-                first = place * self.batch_size + micro * self.micro_batch
-                yield [(epoch, index) for index in order[first : first + self.micro_batch]]
+            epoch, batch = divmod(step, self.steps_per_epoch)
+            if epoch != permuted_epoch:
+                indices, permuted_epoch = seeding.permutation(self.n, self.seed, "shuffle", epoch).tolist(), epoch
+            for number in range(rank, self.micro_batches, world_size):
+                first = batch * self.batch_size + number * self.micro_batch
+                yield [(epoch, index) for index in indices[first : first + self.micro_batch]]
 
 
-class KeyedBatches:
-    """A batch sampler over Order.keys."""
-
-    def __init__(self, order: Order, start_step: int, rank: int, world: int):
-        self.arguments = order, start_step, rank, world
-
-    def __iter__(self):
-        order, *rest = self.arguments
-        return order.keys(*rest)
-
-
-def deaf(_: int) -> None:
-    """For a loader's worker: a signal to the whole group must not end it before its process has saved."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+def ignore_stop_signals(_worker: int) -> None:
+    """Let a data loader's worker outlive a signal to the whole process group, until its process has saved."""
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
-def unlogged(point: dict) -> None:
-    pass
+def discard(point: dict) -> None:
+    """Log nothing."""
 
 
 @dataclass(frozen=True)
 class FitSettings:
-    """What a training run is given besides its model and data."""
+    """The settings of one training.
+
+    name: shown in messages. log: called on rank 0 with each point of the curve, and at the end with the images per second.
+    schedule: the learning rate of an epoch (milan/training/optim.py). micro_batch: takes the place of training.micro_batch."""
 
     name: str
     training: Training
@@ -102,169 +98,190 @@ class FitSettings:
     runtime: Runtime
     seed: int
     saved: SavedState
-    log: Callable[[dict], None] = unlogged
+    log: Callable[[dict], None] = discard
     schedule: Callable[..., float] = optim.lr_at
     micro_batch: int | None = None
 
 
 def fit(
-    model: nn.Module, dataset: Dataset, optimizer: torch.optim.Optimizer, run: FitSettings, to_inputs: Callable[[dict], tuple]
+    model: nn.Module,
+    dataset: Dataset,
+    optimizer: torch.optim.Optimizer,
+    settings: FitSettings,
+    to_inputs: Callable[[dict], tuple],
 ) -> list[dict]:
-    """Train model, whose forward(*to_inputs(batch)) is the loss, and return the curve: a point every few steps
-    {"step", "epoch", "loss", "lr"}. Continues from run.saved when it holds a state.
+    """Train a model and return the curve: at most CURVE_POINTS points {"step", "epoch", "loss", "lr"}.
 
-    Raises UserError on a non-finite loss, naming the step and the last good save."""
-    return Loop(model, dataset, optimizer, run, to_inputs).train()
+    model: model(*to_inputs(batch)) is the loss, a scalar. dataset: its items (epoch, sample index) are dicts of tensors, and
+    a batch is such a dict on the model's device. Continues from settings.saved where that holds a state. Every process calls
+    fit with the same arguments.
+
+    Raises UserError on a non-finite loss, naming the step and the last good save, and where the micro-batches cannot be
+    shared evenly by the processes; Preempted after a signal, once the state is saved."""
+    return Loop(model, dataset, optimizer, settings, to_inputs).train()
 
 
 class Loop:
-    def __init__(self, model, dataset, optimizer, run: FitSettings, to_inputs):
-        self.model, self.optimizer, self.run, self.to_inputs = model, optimizer, run, to_inputs
+    """One call of fit. Read train, steps, one_step and add_gradient in this order: they are the algorithm."""
+
+    def __init__(self, model, dataset, optimizer, settings: FitSettings, to_inputs):
+        self.model, self.dataset, self.optimizer, self.settings, self.to_inputs = model, dataset, optimizer, settings, to_inputs
         self.device = next(model.parameters()).device
-        self.precision = resolve_precision(run.compute, self.device)
+        self.precision = resolve_precision(settings.compute, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
-        t = run.training
-        self.order = Order(len(dataset), t.batch_size, run.micro_batch or t.micro_batch, t.epochs, run.seed)
-        self.world, self.rank = distributed.world_size(), distributed.rank()
-        if self.order.micro_batches % self.world:
+        training = settings.training
+        self.order = Order(
+            len(dataset), training.batch_size, settings.micro_batch or training.micro_batch, training.epochs, settings.seed
+        )
+        self.rank, self.world_size = distributed.rank(), distributed.world_size()
+        if self.order.micro_batches % self.world_size:
             raise UserError(
-                f"batch_size {t.batch_size} makes {self.order.micro_batches} micro-batches of {self.order.micro_batch}, "
-                f"which {self.world} processes cannot share evenly: change micro_batch or runtime.processes."
+                f"batch_size {training.batch_size} makes {self.order.micro_batches} micro-batches of {self.order.micro_batch}, "
+                f"which {self.world_size} processes cannot share evenly: change micro_batch or runtime.processes."
             )
-        self.accumulation = self.order.micro_batches // self.world
-        self.dataset, self.step, self.curve, self.checked = dataset, 0, [], []
+        self.accumulation = self.order.micro_batches // self.world_size  # micro-batches of this process in a step
+        self.step, self.curve = 0, []
+        self.checked = []  # the mean losses of the checks since the curve's last point
         self.asked_to_stop = False
 
+    # The algorithm
+
     def train(self) -> list[dict]:
+        """Continue from the saved state, take the steps that remain, and return the curve."""
         self.resume()
-        self.running = RunningStatistics(self.model)
-        self.forward = self.wrapped()
+        self.statistics = RunningStatistics(self.model)
+        self.forward = self.wrapped_model()
         with self.stop_on_signals():
             self.steps()
         self.model.eval()
         return self.curve
 
-    def wrapped(self) -> nn.Module:
-        model = torch.compile(self.model) if self.run.compute.compile else self.model
-        if self.world == 1:
-            return model
-        ids = [self.device.index] if self.device.type == "cuda" else None
-        # Buffers are constant, or a batch norm's, which RunningStatistics keeps alike.
-        return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, forward_sync_buffers=False)
-
-    def loader(self) -> DataLoader:
-        sampler = KeyedBatches(self.order, self.step, self.rank, self.world)
-        workers = self.run.runtime.workers
-        cuda = self.device.type == "cuda"
-        return DataLoader(
-            self.dataset,
-            batch_sampler=sampler,
-            num_workers=workers,
-            pin_memory=cuda,
-            persistent_workers=workers > 0,
-            worker_init_fn=deaf,
-        )
-
     def steps(self) -> None:
+        """Take every remaining step, checking and saving at intervals."""
         self.model.train()
-        progress = Progress(self.run.name, self.order.total_steps, self.step, shown=self.rank == 0)
-        losses, self.saved_at, first = [], time.monotonic(), self.step
+        progress = Progress(self.settings.name, self.order.total_steps, self.step, shown=self.rank == 0)
+        losses, began, first = [], time.monotonic(), self.step
+        self.saved_at = began
         batches = iter(self.loader())
         while self.step < self.order.total_steps:
             losses.append(self.one_step(batches))
             self.step += 1
-            if self.is_check():
+            if self.step % CHECK_STEPS == 0 or self.ends_point():
                 asked_to_stop = self.check(losses)
                 losses = []
                 self.save_when_due(asked_to_stop)
-            progress.update(1, **({"loss": self.shown_loss()} if self.curve or self.checked else {}))
+            progress.update(1, **self.latest_loss())
         progress.close()
         if self.rank == 0 and self.step > first:
-            rate = (self.step - first) * self.order.batch_size / (time.monotonic() - progress.began)
-            self.run.log({"step": self.step, "images_per_second": rate})
-
-    def shown_loss(self) -> float:
-        return self.checked[-1] if self.checked else self.curve[-1]["loss"]
-
-    def is_check(self) -> bool:
-        return self.step % CHECK_STEPS == 0 or self.closes_point()
-
-    def closes_point(self) -> bool:
-        total = self.order.total_steps
-        return self.step % math.ceil(total / CURVE_POINTS) == 0 or self.step == total
+            images = (self.step - first) * self.order.batch_size
+            self.settings.log({"step": self.step, "images_per_second": images / (time.monotonic() - began)})
 
     def one_step(self, batches: Iterator[dict]) -> Tensor:
-        """One optimizer step over this process's share of the global batch; its mean loss, detached."""
-        self.lr = self.lr_now()
+        """Take one optimizer step. Return the mean loss of this process's micro-batches, detached."""
+        self.lr = self.scheduled_lr()
         optim.set_lr(self.optimizer, self.lr)
-        losses = []
-        for micro in range(self.accumulation):
-            batch = self.to_device(next(batches))
-            seeding.seed_globals(self.run.seed, "step", self.step, micro * self.world + self.rank)
-            inputs = self.to_inputs(batch)
-            last = micro == self.accumulation - 1
-            wait = contextlib.nullcontext() if last or self.world == 1 else self.forward.no_sync()
-            with wait:
-                with autocast(self.precision, self.device):
-                    loss = self.forward(*inputs)
-                self.scaler.scale(loss / self.accumulation).backward()
-            self.running.note()
-            losses.append(loss.detach())
-        self.running.update(self.order.micro_batches)
-        self.update()
+        losses = [self.add_gradient(next(batches), number) for number in range(self.accumulation)]
+        self.statistics.update(self.order.micro_batches)
+        self.update_weights()
         return torch.stack(losses).mean()
 
-    def update(self) -> None:
-        if self.run.training.clip_grad is not None:
+    def add_gradient(self, batch: dict, number: int) -> Tensor:
+        """Add the gradient of this process's micro-batch of this number in the step. Return its loss, detached."""
+        batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+        seeding.seed_globals(self.settings.seed, "step", self.step, number * self.world_size + self.rank)
+        inputs = self.to_inputs(batch)
+        synchronises = self.world_size == 1 or number == self.accumulation - 1  # the processes exchange gradients once a step
+        with contextlib.nullcontext() if synchronises else self.forward.no_sync():
+            with autocast(self.precision, self.device):
+                loss = self.forward(*inputs)
+            self.scaler.scale(loss / self.accumulation).backward()
+        self.statistics.note()
+        return loss.detach()
+
+    def update_weights(self) -> None:
+        if self.settings.training.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.run.training.clip_grad)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.training.clip_grad)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def lr_now(self) -> float:
-        t = self.run.training
-        epoch = self.step / self.order.steps_per_epoch
-        return self.run.schedule(epoch, lr=t.lr, min_lr=t.min_lr, warmup_epochs=t.warmup_epochs, epochs=t.epochs)
+    def scheduled_lr(self) -> float:
+        training, epoch = self.settings.training, self.step / self.order.steps_per_epoch
+        return self.settings.schedule(
+            epoch, lr=training.lr, min_lr=training.min_lr, warmup_epochs=training.warmup_epochs, epochs=training.epochs
+        )
 
-    def to_device(self, batch: dict) -> dict:
-        return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+    # Its parts
+
+    def wrapped_model(self) -> nn.Module:
+        """Return the model compiled and distributed, as the settings ask."""
+        model = torch.compile(self.model) if self.settings.compute.compile else self.model
+        if self.world_size == 1:
+            return model
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        # No buffer needs a broadcast: they are constant, or belong to a batch norm, whose RunningStatistics are equal anyway.
+        return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, forward_sync_buffers=False)
+
+    def loader(self) -> DataLoader:
+        """Return this process's micro-batches from the current step onwards."""
+        return DataLoader(
+            self.dataset,
+            batch_sampler=self.order.keys(self.step, self.rank, self.world_size),
+            num_workers=self.settings.runtime.workers,
+            pin_memory=self.device.type == "cuda",
+            worker_init_fn=ignore_stop_signals,
+        )
+
+    # The loss and the curve
+
+    def ends_point(self) -> bool:
+        """Return whether the current step is the last of a point of the curve."""
+        total = self.order.total_steps
+        return self.step % math.ceil(total / CURVE_POINTS) == 0 or self.step == total
 
     def check(self, losses: list[Tensor]) -> bool:
-        """Look at the losses since the last check, the only place where the host waits for the device; and tell whether
-        any process was asked to stop."""
+        """Read the mean loss of the steps since the last check over all processes: only here the host waits for the device.
+
+        Return whether any process was asked to stop. Raises UserError where the loss is not finite."""
         mean = torch.stack(losses).mean()
         loss, asked = distributed.mean(torch.stack([mean, torch.full_like(mean, self.asked_to_stop)])).tolist()
         if not math.isfinite(loss):
-            self.stop_on_non_finite(loss)
+            raise UserError(
+                f"{self.settings.name}: the loss became {loss} at or shortly before step {self.step} of {self.order.total_steps} "
+                f"(learning rate {self.lr:.3g}); {self.settings.saved.kept()}. Lower this stage's lr, set clip_grad, or use "
+                "compute.precision=bf16 or fp32."
+            )
         self.checked.append(loss)
-        if self.closes_point():
-            self.point(sum(self.checked) / len(self.checked))
+        if self.ends_point():
+            self.add_point(sum(self.checked) / len(self.checked))
         return asked > 0
 
-    def point(self, loss: float) -> None:
+    def add_point(self, loss: float) -> None:
+        """Add a point to the curve and log it."""
         epoch = round(self.step / self.order.steps_per_epoch, 4)
         self.curve.append({"step": self.step, "epoch": epoch, "loss": loss, "lr": self.lr})
         self.checked = []
         if self.rank == 0:
-            self.run.log(self.curve[-1])
+            self.settings.log(self.curve[-1])
 
-    def stop_on_non_finite(self, loss: float) -> None:
-        raise UserError(
-            f"{self.run.name}: the loss became {loss} at or shortly before step {self.step} of {self.order.total_steps} "
-            f"(learning rate {self.lr:.3g}); {self.run.saved.kept()}. Lower this stage's lr, set clip_grad, or use compute.precision=bf16 or fp32."
-        )
+    def latest_loss(self) -> dict[str, float]:
+        """Return the loss to show beside the progress, once there is one."""
+        losses = self.checked or [point["loss"] for point in self.curve[-1:]]
+        return {"loss": losses[-1]} if losses else {}
+
+    # Saving and resuming
 
     def save_when_due(self, asked_to_stop: bool) -> None:
-        """The last step is saved too, so that an evaluation that is interrupted needs no step again."""
-        due = time.monotonic() - self.saved_at >= self.run.runtime.save_seconds
+        """Save every save_seconds, when asked to stop, which then raises Preempted, and after the last step, so that an
+        interrupted evaluation repeats no step."""
+        due = time.monotonic() - self.saved_at >= self.settings.runtime.save_seconds
         if self.rank == 0 and (due or asked_to_stop or self.step == self.order.total_steps):
-            self.run.saved.save(self.step, self.state())
+            self.settings.saved.save(self.step, self.state())
             self.saved_at = time.monotonic()
         if asked_to_stop:
-            distributed.barrier()  # nobody leaves before the state is saved: the first to leave ends the others
-            if self.rank == 0:
-                print(f"{self.run.name}: stopped by a signal at step {self.step}; saved.", flush=True)
+            distributed.barrier()  # no process leaves before the state is saved: the first to leave ends the others
+            self.say(f"stopped by a signal at step {self.step}; saved.")
             raise Preempted
 
     def state(self) -> dict:
@@ -278,31 +295,33 @@ class Loop:
         }
 
     def resume(self) -> None:
-        newest = distributed.from_rank_0(self.run.saved.newest() if self.rank == 0 else None)
+        """Load the newest save that rank 0 sees, where there is one."""
+        saved = self.settings.saved
+        newest = distributed.from_rank_0(saved.newest() if self.rank == 0 else None)
         if newest is None:
             return
         if self.rank == 0:
-            self.run.saved.note_edits()
-        state = self.run.saved.read(newest, self.device)
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+            saved.note_edits()
+        state = saved.read(newest, self.device)
+        for name in ("model", "optimizer", "scaler"):
+            getattr(self, name).load_state_dict(state[name])
         self.step, self.curve, self.checked = state["step"], state["curve"], state["checked"]
+        self.say(f"continuing from step {self.step} of {self.order.total_steps} ({saved.folder})")
+
+    def say(self, message: str) -> None:
         if self.rank == 0:
-            print(
-                f"{self.run.name}: continuing from step {self.step} of {self.order.total_steps} ({self.run.saved.folder})",
-                flush=True,
-            )
+            print(f"{self.settings.name}: {message}", flush=True)
 
     @contextlib.contextmanager
     def stop_on_signals(self) -> Iterator[None]:
-        def note(*_):
+        """Turn SIGTERM and SIGINT into a request to stop at the next check."""
+
+        def ask_to_stop(*_):
             self.asked_to_stop = True
 
-        numbers = (signal.SIGTERM, signal.SIGINT)
-        before = [signal.signal(number, note) for number in numbers]
+        before = [signal.signal(number, ask_to_stop) for number in STOP_SIGNALS]
         try:
             yield
         finally:
-            for number, handler in zip(numbers, before, strict=True):
+            for number, handler in zip(STOP_SIGNALS, before, strict=True):
                 signal.signal(number, handler)

@@ -18,17 +18,19 @@ OTHER_MODEL = "Were the pretrained weights made with another model section of pa
 
 
 def save_weights(path: Path, weights: dict[str, torch.Tensor], **about: str | int) -> None:
-    """safetensors, with `about` and the weights' digest as JSON under the metadata key "milan"; equal weights give equal
-    bytes (one key, because safetensors writes several in random order)."""
-    # Cloned, because safetensors refuses tensors that share memory, as tied ones of a stranger's file do.
-    plain = torch.contiguous_format
-    tensors = {name: tensor.detach().cpu().clone(memory_format=plain) for name, tensor in sorted(weights.items())}
-    about = {**about, "sha256": weights_digest(tensors)}
-    write_whole(path, safetensors_bytes(tensors, {"milan": json.dumps(about, sort_keys=True)}))
+    """Write weights as safetensors, whole or not at all. Equal weights give equal bytes. Raises UserError on a full disk.
+
+    about: described in the file's metadata, with the digest of the weights, as JSON under the one key "milan" (safetensors
+    writes several keys in random order)."""
+    # Cloned, because safetensors refuses tensors that share memory, such as tied weights of a released checkpoint.
+    layout = torch.contiguous_format
+    tensors = {name: tensor.detach().cpu().clone(memory_format=layout) for name, tensor in sorted(weights.items())}
+    metadata = json.dumps({**about, "sha256": weights_digest(tensors)}, sort_keys=True)
+    write_whole(path, safetensors_bytes(tensors, {"milan": metadata}))
 
 
 def weights_digest(weights: dict[str, torch.Tensor]) -> str:
-    """SHA-256 of names, types, shapes and values, in hex."""
+    """Return the SHA-256, in hex, of all names, types, shapes and values."""
     digest = hashlib.sha256()
     for name, tensor in sorted(weights.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
@@ -37,11 +39,11 @@ def weights_digest(weights: dict[str, torch.Tensor]) -> str:
 
 
 def load_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file that a stage wrote, on the CPU. Raises UserError when it is missing or damaged, be it by a
-    bit."""
+    """Load a file that a stage wrote, on the CPU. Raises UserError when it is missing or when even one bit has changed."""
     try:
         with safe_open(path, "pt") as file:
-            about, weights = json.loads((file.metadata() or {}).get("milan", "{}")), load_file(path)
+            about = json.loads((file.metadata() or {}).get("milan", "{}"))
+        weights = load_file(path)
     except FileNotFoundError:
         raise UserError(f"{path} is missing: run `dvc repro`, which makes it, or `dvc pull`, which fetches it.") from None
     except (SafetensorError, OSError, ValueError) as error:
@@ -65,11 +67,11 @@ def load_state(
     new: tuple[str, ...] = (),
     unused: tuple[str, ...] = (),
 ) -> None:
-    """Load a state dict, all of it, or raise UserError naming the keys that are missing, unexpected or misshapen.
+    """Load a whole state dict. Raises UserError naming the keys that are missing, unexpected or misshapen.
 
-    source: where the state comes from, and advice: what to do, both for the error. Parameters whose name contains one of
-    `new` may be missing and keep their values; keys that begin with one of `unused` are passed over. A module on the meta
-    device takes the state's own tensors."""
+    source: origin of the state, and advice: how to mend a misfit, both for the error. new: parameters whose name contains one
+    of these may be missing and keep their values. unused: keys that begin with one of these are ignored. A module on the
+    meta device takes over the state's tensors."""
     given = {name: tensor for name, tensor in state.items() if not name.startswith(unused)}
     expected = module.state_dict()
     if problems := misfits(given, {name: tensor.shape for name, tensor in expected.items()}, new):
@@ -78,7 +80,9 @@ def load_state(
 
 
 def misfits(state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Size], new: tuple[str, ...] = ()) -> str:
-    """Name the missing, unexpected and misshapen keys of a state dict, the first ten of each kind; "" where it fits."""
+    """Name the missing, unexpected and misshapen keys of a state dict, the first ten of each kind; "" where it fits.
+
+    new: keys that contain one of these may be missing."""
     problems = {
         "missing": [name for name in expected if name not in state and not any(part in name for part in new)],
         "unexpected": [name for name in state if name not in expected],
@@ -92,6 +96,6 @@ def misfits(state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Size
 
 
 def listed(names: list[str], most: int = 10) -> str:
-    """Names with commas between them; of many the first few and the count of the others."""
+    """Join names by commas: the first few, and the count of the others."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

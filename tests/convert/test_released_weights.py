@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from milan.core.errors import UserError
 from milan.core.files import read_checked
-from milan.core.typed import build
+from milan.core.validation import validate
 from milan.method.model import MaskedPretraining
 from milan.params import AblationRow, Model, Params
 from milan.teacher.clip import load_teacher
@@ -50,7 +50,7 @@ def recipe(tree, workplace):
     def params(**others) -> Params:
         for place, value in {**SETTINGS, **others}.items():
             change(tree, place, value)
-        return build(Params, tree, "params.yaml")
+        return validate(Params, tree, "params.yaml")
 
     return params
 

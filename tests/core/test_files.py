@@ -63,14 +63,14 @@ def test_a_real_full_device():
     """Linux's /dev/full refuses every byte."""
     with (
         pytest.raises(UserError, match="is full"),
-        files.full_disk_said(Path("/dev/full")),
+        files.explain_full_disk(Path("/dev/full")),
         open("/dev/full", "wb", buffering=0) as file,
     ):
         file.write(b"x")
 
 
 def test_other_accidents_keep_their_name(tmp_path):
-    with pytest.raises(PermissionError), files.full_disk_said(tmp_path):
+    with pytest.raises(PermissionError), files.explain_full_disk(tmp_path):
         raise PermissionError(errno.EACCES, "no")
 
 
@@ -83,12 +83,12 @@ def test_write_json_is_sorted(tmp_path):
     (errno.EACCES, "it: Permission denied. Mend"), (errno.EROFS, "Read-only"), (errno.ENOSPC, r"disk is full \(it\)"),
 ])  # fmt: skip
 def test_what_the_file_system_refuses_is_said(number, words):
-    with pytest.raises(UserError, match=words), files.refusals_said():
+    with pytest.raises(UserError, match=words), files.explain_os_errors():
         raise OSError(number, os.strerror(number), "it")
 
 
 def test_a_fault_of_the_program_passes():
-    with pytest.raises(ConnectionResetError), files.refusals_said():
+    with pytest.raises(ConnectionResetError), files.explain_os_errors():
         raise ConnectionResetError(errno.ECONNRESET, "reset")
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from milan.core.errors import UserError
-from milan.core.typed import build
+from milan.core.validation import validate
 from milan.data import seeding
 from milan.evaluation.classifier import FinetuneLoss, build_classifier
 from milan.method.encoder import Encoder
@@ -19,7 +19,7 @@ CLASSES = 5
 
 @pytest.fixture
 def recipe(tree) -> Finetune:
-    return build(Params, tree, "params.yaml").finetune
+    return validate(Params, tree, "params.yaml").finetune
 
 
 @pytest.fixture

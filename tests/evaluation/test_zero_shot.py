@@ -30,7 +30,7 @@ LINEAR = LinearEval(1, 0, 4, 2, 0.1, 0, 0, None, "adamw", 0.9, [0.5, 1.0], 0, 16
 RECIPE = SimpleNamespace(
     model=SMALL,
     compute=Compute("cpu", 1, "fp32", True, False),
-    runtime=Runtime(1, 1, 0, 0),
+    runtime=Runtime(1, 0, 0),
     pretrain=SimpleNamespace(ablation=ROWS, mask_ratio=0.5),
     linear_eval=LINEAR,
 )

@@ -1,4 +1,4 @@
-"""Packing: every bad file is listed at once, wherever it lies; what is finished is kept and never made twice."""
+"""Packing: all broken files are listed at once, in every layout; finished shards are kept and not made again."""
 
 import io
 import os
@@ -22,7 +22,7 @@ from tests.layouts import FITTING, annotation, broken_files, class_tree, encoded
 
 @pytest.fixture(autouse=True)
 def no_waiting_for_the_disk(monkeypatch):
-    """On a busy one each of the many small shards would wait for a second; no test here cuts the power."""
+    """Skip fsync: on a busy disk each of the many small shards would wait for a second, and no test needs it."""
     monkeypatch.setattr(os, "fsync", lambda *_: None)
 
 
@@ -32,12 +32,12 @@ def items_of(root: Path, files: dict[str, bytes]) -> list[dict]:
 
 
 def rows_of(folder: Path, items: list[dict], processes: int = 1, **options) -> list[dict]:
-    """What Packing makes of items, read back."""
+    """Pack items and read the records back."""
     folder.mkdir(exist_ok=True)
     packed = Packing(folder, shard_images=5, processes=processes, **options).pack({"train": items})
     records.write_manifest(folder, splits=packed, classes=[])
-    found = records.Records(folder, "train")
-    return [found[i] for i in range(len(found))]
+    split = records.Records(folder, "train")
+    return [split[i] for i in range(len(split))]
 
 
 def refusal(folder: Path, **splits: list[dict]) -> str:
@@ -47,11 +47,11 @@ def refusal(folder: Path, **splits: list[dict]) -> str:
     return str(error.value)
 
 
-# What is odd and what is broken.
+# Unusual and broken files.
 
 
 def places(kind: str, root: Path, files: dict[str, bytes]) -> list:
-    """The files in an archive of some kind, or as they are."""
+    """Return the places of files in an archive of some kind, or of the files themselves."""
     root.mkdir(exist_ok=True)
     if kind == "files":
         return [item["image"] for item in items_of(root, files)]
@@ -97,7 +97,7 @@ def test_all_broken_files_are_listed_at_once_wherever_they_lie(tmp_path, kind, n
 
 
 def test_a_damaged_member_of_a_zip_is_listed(tmp_path):
-    """Its bytes no longer have the checksum that the zip's directory says."""
+    """Its bytes have another checksum than the zip's directory states."""
     files = {f"{k}.jpg": encoded(seed=k) for k in range(3)}
     path = zipped(tmp_path / "a.zip", files)
     data = bytearray(path.read_bytes())
@@ -138,7 +138,7 @@ def test_a_long_list_of_broken_files_is_cut(tmp_path):
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "BMP", "JPEG"])
 def test_no_damage_of_any_kind_is_a_traceback(tmp_path, kind):
-    """Each prefix of a file and each of 200 flipped bytes: a row or a fault, never an exception."""
+    """Read 60 prefixes of a file, and 200 copies with a flipped byte: each gives a row or a fault, never an exception."""
     whole = encoded(kind, size=(12, 9))
     variants = [whole[:n] for n in range(0, len(whole), max(1, len(whole) // 60))]
     for place in np.random.default_rng(1).integers(0, len(whole), 200):
@@ -195,7 +195,7 @@ def test_every_wrong_annotation_is_listed_with_its_fault(tmp_path):
     assert "annotation of mode RGB" in said
 
 
-# What is finished stays.
+# Finished shards are kept.
 
 
 @pytest.fixture
@@ -205,19 +205,19 @@ def given(tmp_path) -> list[dict]:
 
 @pytest.fixture
 def read(monkeypatch) -> list[str]:
-    """The names of the items that are read, in this process."""
-    seen = []
+    """Return the list of the items' names that are read in this process."""
+    names = []
 
-    def noted(jobs):
-        seen.extend(item["name"] for item, *_ in jobs)
+    def recorded(jobs):
+        names.extend(item["name"] for item, *_ in jobs)
         return [read_job(job) for job in jobs]
 
-    monkeypatch.setattr(packing, "read_jobs", noted)
-    return seen
+    monkeypatch.setattr(packing, "read_jobs", recorded)
+    return names
 
 
 def pack(folder: Path, items: list[dict], **options) -> dict[str, bytes]:
-    """The files of the finished folder: shards of 3."""
+    """Pack items into shards of 3 and return the files of the finished folder."""
     folder.mkdir(exist_ok=True)
     splits = Packing(folder, **{"shard_images": 3, "processes": 1, **options}).pack({"train": items})
     records.write_manifest(folder, splits=splits, classes=[])
@@ -226,7 +226,7 @@ def pack(folder: Path, items: list[dict], **options) -> dict[str, bytes]:
 
 
 def spoiled(item: dict) -> bytes:
-    """Breaks an item's file; returns what it was."""
+    """Break an item's file and return its former bytes."""
     data = item["image"].read()
     item["image"].path.write_bytes(data[:100])
     return data
@@ -247,7 +247,7 @@ def test_after_mending_only_the_shard_of_the_broken_file_is_packed(tmp_path, giv
     assert sorted(kept) == ["train-00000.arrow", "train-00002.arrow", "train-00003.arrow"]
     given[4]["image"].path.write_bytes(data)
     read.clear()
-    # Another setting of the packer in refusal (classes) would be another shard.
+    # classes as in refusal: shards of another setting would not be reused.
     assert pack(tmp_path / "out", given, classes=11) == whole
     assert read == names(range(3, 6))
     assert all((tmp_path / "out" / name).stat().st_ino == node for name, node in kept.items())
@@ -258,9 +258,9 @@ def test_a_removed_file_shifts_what_follows_and_leaves_no_shard_too_many(tmp_pat
     refusal(tmp_path / "out", train=given)
     left = given[:7] + given[9 + 1 :]
     read.clear()
-    found = pack(tmp_path / "out", left, classes=11)
+    files = pack(tmp_path / "out", left, classes=11)
     assert read == [*names(range(6, 7)), "10.jpg"]
-    assert found == pack(tmp_path / "whole", left) and len(found) == 1 + 3
+    assert files == pack(tmp_path / "whole", left) and len(files) == 1 + 3
 
 
 @pytest.mark.parametrize("change", ["bytes", "time", "name", "label", "shrink", "cut shard", "no shard"])
@@ -283,13 +283,13 @@ def test_a_shard_of_other_items_or_settings_is_not_reused(tmp_path, given, read,
     else:
         options |= {"short_side": 8}
     read.clear()
-    found = pack(tmp_path / "out", given, **options)
+    files = pack(tmp_path / "out", given, **options)
     assert len(read) == 3
-    assert found == pack(tmp_path / "whole", given, **options)
+    assert files == pack(tmp_path / "whole", given, **options)
 
 
 def killed_after(folder: Path, items: list[dict], shards: int) -> None:
-    """In a child: pack until that many shards are finished, then die as by kill -9."""
+    """Pack, in a child, until that many shards are finished, then end as by kill -9."""
     write = records.write_shard
 
     def counted(path, rows, columns):
@@ -311,17 +311,17 @@ def test_a_killed_run_continues_to_the_same_bytes(tmp_path, given, read, shards,
     assert read == names(range(3 * shards, 11))
 
 
-def test_the_progress_counts_on(tmp_path, given, monkeypatch):
-    begun = []
-    monkeypatch.setattr(packing, "track", lambda items, name, total, start=0: begun.append((name, total, start)) or items)
+def test_the_progress_continues_its_count(tmp_path, given, monkeypatch):
+    calls = []
+    monkeypatch.setattr(packing, "track", lambda items, name, total, start=0: calls.append((name, total, start)) or items)
     data = spoiled(given[4])
     refusal(tmp_path / "out", train=given)
     given[4]["image"].path.write_bytes(data)
     pack(tmp_path / "out", given, classes=11)
-    assert begun == [("packing train", 11, 0), ("packing train", 11, 8)]
+    assert calls == [("packing train", 11, 0), ("packing train", 11, 8)]
 
 
-def test_a_full_disk_keeps_what_is_finished(tmp_path, given, read):
+def test_a_full_disk_keeps_the_finished_shards(tmp_path, given, read):
     whole = pack(tmp_path / "whole", given)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "train-00002.arrow.part").symlink_to("/dev/full")

@@ -1,4 +1,4 @@
-"""The target bank: what is written is read, views follow their keys, and a disk too small is refused beforehand."""
+"""The target bank: written views are read back, views follow from their keys, and a disk that is too small is refused first."""
 
 import io
 import shutil
@@ -23,7 +23,7 @@ SIDE = 64
 
 
 def sentinel(image: int, view: int, token: int, channel: int) -> float:
-    """A number that tells its place, exact in float16."""
+    """Return a number of its own for every place, exact in float16."""
     return 8.0 * (image * VIEWS + view) + token + channel / 4
 
 
@@ -32,7 +32,7 @@ def box(image: int, view: int) -> list[int]:
 
 
 def write_bank(folder, shard: int = SHARD, first: float = 0) -> None:
-    """first: added to the first number of all."""
+    """Write a bank of sentinels. first: added to the very first feature."""
     for number, start in enumerate(range(0, IMAGES, shard)):
         span = range(start, min(start + shard, IMAGES))
         features = [[[[sentinel(i, v, t, c) for c in range(D)] for t in range(1 + N)] for v in range(VIEWS)] for i in span]
@@ -56,15 +56,15 @@ def bank(tmp_path) -> Bank:
 def test_every_view_of_every_image_comes_back(bank):
     for image in range(IMAGES):
         for view in range(VIEWS):
-            found, features, importance = bank[view, image]
+            crop, features, importance = bank[view, image]
             *place, flip = box(image, view)
-            assert found == (*place, bool(flip)) and isinstance(found[-1], bool)
+            assert crop == (*place, bool(flip)) and isinstance(crop[-1], bool)
             assert features.tolist() == [[sentinel(image, view, t, c) for c in range(D)] for t in range(1 + N)]
             assert importance.tolist() == pytest.approx([image + view / 10 + t / 100 for t in range(N)], abs=1e-6)
     assert (bank.views, bank.feature_dim, features.dtype, importance.dtype) == (VIEWS, D, torch.float16, torch.float32)
 
 
-def test_the_size_is_what_lies_on_the_disk(bank):
+def test_the_size_is_that_of_the_arrays_on_the_disk(bank):
     """5 images x 3 views x (5 tokens x 2 numbers x 2 bytes + 4 patches x 4 bytes + 5 numbers x 4 bytes + 3 CRC-32) = 1020 bytes."""
     assert target_bank.bank_bytes(IMAGES, VIEWS, N, D) == 1020
     written = sum(array.nbytes for number in range(3) for array in (bank.array(name, number) for name in target_bank.FILES))
@@ -78,7 +78,7 @@ def test_only_whole_files_lie_under_final_names(bank):
 
 
 def test_the_digest_is_of_the_content(bank, tmp_path):
-    """However it is cut into shards; bank.json alone tells one bank from another of the same size."""
+    """The size of the shards does not change it; other features of the same shape do."""
     write_bank(tmp_path / "other shards", shard=3)
     write_bank(tmp_path / "other feature", first=0.25)
     same, other = (target_bank.content_digest(tmp_path / name) for name in ("other shards", "other feature"))
@@ -93,7 +93,7 @@ def test_a_view_follows_from_seed_view_and_image_alone():
 
 
 def image_records(folder) -> Records:
-    """Pictures that say where one is: red grows with x, green with y; blue is 40 times the index."""
+    """Write pictures that encode positions: red grows with x, green with y; blue is 40 times the index."""
     rows = []
     for index in range(IMAGES):
         y, x = np.mgrid[:SIDE, :SIDE].astype(np.uint8)
@@ -117,7 +117,7 @@ def test_bank_views_are_the_boxes_cut_out_image_by_image(tmp_path):
         assert (sample["image"][0, 8].float() - (across.flip(0) if flip else across))[2:-2].abs().max() < 2.5
 
 
-def test_pretraining_looks_at_view_e_mod_v_with_its_own_targets(tmp_path, bank):
+def test_pretraining_uses_view_e_mod_v_with_its_targets(tmp_path, bank):
     samples = PretrainSamples(image_records(tmp_path / "records"), 0, 16, N, [0.2, 1.0], bank)
     for epoch, image in ((0, 0), (1, 4), (2, 3), (3, 3), (7, 2)):
         sample, view = samples[epoch, image], epoch % VIEWS
@@ -163,18 +163,18 @@ def test_any_flipped_byte_of_a_view_is_found_and_its_file_named(bank, name):
         changed, same = (2, 3) if place < 128 + row else (3, 2)
         fresh = Bank(bank.folder)
         assert [fresh[view, same][0] for view in range(VIEWS)] == [bank[view, same][0] for view in range(VIEWS)]
-        file = r"\w+" if name == "crc" else name  # a CRC-32 tells not which of the two has changed
+        file = r"\w+" if name == "crc" else name  # a CRC-32 does not tell which of the two files has changed
         with pytest.raises(UserError, match=rf"{file}-00001\.npy is damaged: of row {changed - 2}, view \d the digest"):
             [fresh[view, changed] for view in range(VIEWS)]
 
 
 def test_a_flipped_byte_of_a_bank_s_header_is_found(bank):
     path = bank.folder / "features-00000.npy"
-    whole, sound = path.read_bytes(), bank[0, 1][1]
+    whole, features = path.read_bytes(), bank[0, 1][1]
     for place in range(128):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
         try:
-            assert torch.equal(Bank(bank.folder)[0, 1][1], sound)
+            assert torch.equal(Bank(bank.folder)[0, 1][1], features)
         except UserError as error:
             assert str(path) in str(error)
 
@@ -186,7 +186,7 @@ def test_an_edited_index_is_named(bank):
         Bank(bank.folder)
 
 
-def test_an_unfinished_bank_is_said(tmp_path):
+def test_an_unfinished_bank_is_named(tmp_path):
     write_bank(tmp_path)
     (tmp_path / "bank.json").unlink()
     with pytest.raises(UserError, match="no complete target bank.*dvc repro"):
@@ -227,14 +227,14 @@ def test_an_index_of_another_kind_is_named(tmp_path):
         target_bank.Bank(tmp_path)
 
 
-def test_where_the_importance_falls_by_hand():
-    """Three images of two patches. Importance on the object: 3 of 4, 1 of 4 and half of 2 of 4: 75, 25, 25 %. Area: 50, 50, 25 %."""
+def test_the_importance_on_objects_by_hand():
+    """Three images of two patches. Importance on the object: 3 of 4, 1 of 4, half of 2 of 4 (75, 25, 25 %). Area: 50, 50, 25 %."""
     importance = torch.tensor([[3.0, 1.0], [1.0, 3.0], [2.0, 2.0]])
     cover = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.5, 0.0]])
     assert object_shares(importance, cover) == pytest.approx(
         {
             "extract_targets/importance_on_object": 125 / 3,
             "extract_targets/object_area": 125 / 3,
-            "extract_targets/importance_above_area": 100 / 3,  # equal shares are not above
+            "extract_targets/importance_above_area": 100 / 3,  # an equal share is not above
         }
     )

@@ -31,23 +31,23 @@ RUNS = [known("extract_targets", 20.4), known("pretrain", 90.0, variant="milan",
 
 
 def metrics(variant: str, *values: float) -> dict:
-    """Of seeds 0, 1, ...: the value, and above it 1, 2, ... for the further measures."""
-    found = {}
+    """Return the metrics of seeds 0, 1, ...: the value for the first measure, and 1, 2, ... above it for the others."""
+    files = {}
     for seed, value in enumerate(values):
         for more, (stage, name) in enumerate(MEASURES.values()):
-            found.setdefault((stage, variant, seed), {})[name] = value + more
-    return found
+            files.setdefault(f"{stage}/{variant}-{seed}.json", {})[name] = value + more
+    return files
 
 
 @pytest.fixture
 def experiment(tree):
     """experiment(name, ratio, metrics, **changes) on the committed recipe with variant milan."""
 
-    def made(name: str, ratio: float, found: dict, **changes) -> sweep.Experiment:
+    def made(name: str, ratio: float, numbers: dict, **changes) -> sweep.Experiment:
         recipe = copy.deepcopy(tree)
         for place, value in {"variants": ["milan"], KEY: ratio, **{k.replace("__", "."): v for k, v in changes.items()}}.items():
             change(recipe, place, value)
-        return sweep.Experiment(name, recipe, found, lock=LOCK)
+        return sweep.Experiment(name, recipe, numbers, lock=LOCK)
 
     return made
 
@@ -116,7 +116,7 @@ def test_files_by_hand(experiment, tmp_path):
 
 def test_zero_shot_stands_in_the_table_where_somebody_has_it(experiment, tmp_path):
     asked = metrics("milan", 40.0)
-    asked["linear_eval", "milan", 0] |= {"linear_eval/zero_shot_top1": 7.5, "linear_eval/zero_shot_masked_top1": 6.25}
+    asked["linear_eval/milan-0.json"] |= {"linear_eval/zero_shot_top1": 7.5, "linear_eval/zero_shot_masked_top1": 6.25}
     sweep.write(KEY, [experiment("one", 0.5, metrics("milan", 30.0)), experiment("two", 0.75, asked)], [], tmp_path)
     text = (tmp_path / "table.md").read_text()
     assert f"| {KEY} | Linear eval | k-NN | Zero-shot | Zero-shot, masked | Fine-tuning | mIoU |" in text
@@ -163,18 +163,63 @@ def test_one_value_is_no_sweep_and_writes_nothing(experiment, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_an_experiment_is_read_from_git(tree, workplace):
-    change(tree, "variants", ["milan"])
-    Path("params.yaml").write_text(yaml.safe_dump(tree))
-    folder = Path("reports/metrics/demo/finetune")
-    folder.mkdir(parents=True)
-    (folder / "milan-0.json").write_text(json.dumps({"finetune/top1": 12.5}))
-    (folder / "mae-0.json").write_text("of no variant")
-    Path("dvc.lock").write_text("schema: '2.0'\nstages: {teacher: {cmd: t}, pretrain@mae-0: {cmd: m}}")
+def commit(message: str) -> str:
+    """Commit everything; return the revision."""
     identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
-    for command in (["init", "-q"], ["add", "-A"], [*identity, "commit", "-qm", "results"]):
+    for command in (["init", "-q"], ["add", "-A"], [*identity, "commit", "-qm", message]):
         subprocess.run(["git", *command], check=True)
-    (folder / "milan-0.json").write_text("changed since")
-    found = sweep.read_experiment("name", "HEAD")
-    assert found.recipe == tree and found.metrics == {("finetune", "milan", 0): {"finetune/top1": 12.5}}
-    assert found.lock == {"teacher": {"cmd": "t"}}
+    return sweep.git("rev-parse", "HEAD").strip()
+
+
+def state(recipe: dict, revision: str, timestamp: str, metrics: dict) -> dict:
+    """An entry of `dvc exp show --json`."""
+    data = {"timestamp": timestamp, "params": {"params.yaml": {"data": recipe}}, "metrics": metrics}
+    return {"rev": revision, "data": data, "error": None}
+
+
+@pytest.fixture
+def shown(tree, workplace, monkeypatch) -> dict:
+    """The commit's entry of `dvc exp show --json`, with experiments made at 2, 1, and one that still runs."""
+    change(tree, "variants", ["milan"])
+    Path("dvc.lock").write_text("schema: '2.0'\nstages: {teacher: {cmd: t}, pretrain@mae-0: {cmd: m}}")
+    revision = commit("a lock")
+    metrics = {
+        "reports/metrics/demo/finetune/milan-0.json": {"data": {"finetune/top1": 12.5}},
+        "reports/metrics/demo/segment/milan-0.json": {"error": {"type": "FileNotFoundError", "msg": "not made"}},
+    }
+    experiments = [
+        {"name": name, "revs": [state(tree, revision, time, metrics)], "executor": executor}
+        for name, time, executor in (
+            ("new", "2026-11-27T10:19:10", {"state": "success"}),
+            ("running", "2026-11-27T10:19:10", {"state": "running"}),
+            ("old", "2026-11-27T10:18:10", None),
+        )
+    ]
+    head = {**state(tree, revision, "2026-11-27T10:15:03", {}), "experiments": experiments}
+    said = json.dumps([{"rev": "workspace"}, head])
+    monkeypatch.setattr(sweep, "dvc", lambda *words, **options: subprocess.CompletedProcess(words, 0, stdout=said))
+    return head
+
+
+def test_finished_experiments_are_read_oldest_first(shown, tree):
+    here, old, new = sweep.read_experiments()
+    assert (here.name, old.name, new.name) == (sweep.HERE, "old", "new")
+    assert here.metrics == {} and new.metrics == {"finetune/milan-0.json": {"finetune/top1": 12.5}}
+    assert new.recipe == tree and new.lock == {"teacher": {"cmd": "t"}}
+
+
+def test_without_a_lock_there_is_none(shown):
+    Path("dvc.lock").unlink()
+    revision = commit("none")
+    assert sweep.read_experiment("x", {**shown, "rev": revision}).lock == {}
+
+
+def test_a_commit_that_dvc_cannot_read_is_named(shown):
+    with pytest.raises(UserError, match="DVC cannot read this commit: dvc.yaml is no YAML"):
+        sweep.read_experiment(sweep.HERE, {"data": None, "error": {"msg": "dvc.yaml is no YAML"}})
+
+
+def test_a_failure_of_dvc_is_named(monkeypatch):
+    monkeypatch.setattr(sweep.sys, "executable", "/bin/false")
+    with pytest.raises(UserError, match="dvc exp run ended with status 1.*same command again"):
+        sweep.dvc("exp", "run")

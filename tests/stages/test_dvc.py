@@ -30,12 +30,12 @@ def files_of(*files: str) -> set[str]:
 
 
 def covers(dependency: str, file: str) -> bool:
-    """Whether DVC sees an edit of the file by this dependency: the file itself, or a folder above it."""
+    """Return whether an edit of the file changes this dependency: the file itself, or a folder above it."""
     return file == dependency or file.startswith(f"{dependency}/")
 
 
 def code_of(stage: str) -> list[str]:
-    """The dependencies of a stage that are code."""
+    """Return the dependencies of a stage that are code."""
     return [dep for dep in entry(stage)["deps"] if dep.startswith(("milan/", "stages/"))]
 
 
@@ -56,17 +56,17 @@ def test_the_dependencies_cover_all_code_that_can_change_the_result(stage):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_no_dependency_is_idle(stage):
+def test_every_dependency_is_used(stage):
     assert [dep for dep in code_of(stage) if not any(covers(dep, file) for file in stage_code(stage))] == []
 
 
-def test_what_is_no_dependency_is_a_short_list():
-    """Errors, files and progress; the recipe, whose values are DVC params; what stages do alike; logging."""
+def test_code_that_is_no_dependency_is_a_short_list():
+    """These hold errors, files and progress; the recipe, whose values are DVC params; the frame of a stage; tracking."""
     assert NOT_DEPENDENCIES == ("milan/core", "milan/params.py", "milan/stage.py", "milan/tracking")
     assert all(Path(entry).exists() for entry in NOT_DEPENDENCIES)
 
 
-EDITS = {  # an edit of this file: the stages that DVC then runs again
+EDITS = {  # file that is edited: stages that DVC then runs again
     "milan/segmentation/miou.py": "segment figures",
     "milan/evaluation/augmentation.py": "linear_eval finetune",
     "milan/report/table.py": "report figures page",
@@ -81,7 +81,7 @@ EDITS = {  # an edit of this file: the stages that DVC then runs again
 
 
 @pytest.mark.parametrize("file", EDITS)
-def test_what_an_edit_reruns(file):
+def test_an_edit_reruns_exactly_these_stages(file):
     assert Path(file).exists()
     assert {stage for stage in STAGES if any(covers(dep, file) for dep in entry(stage)["deps"])} == set(EDITS[file].split())
 
@@ -99,7 +99,7 @@ def test_the_code_of_a_stage_by_hand(workplace):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_text(text)
     first = stage_code("first", workplace)
-    # Through an exempt file, too, although that is not listed itself.
+    # Imports are followed through milan/core too, whose own files are not listed.
     assert list(first) == ["milan/a/one.py", "milan/b/three.py", "milan/b/two.py", "stages/first.py"]
     assert first["milan/a/one.py"] == hashlib.sha256(texts["milan/a/one.py"].encode()).hexdigest()
     assert list(stage_code("figures", workplace)) == ["milan/b/three.py", "milan/b/two.py", "notebooks/1.ipynb", "stages/figures.py"]
@@ -120,7 +120,7 @@ def test_the_code_of_a_stage_by_hand(workplace):
         ("m.ipynb", "{", "m.ipynb is damaged"),
     ],
 )
-def test_what_cannot_be_followed_is_named(workplace, name, text, said):
+def test_an_import_that_cannot_be_followed_is_named(workplace, name, text, said):
     Path(name).write_text(text)
     with pytest.raises(UserError, match=said):
         closure(Path(name))
@@ -133,12 +133,12 @@ def test_a_stage_runs_the_script_of_its_name_and_no_other_stage_s_code(stage):
 
 
 def keys_of(stage: str) -> list[tuple[str, str]]:
-    """(file, dotted key) of a stage's params."""
-    found = []
+    """Return the (file, dotted key) pairs of a stage's params."""
+    pairs = []
     for item in entry(stage).get("params", []):
         for file, keys in item.items() if isinstance(item, dict) else [("params.yaml", [item])]:
-            found += [(file, key) for key in keys or []]
-    return found
+            pairs += [(file, key) for key in keys or []]
+    return pairs
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -151,13 +151,13 @@ def test_every_params_key_exists(stage):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_what_may_not_change_a_result_reruns_nothing(stage):
-    written = {"report", "figures"}  # which name the scale on the page
+def test_execution_settings_rerun_nothing(stage):
+    written = {"report", "figures"}  # they print the scale
     assert not {key.split(".")[0] for _, key in keys_of(stage)} & {"runtime", *([] if stage in written else ["scale"])}
 
 
 @pytest.mark.parametrize("stage", ["teacher", "extract_targets", "pretrain", "linear_eval", "finetune", "segment"])
-def test_what_changes_the_last_bits_reruns_what_computes(stage):
+def test_numerical_settings_rerun_every_stage_that_computes(stage):
     assert ("params.yaml", "compute") in keys_of(stage)
 
 
@@ -165,8 +165,8 @@ def test_the_figures_depend_on_every_notebook():
     assert {path.relative_to(ROOT).as_posix() for path in ROOT.glob("notebooks/*.ipynb")} <= set(entry("figures")["deps"])
 
 
-def test_what_changes_from_run_to_run_is_no_out():
-    """So that a forced rerun leaves dvc.lock as it was."""
+def test_the_page_is_no_out():
+    """It states times and hardware: as an out it would change dvc.lock at every forced rerun."""
     assert "--out reports/index.html" in entry("page")["cmd"] and not {"outs", "metrics", "plots"} & set(entry("page"))
 
 

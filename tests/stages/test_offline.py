@@ -1,4 +1,4 @@
-"""Nothing at demo scale reaches for the network: not on import, not when the models and the tokenizer are built."""
+"""At demo scale nothing accesses the network, neither at import nor when models and tokenizer are built."""
 
 import os
 import subprocess
@@ -6,7 +6,7 @@ import sys
 
 from tests.conftest import ROOT
 
-# Every way out is recorded and refused; a library that swallows the refusal is caught by the record.
+# Records and refuses every access to the network; the record also shows refusals that a library suppresses.
 GUARD = """
 import socket
 
@@ -104,7 +104,7 @@ print([sorted(path.name for path in (home / name).iterdir()) for name in "abc"])
 
 
 def run(code: str, tmp_path) -> str:
-    """In a process of its own, with empty caches and no switch that tells libraries to stay offline."""
+    """Run code in a process of its own, with empty caches and without variables that put libraries offline."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_", "TORCH_HOME", "XDG_CACHE"))}
     environment |= {
         "HOME": str(tmp_path),
@@ -117,8 +117,8 @@ def run(code: str, tmp_path) -> str:
     return done.stdout
 
 
-def test_the_guard_guards(tmp_path):
-    """What reaches out is refused and recorded, also where the refusal is swallowed."""
+def test_the_guard_refuses_and_records(tmp_path):
+    """Also an access whose refusal is suppressed."""
     reach = """
 import contextlib, urllib.request
 with contextlib.suppress(Exception):
@@ -134,12 +134,12 @@ print([name for name, _ in tried])
     assert run(GUARD + reach, tmp_path).strip() == "['getaddrinfo', 'getaddrinfo', 'connect']"
 
 
-def test_nothing_reaches_for_a_hub(tmp_path):
+def test_nothing_accesses_the_network(tmp_path):
     assert run(f"{GUARD}{WORK}print('tried:', tried)", tmp_path).splitlines()[-1] == "tried: []"
     assert not (tmp_path / "hub").exists() and not (tmp_path / "torch").exists()
 
 
 def test_weights_in_the_cache_need_no_network(tmp_path):
-    """Neither open_clip's, at an address or on the hub, nor timm's: not even to ask whether there are newer ones."""
+    """Weights of open_clip, from a URL or the hub, and of timm: no library checks for newer ones."""
     *_, files, tried = run(f"{GUARD}{CACHED}print('tried:', tried)", tmp_path).splitlines()
     assert files == str([["teacher.json", "teacher.safetensors"]] * 3) and tried == "tried: []"

@@ -1,4 +1,4 @@
-"""The whole pipeline at smoke scale, as a user runs it: in a fresh clone, by DVC."""
+"""The whole pipeline at smoke scale, run by DVC in a fresh clone, as a user runs it."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory) -> Path:
-    """A clone after one smoke run, of MILAN alone (tests/stages/test_variants.py has the others)."""
+    """Return a clone after one smoke run of the variant milan (tests/stages/test_variants.py runs the others)."""
     folder = clone_of(tmp_path_factory.mktemp("clone") / "milan")
     first = dvc(folder, "exp", "run", "-S", "scale=smoke", "-S", "variants=[milan]")
     assert "Running stage 'figures'" in first
@@ -29,7 +29,7 @@ def clone(tmp_path_factory) -> Path:
 
 
 def clone_of(folder: Path) -> Path:
-    """The tracked files as they are now, committed to a repository of their own; nothing has run in it."""
+    """Copy the tracked files as they are now into a new git repository, without results."""
     folder.mkdir()
     names = run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], ROOT).split("\0")
     for name in filter(lambda n: n and (ROOT / n).is_file(), names):
@@ -66,7 +66,7 @@ def test_the_table_and_the_figures_are_there(clone):
     assert "linear_eval/zero_shot_masked_top1" in json.loads((clone / "reports/metrics/smoke/linear_eval/milan-0.json").read_text())
 
 
-def test_the_page_knows_the_run_of_every_stage(clone):
+def test_the_page_names_the_run_of_every_stage(clone):
     page, stages = (clone / "reports/index.html").read_text(), yaml.safe_load(lock(clone))["stages"]
     assert "not found" not in page and f"for {len(stages) - 1} of {len(stages) - 1} stages" in page  # all but the page's own
     assert all(out["md5"] in page for stage in stages.values() for out in stage.get("outs", []))
@@ -85,7 +85,7 @@ def test_dvc_answers_questions(clone):
 
 
 def test_forced_reruns_leave_the_same_lock(clone):
-    """Every stage; pretraining in the next test."""
+    """Every stage but pretraining, which the next test runs."""
     before = lock(clone)
     forced = [stage for stage in yaml.safe_load(before)["stages"] if stage != "pretrain@milan-0"]
     said = dvc(clone, "repro", "-f", "-s", *forced)
@@ -94,19 +94,19 @@ def test_forced_reruns_leave_the_same_lock(clone):
 
 
 def test_killed_pretraining_continues_to_the_same_weights(clone):
-    """Over edits of code that cannot change them, too."""
+    """Even after edits of code that cannot change them."""
     before = lock(clone)
     kill_pretraining(clone)
     assert not (clone / "outs/smoke/pretrain/milan-0/encoder.safetensors").exists()
     with edited(clone, "milan/tracking/tracker.py", "milan/report/table.py"):
-        # Forced again, as DVC would fetch the undisturbed run's weights from its cache.
+        # Forced, because DVC would take the undisturbed run's weights from its cache.
         said = dvc(clone, "repro", "-f", "-s", "pretrain@milan-0")
     assert "continuing from step" in said and "the code has changed" not in said
     assert lock(clone) == before
     assert not list(clone.glob(".scratch/pretrain-milan-0-*"))
 
 
-def test_pretraining_goes_on_over_an_edit_of_the_method_and_its_result_is_marked(clone):
+def test_pretraining_continues_after_an_edit_of_the_method_and_its_result_is_marked(clone):
     before, metrics = lock(clone), clone / "reports/metrics/smoke/pretrain/milan-0.json"
     clean = json.loads(metrics.read_text())
     kill_pretraining(clone)
@@ -116,10 +116,10 @@ def test_pretraining_goes_on_over_an_edit_of_the_method_and_its_result_is_marked
     assert json.loads(metrics.read_text()) == {**clean, "edited_while_training": "milan/method/masking.py"}
     (clone / "dvc.lock").write_bytes(before)
     metrics.write_text(json.dumps(clean, indent=1, sort_keys=True) + "\n")
-    assert "up to date" in dvc(clone, "status", "pretrain@milan-0")  # only a comment was edited: the weights are the same
+    assert "up to date" in dvc(clone, "status", "pretrain@milan-0")  # the edit is a comment: the weights are the same
 
 
-def test_code_that_is_edited_while_it_runs_makes_no_clean_result(clone):
+def test_an_edit_while_a_stage_runs_makes_it_fail(clone):
     before = lock(clone)
     running = started(clone, "repro", "-f", "-s", "pretrain@milan-0")
     wait_for(lambda: list(clone.glob(".scratch/pretrain-milan-0-*/state-*.pt")), running)
@@ -127,7 +127,7 @@ def test_code_that_is_edited_while_it_runs_makes_no_clean_result(clone):
         said, _ = running.communicate()
     assert running.returncode != 0 and lock(clone) == before
     assert "milan/method/masking.py changed while pretrain milan seed 0 ran" in " ".join(said.split())
-    assert "continuing from step" in dvc(clone, "repro", "-f", "-s", "pretrain@milan-0")  # nothing is trained again
+    assert "continuing from step" in dvc(clone, "repro", "-f", "-s", "pretrain@milan-0")  # no step is repeated
     assert lock(clone) == before
 
 
@@ -145,7 +145,7 @@ def test_another_learning_rate_starts_afresh_and_says_what_it_leaves(clone):
 
 @contextlib.contextmanager
 def edited(folder: Path, *names: str):
-    """A comment at the end of some source files, for a while."""
+    """Append a comment to source files within the context."""
     before = {name: (folder / name).read_text() for name in names}
     for name, text in before.items():
         (folder / name).write_text(text + "\n# touched\n")
@@ -160,7 +160,7 @@ def started(folder: Path, *words: str) -> subprocess.Popen:
 
 
 def kill_pretraining(folder: Path) -> None:
-    """kill -9 to a forced pretraining and DVC above it, once a state is saved."""
+    """Start a forced pretraining by DVC, and send kill -9 to both once a state is saved."""
     assert yaml.safe_load((folder / "params.yaml").read_text())["runtime"]["save_seconds"] <= 1
     victim = started(folder, "repro", "-f", "-s", "pretrain@milan-0")
     wait_for(lambda: list(folder.glob(".scratch/pretrain-milan-0-*/state-*.pt")), victim)
@@ -177,7 +177,7 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None
 
 
 def test_pushed_results_come_back_in_another_clone(clone, tmp_path):
-    """A local remote: push, fresh clone, pull, nothing to do."""
+    """Push to a local remote, clone, pull: everything is up to date."""
     dvc(clone, "remote", "add", "-f", "-d", "store", str(tmp_path / "store"))
     dvc(clone, "push")
     run(["git", "add", "-A"], clone)
@@ -196,7 +196,7 @@ def test_mlflow_holds_one_parent_with_its_stages(clone):
     runs = client.search_runs([experiment.experiment_id], max_results=500)
     parents = [r for r in runs if "pipeline" in r.data.tags]
     full = [p for p in parents if len(children(runs, p)) == len(yaml.safe_load(lock(clone))["stages"])]
-    assert full, "no parent run with a child a stage"
+    assert full, "no parent run with a child for each stage"
     milan = next(r for r in children(runs, full[0]) if r.info.run_name == "pretrain milan seed 0")
     assert milan.info.status == "FINISHED"
     losses = client.get_metric_history(milan.info.run_id, "train/loss")
@@ -210,7 +210,7 @@ def test_mlflow_holds_one_parent_with_its_stages(clone):
 
 
 def test_mlflow_holds_the_classifier_of_dvc_lock(clone):
-    """Once, however often it was made."""
+    """A classifier that was made several times is registered once."""
     import mlflow
 
     client = mlflow.MlflowClient(f"sqlite:///{clone}/mlflow.db")
@@ -241,8 +241,8 @@ def children(runs: list, parent) -> list:
     return [r for r in runs if r.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
 
 
-def test_status_tells_of_an_edit_at_once(clone):
-    """By DVC's own word, with no step before it; and what is undone is no edit."""
+def test_status_reports_an_edit_at_once(clone):
+    """`dvc status` alone reports an edit, and not one that was undone."""
     elsewhere = ("milan/segmentation/miou.py", "milan/evaluation/linear.py", "milan/tracking/tracker.py", "milan/report/table.py")
     with edited(clone, *elsewhere):
         assert "up to date" in dvc(clone, "status", "pretrain@milan-0", "extract_targets", "prepare_imagenet")

@@ -1,4 +1,4 @@
-"""The address of MLflow's store: is anybody there, and where does its password go?"""
+"""The address of MLflow's store: whether a server answers, and who receives the password."""
 
 import os
 import socket
@@ -12,8 +12,8 @@ from milan.tracking import logger, store
 from tests.tracking.test_tracker import write_spool
 
 
-class Doorkeeper(BaseHTTPRequestHandler):
-    """Answers with the status that the path names."""
+class Status(BaseHTTPRequestHandler):
+    """A server that answers with the status in the path."""
 
     def do_GET(self):
         self.send_response(int(self.path[1:]))
@@ -24,24 +24,24 @@ class Doorkeeper(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def door() -> Iterator[str]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), Doorkeeper) as server:
+def server() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Status) as server:
         threading.Thread(target=server.serve_forever).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
 
 
-def test_whoever_answers_is_there_and_a_proxy_without_a_server_is_not(door):
+def test_any_answer_is_a_server_but_a_proxy_s_error(server):
     for status in (200, 302, 401, 404, 500):
-        store.check_reachable(f"{door}/{status}")
+        store.check_reachable(f"{server}/{status}")
     for status in (502, 503, 504):
         with pytest.raises(OSError, match=f"answers {status}"):
-            store.check_reachable(f"{door}/{status}")
+            store.check_reachable(f"{server}/{status}")
 
 
 @pytest.mark.parametrize("uri", ["http://127.0.0.1:{}", "postgresql://milan:sesame@127.0.0.1:{}/mlflow"])
-def test_nobody_at_the_port(uri, workplace, monkeypatch, capsys):
-    """Said at once, without a try by mlflow, and without the password."""
+def test_no_server_at_the_port(uri, workplace, monkeypatch, capsys):
+    """The error comes at once, without a connection by mlflow, and without the password."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.format(port))
@@ -52,7 +52,7 @@ def test_nobody_at_the_port(uri, workplace, monkeypatch, capsys):
     assert spool.exists() and spool.with_suffix(".failed").exists()
 
 
-def test_a_server_that_accepts_and_says_nothing_is_given_up(workplace, monkeypatch, capsys):
+def test_a_server_that_accepts_and_never_answers_is_given_up(workplace, monkeypatch, capsys):
     monkeypatch.setattr(store, "ANSWER_TIMEOUT", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.getsockname()[1]}")
@@ -60,8 +60,8 @@ def test_a_server_that_accepts_and_says_nothing_is_given_up(workplace, monkeypat
     assert "ReadTimeout" in capsys.readouterr().out
 
 
-def test_a_password_goes_to_mlflow_alone(monkeypatch):
-    """Signs of an address in it are escaped, as in every address."""
+def test_only_mlflow_gets_the_password(monkeypatch):
+    """Special characters in it are percent-encoded, as in every address."""
     for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
         monkeypatch.setenv(name, "another")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://mi%40lan:se%2Fsame@example.org:5000/mlflow")
@@ -72,12 +72,12 @@ def test_a_password_goes_to_mlflow_alone(monkeypatch):
 
 
 @pytest.mark.parametrize("uri", ["https://example.org/mlflow", "postgresql://milan:sesame@example.org/mlflow", "databricks"])
-def test_other_addresses_are_left_alone(uri, monkeypatch):
+def test_other_addresses_are_unchanged(uri, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "milan")
     assert store.store_uri() == uri and os.environ["MLFLOW_TRACKING_USERNAME"] == "milan"
 
 
-def test_an_address_that_is_empty_is_none(workplace, monkeypatch):
+def test_an_empty_address_means_the_default(workplace, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
     assert store.store_uri() == f"sqlite:///{workplace}/mlflow.db"

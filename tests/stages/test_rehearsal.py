@@ -1,8 +1,8 @@
-"""A rehearsal of the paper: scale=paper in miniature, by DVC, from the published archives' layouts to the table.
+"""Run scale=paper in miniature by DVC, from data in the layouts of the published archives to the table.
 
 ViT-B/16 at 224 px, CLIP ViT-B/16 (random weights) from a local file in OpenAI's own format with its digest verified, two
-processes, data loader workers, LARS, mixup, RandAugment, slide-window inference: so that every line of the paper's path
-has run before anyone waits days for it. Only numbers of images, steps, the student's blocks and heads' channels are smaller.
+processes, data loader workers, LARS, mixup, RandAugment, slide-window inference: every line that scale=paper executes is run
+before anyone waits days for it. Only the numbers of images, steps, student blocks, channels and pixels of scenes are smaller.
 """
 
 import hashlib
@@ -26,8 +26,8 @@ from tests.teacher.test_released import INTEGERS, torchscript
 KINDS = [("JPEG", "RGB"), ("JPEG", "CMYK"), ("JPEG", "L"), ("PNG", "RGB")]  # all of them named .JPEG
 
 
-def recipe(data, teacher) -> dict:
-    """What is smaller than scale=paper, and where its files are."""
+def changes(data, teacher) -> dict:
+    """Return the changes to scale=paper: smaller numbers, and the paths of the files."""
     return {
         "scale": "paper",
         "data.imagenet": data / "imagenet",
@@ -64,7 +64,7 @@ def sizes(stage: str, epochs: float, warmup: float, batch: int, micro: int) -> d
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """ILSVRC2012's tars with their devkit, images of odd sizes and of its odd kinds; ADE20K's zip, blocks of all 150 classes."""
+    """Write ILSVRC2012's tars and devkit, with images of many sizes and unusual kinds, and ADE20K's zip of all 150 classes."""
     root, given = tmp_path_factory.mktemp("sets"), layouts.images()
     for split in given.values():
         for i, name in enumerate(split):
@@ -83,7 +83,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    """CLIP ViT-B/16 as OpenAI publishes it: a TorchScript archive in half precision."""
+    """Write a CLIP ViT-B/16 in OpenAI's format: a TorchScript archive in half precision."""
     torch.manual_seed(0)
     config = open_clip.get_model_config("ViT-B-16-quickgelu")
     state = CLIP(**{name: config[name] for name in ("embed_dim", "quick_gelu", "vision_cfg", "text_cfg")}).state_dict()
@@ -95,8 +95,8 @@ def teacher(tmp_path_factory):
 @pytest.mark.filterwarnings("ignore:.*jit.*")
 def test_from_the_tars_to_the_table(data, teacher, tmp_path):
     clone = clone_of(tmp_path / "milan")
-    options = [word for key, value in recipe(data, teacher).items() for word in ("-S", f"{key}={value}")]
-    said = dvc(clone, "exp", "run", *options, "report")  # and what it needs: all but the pictures and the page
+    options = [word for key, value in changes(data, teacher).items() for word in ("-S", f"{key}={value}")]
+    said = dvc(clone, "exp", "run", *options, "report")  # and the stages that it needs: all but figures and page
     assert said.count("Running stage") == len(yaml.safe_load((clone / "dvc.lock").read_text())["stages"]) == 10
     metrics = {path.stem: json.loads(path.read_text()) for path in (clone / "reports/metrics/paper").rglob("*.json")}
     assert metrics["prepare_imagenet"] | {"recipe": 0} == {

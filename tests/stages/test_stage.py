@@ -1,4 +1,4 @@
-"""Stage scripts given something wrong: one paragraph that names it, a status that is not 0, and no out."""
+"""Stages with a wrong input: they print one paragraph that names it, exit with a status other than 0, and write no out."""
 
 import copy
 import importlib
@@ -18,7 +18,7 @@ from PIL import Image
 
 from milan.core.errors import UserError
 from milan.core.identity import Identity, flatten, identify
-from milan.core.typed import build
+from milan.core.validation import validate
 from milan.data import records
 from milan.method.encoder import Encoder
 from milan.params import Params
@@ -31,7 +31,7 @@ from tests.conftest import ROOT, change, forked, script, write_split
 
 @pytest.fixture(scope="module", autouse=True)
 def warm() -> None:
-    """Import what the stages import, once, for the children that fork from here."""
+    """Import once what the stages import, for the children that are forked from here."""
     for path in (ROOT / "milan").glob("[a-z]*.py"):
         if path.stem not in ("runs", "sender", "serving"):  # the three that need mlflow
             importlib.import_module(f"milan.{path.stem}")
@@ -39,7 +39,7 @@ def warm() -> None:
 
 @pytest.fixture
 def desk(workplace, monkeypatch, tree) -> Path:
-    """An empty folder with a recipe of one process, and no MLflow: importing it fails, as on a broken installation."""
+    """Return an empty folder with a recipe of one process; importing MLflow fails, as in a broken installation."""
     (workplace / "broken" / "mlflow").mkdir(parents=True)
     (workplace / "broken" / "mlflow" / "__init__.py").write_text("raise ImportError('no MLflow here')\n")
     monkeypatch.setenv("PYTHONPATH", f"{workplace / 'broken'}{os.pathsep}{ROOT}")
@@ -59,7 +59,7 @@ def write_recipe(tree: dict) -> None:
 
 
 def refused(said: str, *outs: str) -> str:
-    """The one paragraph, joined, of a stage that failed as it should."""
+    """Return a failed stage's error message as one line; assert that it is its only paragraph, and that no out exists."""
     assert "Traceback" not in said, said
     paragraphs = [part for part in said.split("\n\n") if part.strip().startswith("error:")]
     assert len(paragraphs) == 1 and said.rstrip().endswith(paragraphs[0].rstrip()), said
@@ -72,14 +72,14 @@ PREPARE = ["--out", "outs/data", "--metrics", "metrics.json"]
 
 
 def run_light(name: str, *arguments: str) -> str:
-    """A preparing stage as users run it, in a process of its own; what it says."""
+    """Run a prepare stage as users do, in a process of its own, and return its error."""
     done = subprocess.run([sys.executable, "-m", f"stages.{name}", *arguments], capture_output=True, text=True, timeout=100)
     assert done.returncode == 1, done.stderr
     return refused(done.stderr, "outs/data", "metrics.json")
 
 
 def run_heavy(name: str, *arguments) -> tuple[int, str]:
-    """A stage that imports torch, in a child forked from here."""
+    """Run a stage that imports torch in a forked child; return its status and output."""
     status = forked(script, name, list(arguments), Path("said.txt"))
     return status, Path("said.txt").read_text()
 
@@ -94,7 +94,7 @@ def test_an_unknown_params_key(desk, tree):
 def test_a_negative_epoch_count_stops_a_stage_that_does_not_train(desk, tree):
     change(tree, "pretrain.epochs", -3)
     write_recipe(tree)
-    assert "pretrain:epochs: -3.0 must be above 0" in run_light("prepare_ade20k", *PREPARE)
+    assert "pretrain.epochs: -3 must be above 0" in run_light("prepare_ade20k", *PREPARE)
 
 
 def test_a_missing_recipe(desk):
@@ -155,7 +155,7 @@ def test_other_counts_than_expected_stop_the_stage_before_it_decodes(desk, tree)
 
 
 def plain_images(root: Path, captions: bool) -> None:
-    """Ten images without labels, one of them for validation; two have captions."""
+    """Write ten images without labels, of which one becomes validation and two have captions."""
     root.mkdir()
     for k in range(10):
         (root / f"{k}.jpg").write_bytes(jpeg())
@@ -173,17 +173,17 @@ def test_without_labels_a_teacher_that_is_trained_here_needs_captions(desk, tree
 
 
 @pytest.mark.parametrize("name", ["linear_eval", "finetune"])
-def test_without_labels_what_needs_them_says_what_runs(desk, tree, name):
-    """And nothing is asked of them before: ten images are too few for a labelled stage's batch here."""
+def test_without_labels_a_stage_that_needs_them_names_the_stages_that_run(desk, tree, name):
+    """prepare_imagenet accepts the images, although ten are too few for a batch of a stage that needs labels."""
     plain_images(desk / "images", captions=True)
     tree["linear_eval"] |= {"batch_size": 64, "micro_batch": 64}
     change(tree, "data.imagenet", str(desk / "images"))
     write_recipe(tree)
     subprocess.run([sys.executable, "-m", "stages.prepare_imagenet", "--out", "records", "--metrics", "m.json"], check=True, timeout=100)
-    found = {split: records.Records("records", split) for split in ("train", "val", "pairs")}
-    assert {split: len(some) for split, some in found.items()} == {"train": 9, "val": 1, "pairs": 2}
-    assert set(found["train"][0]) == {"image", "name"} and found["train"].manifest["classes"] == []
-    encoder = Encoder(build(Params, tree, "params.yaml").model).vit.state_dict()
+    splits = {split: records.Records("records", split) for split in ("train", "val", "pairs")}
+    assert {split: len(some) for split, some in splits.items()} == {"train": 9, "val": 1, "pairs": 2}
+    assert set(splits["train"][0]) == {"image", "name"} and splits["train"].manifest["classes"] == []
+    encoder = Encoder(validate(Params, tree, "params.yaml").model).vit.state_dict()
     save_weights(desk / "weights" / "encoder.safetensors", encoder)
     given = ["--variant", "milan", "--seed", "0", "--records", "records", "--weights", "weights", *MADE]
     own = {"linear_eval": ["--teacher", "teacher"], "finetune": ["--confusion", "confusion.csv"]}
@@ -193,7 +193,7 @@ def test_without_labels_what_needs_them_says_what_runs(desk, tree, name):
 
 
 def test_once_mended_the_stage_goes_through_without_mlflow(desk, tree):
-    """The same folder with the broken file replaced; MLflow cannot be imported, and the work does not mind."""
+    """Replace the broken file in the same folder; the stage needs no MLflow."""
     class_folders(desk / "images", {"val/n01/empty.JPEG": b""})
     change(tree, "data.imagenet", str(desk / "images"))
     write_recipe(tree)
@@ -229,7 +229,7 @@ def test_an_earlier_stage_s_output_is_missing(desk, name):
 
 
 def pretrained_folder(desk: Path) -> list[str]:
-    """Records of 4 images and a weights folder without sense, as arguments."""
+    """Write records of 4 images and weights that fit no model, and return the arguments that name them."""
     rows = [{"image": jpeg(), "name": str(i), "label": i % 2} for i in range(4)]
     splits = {split: write_split(desk / "records", split, rows, 10) for split in ("train", "val")}
     records.write_manifest(desk / "records", splits=splits, classes=["a", "b"])
@@ -251,7 +251,7 @@ def test_damaged_weights(desk, damage):
     assert "encoder.safetensors is damaged" in refused(said, "outs/made", "metrics.json", "curve.csv")
 
 
-def test_a_teacher_that_says_nothing_of_itself(desk):
+def test_a_teacher_without_a_description(desk):
     pretrained_folder(desk)
     (desk / "teacher").mkdir()
     for name, content in {"teacher.safetensors": "", "teacher.json": "{}"}.items():
@@ -267,7 +267,7 @@ def test_a_teacher_that_says_nothing_of_itself(desk):
     ("report.published", ["report.published: /nowhere/milan.pth is missing"]),
     ("prepare_imagenet.size", ["data.imagenet: the recipe demo needs real data", "-S data.imagenet=/path"]),
 ])  # fmt: skip
-def test_what_a_later_stage_would_miss_is_said_by_the_first(desk, tree, key, words):
+def test_a_file_that_a_later_stage_needs_is_missed_by_the_first(desk, tree, key, words):
     change(tree, key, None if key == "prepare_imagenet.size" else "/nowhere/milan.pth")
     write_recipe(tree)
     said = run_light("prepare_ade20k", *PREPARE)
@@ -283,17 +283,17 @@ def test_what_a_later_stage_would_miss_is_said_by_the_first(desk, tree, key, wor
     (["--params", "folder"], ["folder cannot be read (Is a directory)"]),
     (["--out", "n" * 300], ["File name too long"]),
 ])  # fmt: skip
-def test_a_place_that_takes_no_result_is_said_before_the_work(desk, monkeypatch, arguments, words):
+def test_an_unusable_result_path_is_refused_before_the_work(desk, monkeypatch, arguments, words):
     Path("note").write_text("mine")
     Path("folder").mkdir()
     Path("sealed").mkdir()
-    may = os.access  # which allows root everything
+    may = os.access  # which grants root everything
     monkeypatch.setattr("os.access", lambda path, mode: path != Path("sealed").absolute() and may(path, mode))
-    monkeypatch.setattr("milan.stage.tracked", lambda *_: pytest.fail("it worked before it looked"))
+    monkeypatch.setattr("milan.stage.tracked", lambda *_: pytest.fail("it started before it checked the paths"))
     status, said = run_heavy("prepare_imagenet", *PREPARE, *arguments)
     assert status == 1, said
-    found = refused(said, "outs/data", "metrics.json")
-    assert [word for word in words if word not in found] == [] and Path("note").read_text() == "mine", said
+    message = refused(said, "outs/data", "metrics.json")
+    assert [word for word in words if word not in message] == [] and Path("note").read_text() == "mine", said
 
 
 def test_a_scratch_that_is_a_file(desk):
@@ -324,9 +324,9 @@ def test_weights_that_do_not_fit(desk):
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("place, kept", [("training.optim.adamw", []), ("evaluation.scores.knn_top1", ["state-000000003.pt"])])
 def test_a_preemption_outside_training(desk, tree, monkeypatch, processes, place, kept):
-    """SIGTERM to the stage before its first step, or in the evaluation after its third: 75, no metrics, the steps kept."""
+    """Send SIGTERM before the first step, or in the evaluation after the third: status 75, no metrics, the steps are kept."""
     arguments = pretrained_folder(desk)
-    save_weights(desk / "weights" / "encoder.safetensors", Encoder(build(Params, tree, "p").model).vit.state_dict())
+    save_weights(desk / "weights" / "encoder.safetensors", Encoder(validate(Params, tree, "p").model).vit.state_dict())
     tree["runtime"]["processes"] = processes
     for name in ("pretrain", "linear_eval", "finetune", "segment"):
         tree[name]["batch_size"] = 4
@@ -346,7 +346,7 @@ def test_a_preemption_outside_training(desk, tree, monkeypatch, processes, place
 
 
 def test_an_unknown_variant(desk):
-    """As typed by hand; DVC takes the variants from the recipe."""
+    """As typed by hand: DVC's own variants come from the recipe."""
     arguments = ["--variant", "milano", "--seed", "0", "--records", "records", "--teacher", "teacher", "--bank", "bank"]
     status, said = run_heavy("pretrain", *arguments, *MADE)
     assert status == 1, said
@@ -370,13 +370,13 @@ def test_ctrl_c_and_a_full_disk(desk, monkeypatch, error, status, word):
         raise error
 
     monkeypatch.setattr("milan.ingest.world.writing.write_imagenet", fail)
-    found, said = run_heavy("prepare_imagenet", *PREPARE)
-    assert found == status
+    ended, said = run_heavy("prepare_imagenet", *PREPARE)
+    assert ended == status
     assert word in refused(said, "outs/data", "metrics.json")
 
 
-def test_ctrl_c_in_real(desk):
-    """A signal to a process that draws the world."""
+def test_a_real_ctrl_c(desk):
+    """Send SIGINT to a process that draws the world."""
     process = subprocess.Popen([sys.executable, "-m", "stages.prepare_imagenet", *PREPARE], stderr=subprocess.PIPE, text=True)
     while not list(Path(".scratch").glob("world-*")):
         assert process.poll() is None
@@ -389,27 +389,27 @@ def test_ctrl_c_in_real(desk):
 
 @pytest.mark.parametrize("edited", [False, True])
 def test_a_half_packed_set_is_continued_only_by_the_code_that_began_it(workplace, tree, monkeypatch, edited):
-    met = []
+    calls = []
 
     def pack(root: Path, folder: Path, *_) -> None:
-        met.append((root, [path.name for path in folder.iterdir()]))
+        calls.append((root, [path.name for path in folder.iterdir()]))
         (folder / "train-00000.arrow").touch()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(prepare_imagenet, "pack", pack)
     monkeypatch.setattr(prepare_imagenet, "draw", lambda root, _: root.mkdir(parents=True, exist_ok=True))
     for code in ("1", "2" if edited else "1"):
-        made = Stage("prepare_imagenet", Namespace(out=Path("outs/data")), build(Params, tree, "params.yaml"))
+        made = Stage("prepare_imagenet", Namespace(out=Path("outs/data")), validate(Params, tree, "params.yaml"))
         made.code = {"milan/ingest/packing.py": code}
         with pytest.raises(KeyboardInterrupt):
             prepare_imagenet.main(made)
-    (first_world, nothing), (second_world, left) = met
+    (first_world, nothing), (second_world, left) = calls
     assert nothing == [] and left == ([] if edited else ["train-00000.arrow"])
-    assert (first_world == second_world) is not edited  # nor are drawings of the earlier code packed
+    assert (first_world == second_world) is not edited  # an edit draws the world again too
 
 
 def test_pretraining_is_of_its_own_row_and_of_the_bank_s_content(workplace, tree, monkeypatch):
-    """What another variant, the figures or the size of a shard are, is no other recipe; another bank is."""
+    """Other variants, figure images, shard sizes, seeds and save intervals leave the digest as it is; another bank changes it."""
     (manifest := Path("records/manifest.json")).parent.mkdir()
     manifest.write_text("{}")
     (weights := Path("teacher/teacher.safetensors")).parent.mkdir()
@@ -419,7 +419,7 @@ def test_pretraining_is_of_its_own_row_and_of_the_bank_s_content(workplace, tree
 
     def digest() -> str:
         given = Namespace(variant="milan", seed=0, records=manifest.parent, teacher=weights.parent, bank=Path("bank"))
-        return pretrain.identify(Stage("pretrain", given, build(Params, tree, "params.yaml"))).digest
+        return pretrain.identify(Stage("pretrain", given, validate(Params, tree, "params.yaml"))).digest
 
     base = digest()
     change(tree, "pretrain.ablation.mine", {"target": "clip", "decoder": "mae", "masking": "semantic"})
@@ -438,13 +438,13 @@ def test_pretraining_is_of_its_own_row_and_of_the_bank_s_content(workplace, tree
         tree = before
 
 
-# Its small parts.
+# The parts of milan/stage.py.
 
 
 def stage(tree: dict, **arguments) -> Stage:
-    found = Stage("pretrain", Namespace(**arguments), build(Params, tree, "params.yaml"))
-    found.tracker = Tracker(Path("spool.jsonl"))
-    return found
+    made = Stage("pretrain", Namespace(**arguments), validate(Params, tree, "params.yaml"))
+    made.tracker = Tracker(Path("spool.jsonl"))
+    return made
 
 
 def test_a_recipe_digest_follows_recipe_variation_and_inputs(workplace, tree):
@@ -468,11 +468,11 @@ def test_a_recipe_digest_follows_recipe_variation_and_inputs(workplace, tree):
         one.identify({}, data=Path("absent"))
 
 
-def test_what_differs_is_named_by_its_key(tree):
-    before = identify({"pretrain": build(Params, tree, "p").pretrain}, {"records": "d1"})
+def test_differences_are_named_by_their_keys(tree):
+    before = identify({"pretrain": validate(Params, tree, "p").pretrain}, {"records": "d1"})
     change(tree, "pretrain.lr", 0.5)
     change(tree, "pretrain.epochs", 3)
-    after = identify({"pretrain": build(Params, tree, "p").pretrain}, {"records": "d2"})
+    after = identify({"pretrain": validate(Params, tree, "p").pretrain}, {"records": "d2"})
     assert after.differences(before.values) == (
         f"input records is d2, was d1; pretrain.epochs is 3.0, was {before.values['pretrain.epochs']}; "
         f"pretrain.lr is 0.5, was {before.values['pretrain.lr']}"
@@ -491,8 +491,8 @@ def test_metrics_and_curve_are_written_as_dvc_reads_them(workplace, tree):
     assert made.title == "pretrain milan seed 3"
 
 
-def test_the_recipe_lies_flat_for_mlflow(tree):
-    found = flatten(build(Params, tree, "params.yaml"))
-    assert found["pretrain.ablation.milan.masking"] == "semantic"
-    assert found["model.encoder.depth"] == tree["model"]["encoder"]["depth"]
-    assert found["variants"] == tree["variants"] and found["teacher.pretrained"] is None
+def test_the_recipe_is_flattened_for_mlflow(tree):
+    flat = flatten(validate(Params, tree, "params.yaml"))
+    assert flat["pretrain.ablation.milan.masking"] == "semantic"
+    assert flat["model.encoder.depth"] == tree["model"]["encoder"]["depth"]
+    assert flat["variants"] == tree["variants"] and flat["teacher.pretrained"] is None

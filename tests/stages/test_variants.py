@@ -1,4 +1,4 @@
-"""Every variant of the paper's ablation through its own stages, from drawn images to the row in the table, in one process."""
+"""Run every variant of the paper's ablation through its stages in one process, from drawn images to its row in the table."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from milan.core.typed import build
+from milan.core.validation import validate
 from milan.params import Params
 from stages import extract_targets, finetune, linear_eval, prepare_ade20k, prepare_imagenet, pretrain, report, segment, teacher
 from tests.conftest import ROOT, change, run_main
@@ -35,48 +35,50 @@ SETTINGS = {
 METRICS, CURVES = Path("metrics"), Path("curves")
 
 
-def run(module, p: Params, name: str, **arguments) -> dict:
-    return run_main(module, p, Path("outs", name), METRICS / f"{name}.json", CURVES / f"{name}.csv", **arguments)
+def run(module, params: Params, name: str, **arguments) -> dict:
+    return run_main(module, params, Path("outs", name), METRICS / f"{name}.json", CURVES / f"{name}.csv", **arguments)
 
 
 @pytest.fixture
-def p(tree, workplace) -> Params:
-    for place, value in SETTINGS.items():
-        change(tree, place, value)
-    return build(Params, tree, "params.yaml")
+def params(tree, workplace) -> Params:
+    for key, value in SETTINGS.items():
+        change(tree, key, value)
+    return validate(Params, tree, "params.yaml")
 
 
-def test_every_variant_gets_its_row(p, workplace):
-    records, scenes, teached, bank = (
+def test_every_variant_gets_its_row(params, workplace):
+    records, scenes, clip, bank = (
         Path("outs", name) for name in ("prepare_imagenet", "prepare_ade20k", "teacher", "extract_targets")
     )
-    run(prepare_imagenet, p, records.name)
-    run(prepare_ade20k, p, scenes.name)
-    run(teacher, p, teached.name, records=records)
-    run(extract_targets, p, bank.name, records=records, teacher=teached)
-    found, encoders = {}, {}
-    for variant in p.variants:
+    run(prepare_imagenet, params, records.name)
+    run(prepare_ade20k, params, scenes.name)
+    run(teacher, params, clip.name, records=records)
+    run(extract_targets, params, bank.name, records=records, teacher=clip)
+    metrics, encoders = {}, {}
+    for variant in params.variants:
         own = {"variant": variant, "seed": 0, "weights": Path("outs/pretrain", f"{variant}-0")}
-        found[variant] = run(pretrain, p, f"pretrain/{variant}-0", records=records, teacher=teached, bank=bank, **own)
-        found[variant] |= run(linear_eval, p, f"linear_eval/{variant}-0", records=records, teacher=teached, **own)
-        found[variant] |= run(finetune, p, f"finetune/{variant}-0", records=records, confusion=Path("confusion.csv"), **own)
-        found[variant] |= run(segment, p, f"segment/{variant}-0", scenes=scenes, **own)
+        metrics[variant] = run(pretrain, params, f"pretrain/{variant}-0", records=records, teacher=clip, bank=bank, **own)
+        metrics[variant] |= run(linear_eval, params, f"linear_eval/{variant}-0", records=records, teacher=clip, **own)
+        confusion = Path("confusion.csv")
+        metrics[variant] |= run(finetune, params, f"finetune/{variant}-0", records=records, confusion=confusion, **own)
+        metrics[variant] |= run(segment, params, f"segment/{variant}-0", scenes=scenes, **own)
         encoders[variant] = load_file(own["weights"] / "encoder.safetensors")
 
-    # What each predicts: nothing, a patch's pixels, the teacher's features.
-    decoders = {variant: Path("outs/pretrain", f"{variant}-0", "decoder.safetensors") for variant in p.variants}
-    assert [variant for variant in p.variants if not decoders[variant].exists()] == ["scratch"]
+    # The variants predict nothing, the pixels of a patch, or the teacher's features.
+    decoders = {variant: Path("outs/pretrain", f"{variant}-0", "decoder.safetensors") for variant in params.variants}
+    assert [variant for variant in params.variants if not decoders[variant].exists()] == ["scratch"]
     widths = {v: load_file(path)["decoder_pred.weight"].shape[0] for v, path in decoders.items() if path.exists()}
-    features = p.teacher.tiny.embed_dim
+    features = params.teacher.tiny.embed_dim
     assert widths == {"mae": 3 * 8**2, "clip_target": features, "prompt_decoder": features, "milan": features}
-    assert {v for v in p.variants if "linear_eval/zero_shot_top1" in found[v]} == {"clip_target", "prompt_decoder", "milan"}
-    assert "pretrain/loss" not in found["scratch"] and all(0 < found[v]["pretrain/loss"] < 4 for v in widths)
-    # All began with the same encoder, and each learned something of its own.
-    first = [encoders[variant]["blocks.0.attn.qkv.weight"] for variant in p.variants]
+    zero_shot = {variant for variant in params.variants if "linear_eval/zero_shot_top1" in metrics[variant]}
+    assert zero_shot == {"clip_target", "prompt_decoder", "milan"}
+    assert "pretrain/loss" not in metrics["scratch"] and all(0 < metrics[v]["pretrain/loss"] < 4 for v in widths)
+    # All variants begin with the same encoder and end with different ones.
+    first = [encoders[variant]["blocks.0.attn.qkv.weight"] for variant in params.variants]
     assert all(not torch.equal(a, b) for i, a in enumerate(first) for b in first[:i])
     assert all((first[0] - other).abs().max() < 0.05 for other in first[1:])  # two steps of AdamW away
 
     given = {"curves": CURVES, "published": ROOT / "reports/published.csv"}
-    run_main(report, p, out=Path("reports"), metrics=METRICS, curve=None, **given)
+    run_main(report, params, out=Path("reports"), metrics=METRICS, curve=None, **given)
     rows = [line.split(" | ")[0] for line in Path("reports/table.md").read_text().splitlines() if line.startswith("| ")]
     assert rows[2:7] == ["| No pretraining", "| MAE", "| CLIP target", "| CLIP target, prompting decoder", "| MILAN"]

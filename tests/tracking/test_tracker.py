@@ -314,6 +314,24 @@ def test_the_last_stage_waits_for_a_limited_time(fake, monkeypatch, capsys):
         last.process.wait()
 
 
+def test_a_stage_in_a_temporary_workspace_leaves_what_mlflow_did_not_take_to_the_project(fake, monkeypatch):
+    """DVC deletes the workspace; artifacts are named by absolute paths, so that none of the project's is taken for them."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", OUT_OF_REACH)
+    project, workspace = Path.cwd(), Path(".dvc/tmp/exps/standalone/tmp1").absolute()
+    workspace.mkdir(parents=True)
+    monkeypatch.chdir(workspace)
+    stage = start_logger("queued")
+    stage.tracker.artifact(Path("curve.csv"))
+    stage.finish("FINISHED")
+    assert stage.process.poll() is not None, "it waited for its logger"
+    assert not list(tracker.SPOOLS.glob("*-*"))
+    monkeypatch.chdir(project)
+    assert sorted(path.suffix for path in tracker.SPOOLS.glob("*-*")) == [".failed", ".jsonl"]
+    (spool,) = tracker.SPOOLS.glob("*.jsonl")
+    assert json.loads(spool.read_text().splitlines()[2])["path"] == str(workspace / "curve.csv")
+
+
 def test_earlier_failures_are_reported(fake, capsys):
     tracker.SPOOLS.mkdir(parents=True)
     tracker.warn_of_undelivered()

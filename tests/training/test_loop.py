@@ -34,16 +34,16 @@ STEPS = EPOCHS * SAMPLES // BATCH
 # The order of the data.
 
 
-def seen(order: Order, world: int, start: int = 0) -> list[list[list]]:
-    """Micro-batches of every rank."""
-    return [list(order.keys(start, rank, world)) for rank in range(world)]
+def keys_by_rank(order: Order, world_size: int, start: int = 0) -> list[list[list]]:
+    """Return the micro-batches of every rank."""
+    return [list(order.keys(start, rank, world_size)) for rank in range(world_size)]
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_every_sample_once_an_epoch_whatever_the_number_of_processes(world):
     order = Order(SAMPLES, BATCH, MICRO, EPOCHS, seed=5)
     assert (order.steps_per_epoch, order.total_steps, order.micro_batches) == (3, 12, 4)
-    keys = [key for rank in seen(order, world) for micro in rank for key in micro]
+    keys = [key for rank in keys_by_rank(order, world) for micro in rank for key in micro]
     for epoch in range(EPOCHS):
         assert sorted(index for e, index in keys if e == epoch) == list(range(SAMPLES))
     assert len(keys) == EPOCHS * SAMPLES
@@ -52,7 +52,7 @@ def test_every_sample_once_an_epoch_whatever_the_number_of_processes(world):
 @pytest.mark.parametrize("world", [2, 4])
 def test_the_ranks_share_each_step_s_micro_batches_in_turn(world):
     order = Order(SAMPLES, BATCH, MICRO, EPOCHS, seed=5)
-    alone, parts = seen(order, 1)[0], seen(order, world)
+    alone, parts = keys_by_rank(order, 1)[0], keys_by_rank(order, world)
     for step in range(order.total_steps):
         for micro in range(4):
             turn = step * (4 // world) + micro // world
@@ -61,27 +61,27 @@ def test_the_ranks_share_each_step_s_micro_batches_in_turn(world):
 
 def test_the_order_changes_with_epoch_and_seed_and_starts_anywhere():
     order = Order(SAMPLES, BATCH, MICRO, EPOCHS, seed=5)
-    alone = seen(order, 1)[0]
+    alone = keys_by_rank(order, 1)[0]
     indices = [[index for micro in alone[12 * e : 12 * e + 12] for _, index in micro] for e in range(2)]
     assert indices[0] != indices[1]
-    assert seen(Order(SAMPLES, BATCH, MICRO, EPOCHS, seed=6), 1)[0] != alone
+    assert keys_by_rank(Order(SAMPLES, BATCH, MICRO, EPOCHS, seed=6), 1)[0] != alone
     for start in (1, 3, 7, 12):
-        assert seen(order, 1, start)[0] == alone[start * 4 :]
+        assert keys_by_rank(order, 1, start)[0] == alone[start * 4 :]
 
 
 def test_what_does_not_fill_a_batch_waits_for_the_next_epoch():
     order = Order(21, 8, 2, 2.5, seed=0)
     assert (order.steps_per_epoch, order.total_steps) == (2, 5)
-    epoch = [index for micro in seen(order, 1)[0][:8] for _, index in micro]
+    epoch = [index for micro in keys_by_rank(order, 1)[0][:8] for _, index in micro]
     assert len(set(epoch)) == len(epoch) == 16
 
 
 def test_a_data_set_smaller_than_a_batch_is_said():
-    with pytest.raises(UserError, match="global batch of 8.*the data set has 7"):
+    with pytest.raises(UserError, match="A batch of 8.*the data set has 7"):
         Order(7, 8, 2, 1, seed=0)
 
 
-# A run that can be watched, harmed and repeated.
+# A small training that tests can observe, interrupt and repeat.
 
 
 def unharmed(epoch: int, index: int) -> None:
@@ -89,7 +89,7 @@ def unharmed(epoch: int, index: int) -> None:
 
 
 class Points:
-    """item (epoch, index) -> a point whose value follows from both; `harm` is called with every key."""
+    """A data set whose item (epoch, index) is a point drawn from both; `harm` is called with every key."""
 
     def __init__(self, harm: Callable[[int, int], None] = unharmed, value: Callable[[int, int], float] | None = None):
         self.harm, self.value = harm, value
@@ -104,7 +104,7 @@ class Points:
 
 
 class Regression(nn.Module):
-    """Two layers with dropout between, so that random draws in the model count too."""
+    """Two layers with dropout between them, so that the model draws random numbers too."""
 
     def __init__(self):
         super().__init__()
@@ -123,16 +123,16 @@ def settings(saved: SavedState | None = None, name: str = "tiny", **changes) -> 
         epochs=EPOCHS, warmup_epochs=1, batch_size=BATCH, micro_batch=MICRO, lr=0.01, min_lr=0, weight_decay=0.05, clip_grad=1.0
     )
     saved = saved or saved_state(name)
-    return FitSettings(name, Training(**(training | changes)), COMPUTE, Runtime(1, 1, workers=0, save_seconds=0), seed=3, saved=saved)
+    return FitSettings(name, Training(**(training | changes)), COMPUTE, Runtime(1, workers=0, save_seconds=0), seed=3, saved=saved)
 
 
 def patient(run: FitSettings) -> FitSettings:
-    """The same run, of which nothing is due to be saved for an hour."""
+    """Return the same settings with an hour between saves."""
     return dataclasses.replace(run, runtime=dataclasses.replace(run.runtime, save_seconds=3600))
 
 
 def train(data: Points, run: FitSettings, out: Path | None = None) -> dict:
-    """What a stage does: build, fit, save; weights as lists, to travel between processes."""
+    """Build, fit and save, as a stage does; weights are returned as lists, to be sent between processes."""
     set_up(run.compute)
     model = Regression()
     optimizer = optim.adamw(optim.decay_groups(model, run.training.weight_decay), (0.9, 0.95))
@@ -153,15 +153,15 @@ def undisturbed(workplace) -> str:
 
 
 def at(epoch: int, count: int, harm: Callable[[], None]) -> Callable[[int, int], None]:
-    """Call harm at the count-th sample of an epoch."""
-    met = [0]
+    """Return a function of (epoch, index) that calls harm at the count-th sample of an epoch."""
+    samples = [0]
 
-    def maybe(e: int, index: int) -> None:
-        met[0] += e == epoch
-        if e == epoch and met[0] == count:
+    def harm_once(current: int, index: int) -> None:
+        samples[0] += current == epoch
+        if current == epoch and samples[0] == count:
             harm()
 
-    return maybe
+    return harm_once
 
 
 def kill(number: int = signal.SIGKILL) -> None:
@@ -172,7 +172,7 @@ def fail() -> None:
     raise RuntimeError("the lights went out")
 
 
-def test_the_curve_tells_every_step_of_a_short_run(workplace):
+def test_the_curve_has_every_step_of_a_short_run(workplace):
     curve = train(Points(), settings())["curve"]
     assert [point["step"] for point in curve] == list(range(1, STEPS + 1))
     assert [point["epoch"] for point in curve[:4]] == [0.3333, 0.6667, 1.0, 1.3333]
@@ -187,10 +187,10 @@ def test_a_longer_run_s_curve_has_at_most_a_hundred_points(workplace):
     assert sum(point["loss"] for point in points[-10:]) < 0.5 * sum(point["loss"] for point in points[:10])
 
 
-def test_the_first_steps_are_adamw_s_by_the_book(workplace):
-    """One micro-batch a step, no dropout in the way: torch's own loop over the same samples gives the same weights."""
+def test_the_first_steps_equal_a_plain_loop_with_adamw(workplace):
+    """Compare with a plain torch loop over the same samples, with one micro-batch a step."""
     run = settings(epochs=1, warmup_epochs=0, micro_batch=BATCH, clip_grad=None)
-    found = train(Points(), run)
+    ours = train(Points(), run)
     model = Regression()
     model.train()
     reference = torch.optim.AdamW(
@@ -212,9 +212,9 @@ def test_the_first_steps_are_adamw_s_by_the_book(workplace):
         reference.zero_grad()
         loss.backward()
         reference.step()
-        assert found["curve"][step]["loss"] == pytest.approx(loss.item(), rel=1e-6)
+        assert ours["curve"][step]["loss"] == pytest.approx(loss.item(), rel=1e-6)
     for name, tensor in model.state_dict().items():
-        torch.testing.assert_close(torch.tensor(found["weights"][name]), tensor, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(torch.tensor(ours["weights"][name]), tensor, atol=1e-6, rtol=1e-5)
 
 
 # Any number of processes.
@@ -226,7 +226,7 @@ def assert_same(one: dict, other: dict) -> None:
         assert [p[name] for p in other["curve"]] == pytest.approx([p[name] for p in one["curve"]], rel=1e-6, abs=1e-6)
     for name, values in one["weights"].items():
         ours, theirs = (torch.tensor(v) for v in (other["weights"][name], values))
-        # The softmax does not see the keys' bias: its gradient is zero but for rounding, which AdamW blows up.
+        # The keys' bias cancels in the softmax: its gradient is rounding error, which AdamW amplifies.
         if name.endswith(".qkv.bias"):
             ours, theirs = (torch.cat([t[: len(t) // 3], t[2 * len(t) // 3 :]]) for t in (ours, theirs))
         if name.endswith(".kv.bias"):
@@ -239,7 +239,7 @@ def without_recipe(p: SimpleNamespace, function: Callable[..., dict], *arguments
 
 
 def launched(processes: int, function: Callable[..., dict], *arguments) -> dict:
-    p = SimpleNamespace(compute=COMPUTE, runtime=Runtime(processes, 1, 0, 0), world=processes)
+    p = SimpleNamespace(compute=COMPUTE, runtime=Runtime(processes, 0, 0), world_size=processes)
     return distributed.launch(without_recipe, p, function, *arguments)
 
 
@@ -255,7 +255,7 @@ SMALL = Model("small", 16, 8, TransformerSize(16, 2, 2), TransformerSize(16, 1, 
 
 
 class Masked:
-    """What PretrainSamples gives, from keys alone."""
+    """Samples like those of PretrainSamples, drawn from their keys."""
 
     def __len__(self) -> int:
         return SAMPLES
@@ -270,23 +270,23 @@ class Masked:
         }
 
 
-def pretrain(recipe: AblationRow, run: FitSettings) -> dict:
+def pretrain(row: AblationRow, run: FitSettings) -> dict:
     set_up(run.compute)
     seeding.seed_globals(0, "init")
-    model = MaskedPretraining(SMALL, recipe, 0.5, 6 if recipe.target == "clip" else None)
+    model = MaskedPretraining(SMALL, row, 0.5, 6 if row.target == "clip" else None)
     optimizer = optim.adamw(optim.decay_groups(model, 0.05), (0.9, 0.95))
     curve = fit(model, Masked(), optimizer, run, lambda b: (b["image"], b["noise"], b["features"], b["importance"]))
     return {"curve": curve, "weights": {name: tensor.tolist() for name, tensor in model.state_dict().items()}}
 
 
 @pytest.mark.parametrize(
-    "recipe", [AblationRow("pixels", "mae", "random"), AblationRow("clip", "prompt", "semantic")], ids=["mae", "milan"]
+    "row", [AblationRow("pixels", "mae", "random"), AblationRow("clip", "prompt", "semantic")], ids=["mae", "milan"]
 )
-def test_pretraining_agrees_over_processes(workplace, recipe):
+def test_pretraining_agrees_over_processes(workplace, row):
     options = dict(epochs=2, lr=1e-3)
-    alone = pretrain(recipe, settings(name="alone", **options))
+    alone = pretrain(row, settings(name="alone", **options))
     for processes in (2, 4):
-        assert_same(alone, launched(processes, pretrain, recipe, settings(name=f"by {processes}", **options)))
+        assert_same(alone, launched(processes, pretrain, row, settings(name=f"by {processes}", **options)))
 
 
 def test_a_batch_that_processes_cannot_share_is_said(workplace):
@@ -299,7 +299,7 @@ def test_a_batch_that_processes_cannot_share_is_said(workplace):
 
 @pytest.mark.parametrize("harm, epoch, count", [(fail, 2, 3), (kill, 0, 9), (kill, 1, 24), (kill, 3, 17)])
 def test_an_interrupted_run_ends_in_the_same_bytes(workplace, undisturbed, capfd, harm, epoch, count):
-    """`count` samples into the epoch: in the middle of a step, its first sample, its last."""
+    """The interruptions come in the middle of a step, at its first sample and at its last."""
     status = forked(train, Points(at(epoch, count, harm)), settings(), workplace / "out")
     assert status == (1 if harm is fail else -signal.SIGKILL)
     assert not (workplace / "out").exists()
@@ -311,7 +311,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(workplace, undisturbed, capfd
 
 
 def test_killed_again_and_again(workplace, undisturbed):
-    """With every save in place, each attempt adds one step."""
+    """Interrupt three attempts in a row, each of which saves every step."""
     for attempt in range(3):
         assert forked(train, Points(at(attempt, 10, kill)), settings(), workplace / "out") == -signal.SIGKILL
     train(Points(), settings(), workplace / "out")
@@ -326,7 +326,7 @@ def test_a_continued_run_has_the_whole_curve(workplace):
 
 
 def test_a_point_s_mean_survives_an_interruption_between_its_checks(workplace, monkeypatch):
-    """60 steps, 5 points, a look every 5 steps: a point is the mean over three looks, five, five and two steps long."""
+    """60 steps, 5 points, a check every 5 steps: a point is the mean over three checks, of five, five and two steps."""
     monkeypatch.setattr("milan.training.loop.CURVE_POINTS", 5)
     monkeypatch.setattr("milan.training.loop.CHECK_STEPS", 5)
     options = dict(epochs=20)
@@ -354,17 +354,17 @@ def test_a_damaged_state_falls_back_to_the_one_before(workplace, undisturbed, ca
 def test_a_changed_recipe_starts_afresh(workplace):
     with pytest.raises(RuntimeError):
         train(Points(at(2, 1, fail)), settings())
-    met = []
-    train(Points(lambda epoch, index: met.append(epoch)), settings(saved=saved_state("tiny", "another recipe")))
-    assert met.count(0) == SAMPLES
-    met.clear()
-    train(Points(lambda epoch, index: met.append(epoch)), settings())
-    assert met.count(0) == met.count(1) == 0 and met.count(2) == SAMPLES
+    epochs = []
+    train(Points(lambda epoch, index: epochs.append(epoch)), settings(saved=saved_state("tiny", "another recipe")))
+    assert epochs.count(0) == SAMPLES
+    epochs.clear()
+    train(Points(lambda epoch, index: epochs.append(epoch)), settings())
+    assert epochs.count(0) == epochs.count(1) == 0 and epochs.count(2) == SAMPLES
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_exits_75_and_the_next_run_continues(workplace, undisturbed, capfd, number):
-    """Preemption, or Ctrl-C; nothing was due to be saved for an hour."""
+    """A preemption or a Ctrl-C; the next regular save is an hour away."""
     run = patient(settings())
     assert forked(train, Points(at(2, 3, lambda: kill(number))), run, workplace / "out") == PREEMPTED == 75
     assert [path.name for path in run.saved.saves()] == ["state-000000007.pt"]
@@ -373,7 +373,7 @@ def test_a_signal_saves_and_exits_75_and_the_next_run_continues(workplace, undis
     assert digest(workplace / "out") == undisturbed
 
 
-def test_signals_are_given_back(workplace):
+def test_signal_handlers_are_restored(workplace):
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     train(Points(), settings(epochs=1, warmup_epochs=0))
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
@@ -393,12 +393,12 @@ def test_a_non_finite_loss_stops_the_run_and_names_step_and_save(workplace, numb
 
 
 def test_a_full_disk_while_saving_names_what_is_kept(workplace, undisturbed, monkeypatch):
-    """The third save meets a full disk: the second is there, named, whole and continued from."""
-    real, met = os.fsync, []
+    """The disk is full at the third save: the second is named, whole, and continued from."""
+    real, calls = os.fsync, []
 
     def full(descriptor: int) -> None:
-        met.append(descriptor)
-        if len(met) == 5:  # after identity.json, code.json and two saves
+        calls.append(descriptor)
+        if len(calls) == 5:  # after identity.json, code.json and two saves
             raise OSError(errno.ENOSPC, "No space left on device")
         real(descriptor)
 
@@ -413,7 +413,7 @@ def test_a_full_disk_while_saving_names_what_is_kept(workplace, undisturbed, mon
     assert digest(workplace / "out") == undisturbed
 
 
-def test_a_full_disk_under_two_processes_is_the_parent_s_to_say(workplace, monkeypatch):
+def test_a_full_disk_under_two_processes_is_reported_by_the_parent(workplace, monkeypatch):
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -480,7 +480,7 @@ def whereabouts() -> dict:
     }
 
 
-def test_the_parent_gets_rank_0_s_word(workplace):
+def test_the_parent_gets_rank_0_s_result(workplace):
     assert launched(3, whereabouts) == {"rank": 0, "world": 3, "sum": 6}
     assert launched(1, whereabouts) == {"rank": 0, "world": 1, "sum": 1}
 
@@ -505,7 +505,7 @@ def test_sigterm_to_the_launcher_saves_and_the_next_run_continues(workplace):
     run = patient(settings())
 
     def ask() -> None:
-        """Rank 0 asks its launcher to stop, and works on until the word comes round."""
+        """On rank 0, ask the launcher to stop; training goes on until its signal arrives."""
         if rank_of(0):
             os.kill(os.getppid(), signal.SIGTERM)
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from milan.core.errors import Preempted
-from milan.core.typed import build
+from milan.core.validation import validate
 from milan.data import seeding, transforms
 from milan.evaluation.classifier import FinetuneLoss, build_classifier
 from milan.evaluation.linear import LinearHead, ProbeLoss
@@ -159,7 +159,7 @@ def small(tree) -> Params:
     tree["finetune"] |= {"mixup": 0.8, "cutmix": 1.0, "drop_path": 0.5, "random_erasing": 0.5, "label_smoothing": 0.1}
     tree["segment"] |= {"crop_size": 16, "channels": 8, "aux_channels": 8, "drop_path": 0.5}
     tree["teacher"]["tiny"] |= {"width": 32, "layers": 1, "text_width": 24, "context_length": 6, "embed_dim": 16}
-    return build(Params, tree, "params.yaml")
+    return validate(Params, tree, "params.yaml")
 
 
 @pytest.mark.parametrize("made", [of_linear_eval, of_finetune, of_segment, of_teacher])

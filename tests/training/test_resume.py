@@ -1,4 +1,4 @@
-"""The state of a training: which one is found, what is said of edits and of other recipes, damage, malice."""
+"""The saved state of a training: which one is loaded, messages on edits and other recipes, damage, hostile files."""
 
 import os
 from pathlib import Path
@@ -55,7 +55,7 @@ def test_a_state_cannot_run_code(workplace, tmp_path):
     assert not (tmp_path / "harm").exists()
 
 
-# Which state a training finds.
+# Which state a training loads.
 
 
 def test_a_state_is_found_by_name_recipe_and_inputs_and_not_by_code(workplace):
@@ -66,7 +66,7 @@ def test_a_state_is_found_by_name_recipe_and_inputs_and_not_by_code(workplace):
     assert saved_state("other", recipe="a").load() is None
 
 
-def test_edits_are_named_recorded_and_add_up(workplace, capsys):
+def test_edits_are_named_recorded_and_accumulated(workplace, capsys):
     first = saved_state(code={"milan/a.py": "1", "milan/b.py": "1", "milan/c.py": "1"})
     first.save(1, {"step": 1})
     first.note_edits()
@@ -75,7 +75,7 @@ def test_edits_are_named_recorded_and_add_up(workplace, capsys):
     assert "the code has changed since this state was saved (milan/a.py). The training goes on" in capsys.readouterr().out
     again = saved_state(code={"milan/a.py": "2", "milan/c.py": "1", "milan/new.py": "1"})
     again.note_edits()
-    assert "(milan/b.py, milan/new.py)" in capsys.readouterr().out  # no longer imported; newly imported
+    assert "(milan/b.py, milan/new.py)" in capsys.readouterr().out  # the first is no longer imported, the second newly
     again.note_edits()
     assert again.edited() == ["milan/a.py", "milan/b.py", "milan/new.py"] and capsys.readouterr().out == ""
 
@@ -94,5 +94,5 @@ def test_a_state_of_another_recipe_is_named_before_it_is_left_and_none_pile_up(w
     assert "saved at step 3" in capsys.readouterr().out
     kept = sorted(int(path.stem[-9:]) for path in Path(".scratch").glob("*/state-*.pt"))
     assert kept == [3, 7]
-    saved_state("pretrain-milan-0", recipe="c").leave_others()  # its own is there, so nothing is left
+    saved_state("pretrain-milan-0", recipe="c").leave_others()  # this recipe has a state of its own, so none is left
     assert capsys.readouterr().out == ""
