@@ -77,8 +77,8 @@ def patches_to_grid(rows: Tensor) -> Tensor:
 def masked_image(image: Tensor, visible: Tensor, n_patches: int) -> np.ndarray:
     """Return an image, uint8 (3, S, S), as (S, S, 3) in 0..1 with all patches but the visible ones (K,) greyed out."""
     visible_grid = 1 - patches_to_grid(masking.mask_of(visible[None], n_patches)[0])
-    visible_pixels = nn.functional.interpolate(visible_grid[None, None], size=image.shape[1:], mode="nearest")[0, 0].bool().numpy()
-    return np.where(visible_pixels[..., None], image.permute(1, 2, 0).numpy() / 255, HIDDEN_GREY)
+    visible_pixels = nn.functional.interpolate(visible_grid[None, None], size=image.shape[1:], mode="nearest")[0, 0].bool()
+    return np.where(visible_pixels.numpy()[..., None], image.permute(1, 2, 0).numpy() / 255, HIDDEN_GREY)
 
 
 def mark_patches(axis: Axes, visible: Tensor, grid: int) -> None:

@@ -44,7 +44,8 @@ def render(
     here: {"revision", "hardware"} of this execution, shown when MLflow knows no run; recipe: text of params.yaml."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(duration=duration, date=date, revision=revision, emphasised=emphasised)
-    ours = [{title: cell for title, cell in row.items() if title not in LINKS} for row in table.our_rows(results, lambda text, path: text)]
+    rows = table.our_rows(results, lambda text, path: text)
+    ours = [{title: cell for title, cell in row.items() if title not in LINKS} for row in rows]
     runs = [origin.run for origin in trail if origin.run]
     return environment.from_string(TEMPLATE.read_text()).render(
         scale=results.params.scale,

@@ -22,7 +22,9 @@ BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
 )  # fmt: skip
 GREY = "#999999"
 VARIANT_COLOURS = {"scratch": GREY, "mae": ORANGE, "clip_target": SKY, "prompt_decoder": GREEN, "milan": VERMILION}
-SHORT_NAMES = {"scratch": "none", "mae": "MAE", "clip_target": "CLIP\ntarget", "prompt_decoder": "prompt\ndecoder", "milan": "MILAN"}
+SHORT_NAMES = {
+    "scratch": "none", "mae": "MAE", "clip_target": "CLIP\ntarget", "prompt_decoder": "prompt\ndecoder", "milan": "MILAN",
+}  # fmt: skip
 DPI = 150
 WIDTH = 9.0  # inches, so 1350 pixels: legible also when a README shows 900
 STYLE = {
@@ -83,7 +85,8 @@ def bars_beside_published(results: Results) -> Figure:
 
 def draw_ours(axes: Iterable[Axes], results: Results) -> None:
     """Draw the mean of each variant as a bar, the range over seeds as a whisker, seeds as dots, chance as a dashed line."""
-    variants, titles = list(results.ours.index), {**results.data.titles, "linear": "Linear eval, top-1 %", "finetune": "Fine-tuning, top-1 %"}
+    variants, chance = list(results.ours.index), 100 / results.data.classes
+    titles = {**results.data.titles, "linear": "Linear eval, top-1 %", "finetune": "Fine-tuning, top-1 %"}
     for axis, column in zip(axes, COLUMNS, strict=True):
         means, low, high = (results.ours[f"{column}{end}"] for end in ("", "_low", "_high"))
         axis.bar(range(len(variants)), means, color=[colour(v, variants) for v in variants], width=0.72)
@@ -95,11 +98,11 @@ def draw_ours(axes: Iterable[Axes], results: Results) -> None:
         for place, (mean, top) in enumerate(zip(means, high, strict=True)):
             axis.annotate(f"{mean:.1f}", (place, top), xytext=(0, 3), textcoords="offset points", ha="center", va="bottom")
         if column != "miou":
-            axis.axhline(100 / results.data.classes, color=BLACK, ls="--", lw=1)
+            axis.axhline(chance, color=BLACK, ls="--", lw=1)
         axis.set_xticks(range(len(variants)), [SHORT_NAMES.get(v, v) for v in variants], fontsize=8.5)
         axis.set_title(titles[column] + (" %" if column == "miou" else ""))
         axis.margins(y=0.16)
-    axes[0].text(0.02, 0.97, f"dashed: chance, {100 / results.data.classes:.3g} %", transform=axes[0].transAxes, fontsize=8.5, va="top")
+    axes[0].text(0.02, 0.97, f"dashed: chance, {chance:.3g} %", transform=axes[0].transAxes, fontsize=8.5, va="top")
 
 
 def draw_published(axes: Iterable[Axes], published: pd.DataFrame) -> None:
@@ -139,7 +142,8 @@ def curves(folder: Path, params: Params) -> Figure:
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     handles = [plt.Line2D([], [], color=colour(v, params.variants), lw=2.5) for v in params.variants]
-    figure.legend(handles, [method_name(v) for v in params.variants], loc="outside lower center", ncols=5, fontsize=9, columnspacing=1.2)
+    names = [method_name(v) for v in params.variants]
+    figure.legend(handles, names, loc="outside lower center", ncols=5, fontsize=9, columnspacing=1.2)
     return figure
 
 

@@ -54,7 +54,8 @@ def read_lock(path: Path, params: Params) -> dict[str, dict]:
 
     Raises UserError when dvc.lock is missing or damaged."""
     try:
-        return stage_hashes(runs.recipe_stages(runs.parse_yaml(path.read_text()).get("stages", {}), params.variants, params.seeds))
+        stages = runs.parse_yaml(path.read_text()).get("stages", {})
+        return stage_hashes(runs.recipe_stages(stages, params.variants, params.seeds))
     except FileNotFoundError:
         raise UserError(f"{path} is missing: `dvc repro` writes it, and git checkout -- {path} restores it.") from None
     except (yaml.YAMLError, ValueError, RecursionError, AttributeError, TypeError, KeyError):

@@ -145,7 +145,8 @@ def write_seeds(experiment: sweep.Experiment, runs: list[StageRun], out: Path, a
         results = read_results(Path(folder), Path(params.report.published), params)
     rows = [{k: v for k, v in row.items() if k not in LINKS} for row in table.our_rows(results, lambda text, path: text)]
     sentences = "\n".join(f"- {sentence}" for sentence in [*table.order_sentences(results), *table.notes(results)])
-    parts = [f"# Variants over seeds at scale {params.scale}", about, table.measured_on(results), table.markdown_table(rows), sentences]
+    head = [f"# Variants over seeds at scale {params.scale}", about, table.measured_on(results)]
+    parts = [*head, table.markdown_table(rows), sentences]
     parts += [*table.claims_section(results), costs.said([experiment.lock], runs), "![Bars of our variants](figure.png)"]
     write_whole(out / "table.md", ("\n\n".join(parts) + "\n").encode())
     write_whole(out / "table.csv", results.runs.to_csv(index=False, lineterminator="\n").encode())

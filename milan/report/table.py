@@ -42,7 +42,8 @@ def lead_sentence(results: Results, column: str) -> str:
     best = "milan" if "milan" in results.ours.index else results.ours.index[-1]
     value = rounded_means(results, column)
     others = [f"{describe_difference(value[best] - value[v])} {name_in_sentence(v)}" for v in results.ours.index if v != best]
-    return f"{method_name(best)}: {title_in_sentence(results.data.titles[column])} {value[best]:.1f}" + "".join(f", {words}" for words in others) + "."
+    lead = f"{method_name(best)}: {title_in_sentence(results.data.titles[column])} {value[best]:.1f}"
+    return ", ".join([lead, *others]) + "."
 
 
 def rounded_means(results: Results, column: str) -> pd.Series:
@@ -67,12 +68,13 @@ def expected_order_sentences(results: Results) -> list[str]:
     chain = [variant for variant in METHOD_NAMES if variant in results.ours.index]
     if len(chain) < 2:
         return []
-    words = [f"The order to expect, each ingredient of the paper adding to the one before: {' < '.join(map(name_in_sentence, chain))}."]
+    order = " < ".join(map(name_in_sentence, chain))
+    words = [f"The order to expect, each ingredient of the paper adding to the one before: {order}."]
     for column in ("linear", "finetune", "miou"):
         value = rounded_means(results, column)
         exceptions = [not_above(results, column, a, b) for a, b in pairwise(chain) if value[b] <= value[a]]
-        order = f"not that order, {'; '.join(exceptions)}." if exceptions else "this order."
-        words.append(f"{results.data.titles[column]}: {order}")
+        finding = f"not that order, {'; '.join(exceptions)}." if exceptions else "this order."
+        words.append(f"{results.data.titles[column]}: {finding}")
     return words
 
 
@@ -129,7 +131,8 @@ def zero_shot_note(results: Results) -> str:
 
 def heading(results: Results) -> str:
     """Return the heading of our table."""
-    return f"Ours, on {results.data.name}" + ("" if results.params.data.imagenet else ": not comparable with the published numbers")
+    caveat = "" if results.params.data.imagenet else ": not comparable with the published numbers"
+    return f"Ours, on {results.data.name}{caveat}"
 
 
 def measured_on(results: Results) -> str:
@@ -152,7 +155,7 @@ def our_rows(results: Results, link: Callable[[str, str], str]) -> list[dict[str
 
 def our_row(results: Results, variant: str, link: Callable[[str, str], str]) -> dict[str, str]:
     """Return the row of one variant."""
-    params = results.params
+    params, means = results.params, results.ours.loc[variant]
     own = params.pretrain.ablation[variant].target != "none" and not params.pretrain.weights
 
     def links(path: str) -> str:
@@ -163,7 +166,7 @@ def our_row(results: Results, variant: str, link: Callable[[str, str], str]) -> 
         "Backbone": params.model.name,
         "Epochs": f"{params.pretrain.epochs:g}" if own else DASH,
         "Batch size": str(params.pretrain.batch_size) if own else DASH,
-        **{title: spread_cell(results.ours.loc[variant], column, len(params.seeds)) for column, title in results.data.titles.items()},
+        **{title: spread_cell(means, column, len(params.seeds)) for column, title in results.data.titles.items()},
         "Recipe": link(params.scale, f"conf/scale/{params.scale}.yaml"),
         "Weights of seed": links(f"outs/{params.scale}/pretrain/{variant}-{{}}"),
         "Curve of seed": links(f"reports/curves/{params.scale}/pretrain/{variant}-{{}}.csv") if own else DASH,
@@ -203,7 +206,8 @@ def published_rows(published: pd.DataFrame, kind: str, source: Callable[[str], s
 
 def markdown(results: Results) -> str:
     """Return reports/table.md, with links relative to that file."""
-    parts = [f"# Results at scale {results.params.scale}", f"## {heading(results)}", measured_on(results), markdown_table(our_rows(results, markdown_link))]
+    parts = [f"# Results at scale {results.params.scale}", f"## {heading(results)}", measured_on(results)]
+    parts += [markdown_table(our_rows(results, markdown_link))]
     parts += ["\n".join(f"- {sentence}" for sentence in [*order_sentences(results), *notes(results)])]
     parts += [
         "![Bars of linear evaluation, fine-tuning and segmentation by variant](plots/bars.png)",
@@ -266,7 +270,8 @@ def latex(results: Results) -> str:
     tables = [(f"{heading(results)}. {measured_on(results)}", our_rows(results, lambda text, path: text))]
     tables += [(f"{title}: {ELSEWHERE}, 224 px", published_rows(results.published, kind, str)) for kind, title in KINDS.items()]
     return "\n".join(
-        latex_table(title, [{name: cell for name, cell in row.items() if name not in without} for row in rows]) for title, rows in tables
+        latex_table(caption, [{title: cell for title, cell in row.items() if title not in without} for row in rows])
+        for caption, rows in tables
     )
 
 
