@@ -371,7 +371,7 @@ def test_archives(tmp_path):
             except (OSError, ValueError) as error:  # which packing lists with the file's name
                 raise UserError(f"{place}: {error}, of the file alone") from None
 
-    campaign("a tar", damages(tar(content)), lambda data: read(archives.tar_spans(saved(tmp_path / "a.tar", data))), 2)
+    campaign("a tar", damages(tar(content)), lambda data: read(archives.tar_members(saved(tmp_path / "a.tar", data))), 2)
     whole = zipped(tmp_path / "a.zip", content).read_bytes()
     campaign("a zip", damages(whole), lambda data: read(archives.zip_members(saved(tmp_path / "a.zip", data))), 2)
     images = [{"bytes": b"x%d" % k, "path": f"n{k}"} for k in range(6)]
@@ -383,7 +383,7 @@ def test_archives(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("reader", [labels.kaggle_labels, labels.listed_labels, labels.named_classes, labels.devkit_labels])
+@pytest.mark.parametrize("reader", [labels.kaggle_labels, labels.listed_labels, labels.read_class_names, labels.devkit_labels])
 def test_labels(tmp_path, reader):
     texts = st.text('ab,"\n ImageIdPredictonSrg{}:', max_size=60).map(str.encode)
 

@@ -189,10 +189,10 @@ READERS = {
     "metrics": results.read_metrics,
     "published numbers": results.read_published,
     "a parquet file": archives.parquet_rows,
-    "a tar": archives.tar_spans,
+    "a tar": archives.tar_members,
     "a zip": archives.zip_members,
     "a devkit": lambda path: archives.tar_texts(path, "a"),
-    "captions": lambda path: imagenet.table(path, "file", "caption"),
+    "captions": lambda path: imagenet.read_table(path, "file", "caption"),
     "a picture": as_picture,
 }
 HARMLESS = {("archive_of_arrays", "a zip"), ("zip_pickle", "a zip")}  # zips, whose members are listed and not opened
@@ -294,7 +294,7 @@ def test_more_rows_than_bytes_are_refused(tmp_path):
     table = pa.table({"image": pa.array([None] * 1_000_000, pa.binary()), "label": pa.array(np.zeros(1_000_000, np.int64))})
     pq.write_table(table, tmp_path / "a.parquet")
     assert (tmp_path / "a.parquet").stat().st_size < 10_000
-    with pytest.raises(UserError, match=r"a\.parquet is no whole parquet file \(it claims more rows than it has bytes\)"):
+    with pytest.raises(UserError, match=r"a\.parquet is not a complete parquet file \(it claims more rows than it has bytes\)"):
         archives.parquet_rows(tmp_path / "a.parquet")
 
 

@@ -230,4 +230,3 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {where}: {error.strerror}. Give the path of a file in a folder that you may write to.", file=sys.stderr)
         return 1
     return 0
-

@@ -1,1 +1,1 @@
-"""What a sample is: keyed random draws, images and their transforms, records, the evaluation view."""
+"""Samples: keyed random draws, images and their transforms, records, the evaluation view."""

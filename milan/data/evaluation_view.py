@@ -8,7 +8,9 @@ from milan.data.records import Records
 
 
 class CentreSamples(Dataset):
-    """The evaluation view: item index -> {"image", "index"[, "label"]}."""
+    """Records in the evaluation view: item index -> {"image": uint8 (3, size, size), "index": int64[, "label": int64]}.
+
+    resize: the short side before the central crop, in pixels; size: the side of the crop."""
 
     def __init__(self, records: Records, resize: int, size: int):
         self.records, self.resize, self.size = records, resize, size

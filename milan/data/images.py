@@ -1,6 +1,6 @@
-"""Image files from anywhere, opened by PIL with care: of the kinds that data sets hold, and of no other.
+"""Open untrusted image files with PIL, limited to the formats that data sets have.
 
-PIL knows more than fifty kinds. For one (EPS) it starts a program, and for some it makes white of numbers above 255.
+PIL reads more than fifty formats. For one (EPS) it starts a program, and in some it clips values above 255 to white.
 """
 
 import io
@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 KINDS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
-DAMAGE = (  # what PIL raises over broken files
+DAMAGE = (  # raised by PIL for broken files
     OSError,
     ValueError,
     SyntaxError,
@@ -28,12 +28,12 @@ DAMAGE = (  # what PIL raises over broken files
 
 
 def open_image(data: bytes) -> Image.Image:
-    """Its header read, nothing decoded. Raises what PIL raises, DecompressionBombError for a picture beyond all use."""
+    """Open an image: read its header, decode nothing. Raises one of DAMAGE, such as DecompressionBombError for absurd sizes."""
     return Image.open(io.BytesIO(data), formats=KINDS)
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    """In RGB; of 16 bits of grey the high byte, as decoding for training takes it (PIL itself would clip them to white)."""
+    """Convert an image to RGB. 16-bit grey keeps its high byte, as in transforms.decode; PIL itself would clip it to white."""
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image.convert("RGB")

@@ -1,10 +1,10 @@
-"""Packed data sets: a few Arrow IPC (feather) shards a split, memory-mapped, random access by index.
+"""Packed data sets: a few Arrow IPC (feather) shards per split, memory-mapped, with random access by index.
 
-Columns: image (encoded bytes, verbatim), name, and where there is one label, caption, mask (encoded bytes); crc is the
-CRC-32 of image and mask, which every reading of a record compares. manifest.json beside the shards counts the splits,
-lists the classes and the shards' SHA-256 digests: of the file, and of all but images and masks ("index"), which is compared
-when a shard is opened. So a byte that has changed is found where it would be used, at no cost before. pandas
-(`pd.read_feather`) and Hugging Face datasets read the shards as they are.
+Columns: image (encoded bytes, verbatim), name, and optionally label, caption and mask (encoded bytes); crc is the CRC-32 of
+image and mask. manifest.json beside the shards holds the counts of the splits, the classes, and two digests of each shard:
+the SHA-256 of the file, and "index", the digest of all columns but images and masks. The index is compared when a shard is
+opened and the CRC-32 when a record is read, so a changed byte is detected where it is used and nothing is read beforehand.
+pandas (`pd.read_feather`) and Hugging Face datasets read the shards as they are.
 """
 
 import bisect
@@ -24,35 +24,38 @@ HEAVY = ("image", "mask")
 
 
 def write_shard(path: Path, rows: Iterable[dict], columns: Iterable[str]) -> dict:
-    """Write rows (dicts with any of SCHEMA's keys) under path, or nothing at all when the rows end in an error.
+    """Write rows (dicts with keys of SCHEMA) to a shard, whole or, when the iteration of the rows fails, not at all.
 
-    columns: all keys of the rows. Returns the shard's entry in the manifest {"file", "images", "sha256", "index"}. Raises
-    UserError on a full disk."""
+    columns: all keys that the rows have. Returns the shard's entry in the manifest {"file", "images", "sha256", "index"}.
+    Raises UserError on a full disk."""
     schema = pa.schema([(name, kind) for name, kind in KINDS.items() if name in {*columns, "crc"}])
     images = 0
     with whole_file(path) as sink, pa.ipc.new_file(sink, schema) as writer:
-        # One batch an image batch of 256: a reader touches only the pages that it needs.
+        # Batches of 256 rows, so that a reader touches only the pages that it needs.
         for chunk in chunks(rows, 256):
-            writer.write_batch(pa.RecordBatch.from_pylist([{**row, "crc": crc(row)} for row in chunk], schema=schema))
+            writer.write_batch(pa.RecordBatch.from_pylist([{**row, "crc": record_crc(row)} for row in chunk], schema=schema))
             images += len(chunk)
-    return {"file": path.name, "images": images, "sha256": file_digest(path), "index": index_digest(opened(path))}
+    return {"file": path.name, "images": images, "sha256": file_digest(path), "index": index_digest(open_shard(path))}
 
 
-def crc(row: dict) -> int:
+def record_crc(row: dict) -> int:
+    """Return the CRC-32 of a row's image and mask."""
     return zlib.crc32(row.get("mask") or b"", zlib.crc32(row["image"]))
 
 
-def opened(path: Path) -> pa.Table:
+def open_shard(path: Path) -> pa.Table:
+    """Memory-map a shard, unchecked."""
     return pa.ipc.open_file(pa.memory_map(str(path), "r")).read_all()
 
 
 def index_digest(table: pa.Table) -> str:
-    """Digest of all that is small: names, labels, captions, and of images and masks the CRC-32 and whether they are there."""
-    small = {name: column.is_valid() if name in HEAVY else column for name, column in zip(table.column_names, table.columns)}
-    return json_digest({name: column.to_pylist() for name, column in small.items()})
+    """Return the digest of all columns; of images and masks only whether they are there (the column crc has their CRC-32)."""
+    columns = {name: column.is_valid() if name in HEAVY else column for name, column in zip(table.column_names, table.columns)}
+    return json_digest({name: column.to_pylist() for name, column in columns.items()})
 
 
 def chunks(items: Iterable, size: int) -> Iterator[list]:
+    """Yield items in lists of `size`; the last may be shorter."""
     chunk = []
     for item in items:
         chunk.append(item)
@@ -64,13 +67,13 @@ def chunks(items: Iterable, size: int) -> Iterator[list]:
 
 
 def write_manifest(folder: Path, **entries) -> dict:
-    """Write manifest.json whole; it is written last, so that a folder with a manifest is complete."""
+    """Write manifest.json and return its entries. It is written last, so a folder with a manifest is complete."""
     write_checked(folder / "manifest.json", entries)
     return entries
 
 
 def drop_unlisted(folder: Path) -> None:
-    """Remove the files that the manifest does not name: seals, and leftovers of interrupted runs."""
+    """Remove files that the manifest does not list: seals (see packing.py) and leftovers of interrupted runs."""
     listed = {shard["file"] for split in read_manifest(folder)["splits"].values() for shard in split["shards"]}
     for path in folder.iterdir():
         if path.name not in {"manifest.json", *listed}:
@@ -78,30 +81,34 @@ def drop_unlisted(folder: Path) -> None:
 
 
 def read_manifest(folder: Path) -> dict:
+    """Read manifest.json. Raises UserError when it is missing or damaged."""
     path = Path(folder) / "manifest.json"
     if not path.exists():
         raise UserError(f"{folder} holds no manifest.json, so it is no complete record set: run `dvc repro` to prepare it.")
-    found = read_checked(path, splits=dict)
-    named = isinstance(found.get("classes", []), list) and all(isinstance(name, str) for name in found.get("classes", []))
-    if not named or not all(well_formed(split) for split in found["splits"].values()):
+    manifest = read_checked(path, splits=dict)
+    classes = manifest.get("classes", [])
+    named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    if not named or not all(well_formed(split) for split in manifest["splits"].values()):
         raise damaged(path, "a split lists no shards with their images, or classes have no names")
-    return found
+    return manifest
 
 
 def well_formed(split) -> bool:
-    """Whether an entry of a split has what write_shard gave it: shards by plain names, and as many images as these hold."""
+    """Return whether a split's entry lists shards by plain file names, and counts as many images as they hold."""
     shards = split.get("shards") if isinstance(split, dict) else None
     if not isinstance(shards, list) or not all(isinstance(shard, dict) for shard in shards):
         return False
     names, counts = ([shard.get(key) for shard in shards] for key in ("file", "images"))
     plain = all(isinstance(name, str) and name == Path(name).name and name not in ("", "..") for name in names)
-    return plain and all(type(n) is int and n >= 0 for n in counts) and split.get("images") == sum(counts)
+    return plain and all(type(count) is int and count >= 0 for count in counts) and split.get("images") == sum(counts)
 
 
 def read_shard(path: Path, images: int, classes: int) -> pa.Table:
-    """A shard, memory-mapped. Its bookkeeping is checked, since Arrow would follow a damaged one out of the file and end
-    the process; the images' bytes are not touched. Raises OSError, ValueError or pa.ArrowException."""
-    table = opened(path)
+    """Memory-map a shard of `images` rows, and check its structure and labels without reading the images.
+
+    Arrow follows damaged offsets out of the file, which ends the process, so the check comes first. classes: number of
+    classes; 0 leaves the labels unchecked. Raises OSError, ValueError or pa.ArrowException."""
+    table = open_shard(path)
     table.validate(full=True)
     kinds = {field.name: field.type for field in table.schema}
     if (
@@ -119,9 +126,10 @@ def read_shard(path: Path, images: int, classes: int) -> pa.Table:
 
 
 class Records:
-    """Random access to one split: records[i] -> {"image": bytes, "label": int, ...}; len(records).
+    """Random access to one split: records[index] -> {"image": bytes, "name": str[, "label": int, ...]}.
 
-    Shards are opened on first touch in each process, so an instance can be sent to data loader workers."""
+    Shards are opened at their first use in each process, so an instance can be sent to data loader workers. Raises UserError
+    for a missing split, and for a shard or record that is damaged, when it is used."""
 
     def __init__(self, folder: str | Path, split: str):
         self.folder, self.split = Path(folder), split
@@ -137,11 +145,11 @@ class Records:
 
     @property
     def classes(self) -> list[str]:
-        """The names of the classes, in the order of the labels. Raises UserError when the images came without labels."""
+        """The names of the classes, in the order of the labels. Raises UserError when the images have no labels."""
         if not self.manifest.get("classes"):
             raise UserError(
-                f"{self.folder} has no labels, since data.imagenet is a folder of images without classes. What needs none: "
-                "`dvc repro pretrain segment`. For linear evaluation and fine-tuning put the images into train/<class>/ and "
+                f"{self.folder} has no labels, since data.imagenet is a folder of images without classes. `dvc repro "
+                "pretrain segment` needs none. For linear evaluation and fine-tuning put the images into train/<class>/ and "
                 "val/<class>/."
             )
         return self.manifest["classes"]
@@ -155,23 +163,23 @@ class Records:
         number = bisect.bisect_right(self.starts, index) - 1
         row = index - self.starts[number]
         record = {name: column[row].as_py() for name, column in self.columns(number).items()}
-        if record.pop("crc") != crc(record):
-            raise damaged(self.path(number), f"of record {row} {OTHER_DIGEST}")
+        if record.pop("crc") != record_crc(record):
+            raise damaged(self.path(number), f"in record {row} {OTHER_DIGEST}")
         return record
 
     def column(self, name: str) -> list:
-        """A whole column, such as "label", without touching the images; of image and mask no CRC-32 is compared."""
+        """Return a whole column, such as "label", without reading the images. The CRC-32 of images and masks is not compared."""
         return [value for number in range(len(self.shards)) for value in self.table(number).column(name).to_pylist()]
 
     def columns(self, number: int) -> dict[str, pa.ChunkedArray]:
-        """A shard's columns by name; looking them up anew takes as long as reading a record."""
+        """Return a shard's columns by name. They are kept, because a look-up takes as long as reading a record."""
         if number not in self._columns:
             table = self.table(number)
             self._columns[number] = {name: table.column(name) for name in table.column_names}
         return self._columns[number]
 
     def about(self) -> dict:
-        """What tells this split from any other, for a run's record; the digest is of the shards' digests."""
+        """Describe this split for a run's record. The digest is of the digests of its shards."""
         schema = self.table(0).schema if self.shards else ()
         return {
             "name": f"{self.folder.name} {self.split}",
@@ -184,9 +192,11 @@ class Records:
         }
 
     def path(self, number: int) -> Path:
+        """Return the path of a shard."""
         return self.folder / self.shards[number]["file"]
 
     def table(self, number: int) -> pa.Table:
+        """Return a shard, opened and checked at its first use. Raises UserError when it is damaged."""
         if number not in self._tables:
             path = self.path(number)
             try:

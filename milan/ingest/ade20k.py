@@ -1,25 +1,28 @@
-"""ADE20K's layout, as a folder or as the zip that it comes in: items for the records out (see sources)."""
+"""Read ADE20K's layout from a folder or from its zip, as items for the records (see imagenet.py)."""
 
 from pathlib import Path, PurePosixPath
 
 from milan.core.errors import UserError
-from milan.ingest.archives import Place, tree
-from milan.ingest.imagenet import IMAGES, existing, is_image
+from milan.ingest.archives import Place, list_files
+from milan.ingest.imagenet import IMAGES, is_image, require_path
 
 
 def scene_places(root: Path) -> dict[str, Place]:
-    """The files of ADEChallengeData2016 by their names in it: of the folder, of its zip, or of a folder that holds either."""
+    """List the files of ADEChallengeData2016, {name: place}, from the folder, its zip, or a folder that holds either. Raises
+    UserError when there is none."""
     inner = [root / "ADEChallengeData2016", root / "ADEChallengeData2016.zip"]
     if not (root / "images").is_dir():
         root = next((path for path in inner if path.exists()), root)
     hint = "expected ADEChallengeData2016, with images/ and annotations/, or its zip"
-    if existing(root, hint).is_dir():
-        existing(root / "images", hint)
-    return {name.removeprefix("ADEChallengeData2016/"): place for name, place in tree(root).items()}
+    if require_path(root, hint).is_dir():
+        require_path(root / "images", hint)
+    return {name.removeprefix("ADEChallengeData2016/"): place for name, place in list_files(root).items()}
 
 
 def scene_items(places: dict[str, Place], split: str, root: Path) -> list[dict]:
-    """images/<split>/*.jpg with annotations/<split>/*.png -> items {"image", "mask", "name"}."""
+    """Pair images/<split>/*.jpg with annotations/<split>/*.png: items {"image", "mask", "name"}. root: for the messages.
+
+    Raises UserError when there is no image, or one without annotation."""
     items, missing = [], []
     for name, place in places.items():
         path = PurePosixPath(name)
@@ -35,15 +38,16 @@ def scene_items(places: dict[str, Place], split: str, root: Path) -> list[dict]:
 
 
 def scene_classes(places: dict[str, Place], classes: int) -> list[str]:
-    """Names from objectInfo.txt or objectInfo150.txt (tab separated, a header, the name last or second), else numbers.
-    Raises UserError for one that cannot be read."""
-    for name in ("objectInfo.txt", "objectInfo150.txt"):
-        if name in places:
+    """Return the names of the classes from objectInfo.txt or objectInfo150.txt, or numbered names without a table of this many.
+
+    A table is tab separated with a header, and the name is in the last column. Raises UserError when it cannot be read."""
+    for table in ("objectInfo.txt", "objectInfo150.txt"):
+        if table in places:
             try:
-                lines = places[name].read().decode(errors="replace").splitlines()[1:]
+                lines = places[table].read().decode(errors="replace").splitlines()[1:]
             except (OSError, ValueError) as error:
-                raise UserError(f"{places[name]} cannot be read ({error}): mend or remove it.") from None
-            found = [line.split("\t")[-1].split(",")[0].strip() for line in lines if line.strip()]
-            if len(found) == classes:
-                return found
-    return [f"class {k}" for k in range(1, classes + 1)]
+                raise UserError(f"{places[table]} cannot be read ({error}): mend or remove it.") from None
+            names = [line.split("\t")[-1].split(",")[0].strip() for line in lines if line.strip()]
+            if len(names) == classes:
+                return names
+    return [f"class {number}" for number in range(1, classes + 1)]

@@ -1,8 +1,8 @@
-"""Where an image's bytes are: in a file of their own, in a tar, in a zip or in a row of a parquet file. They are read in place.
+"""Read images in place: from a file, a member of a tar or a zip, or a row of a parquet file.
 
-A place is small, travels to worker processes, and has `read() -> bytes` (OSError or ValueError when it cannot be read),
-`identity()`, which changes when the bytes may have, and a text for messages. Nothing is ever extracted: a member's name is
-a label here and no path, and members that are links or that are named like other places are refused all the same.
+A place says where the bytes of an image are. It is small and can be sent to worker processes. It has `read() -> bytes`
+(raises OSError or ValueError), `identity()`, which changes when the bytes may have changed, and a text for messages. Nothing
+is extracted, so a member's name is never used as a path; links and names that lead out of the archive are refused anyway.
 """
 
 import gzip
@@ -27,14 +27,14 @@ import pyarrow.parquet as pq
 
 from milan.core.errors import UserError
 
-LIMIT = 1 << 28  # bytes of a member: no image of ImageNet or ADE20K has a tenth of it, a bomb says more
-BLOCK = 512  # of a tar
-BATCH = 64  # rows of a parquet file in memory
+LIMIT = 1 << 28  # bytes of a member; no image of ImageNet or ADE20K has a tenth of it, a decompression bomb has more
+BLOCK = 512  # bytes of a tar's block
+BATCH = 64  # rows of a parquet file that are held in memory
 
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """A file of its own."""
+    """An image in a file."""
 
     path: Path
 
@@ -42,15 +42,15 @@ class File:
         return regular(self.path).read_bytes()
 
     def identity(self) -> list:
-        return stamp(self.path)
+        return file_stamp(self.path)
 
     def __str__(self) -> str:
         return str(self.path)
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
-    """A member of a tar, or of a tar in a tar: stored as it is, `size` bytes from `offset` on."""
+class TarMember:
+    """A member of a tar, or of a tar in a tar: `size` bytes at `offset` of the outer file, uncompressed."""
 
     archive: Path
     name: str
@@ -58,21 +58,21 @@ class Span:
     size: int
 
     def read(self) -> bytes:
-        data = os.pread(opened(in_binary, self.archive).fileno(), self.size, self.offset)
+        data = os.pread(open_cached(open_binary, self.archive).fileno(), self.size, self.offset)
         if len(data) < self.size:
             raise ValueError("the archive ends inside it")
         return data
 
     def identity(self) -> list:
-        return [*stamp(self.archive), self.name, self.offset, self.size]
+        return [*file_stamp(self.archive), self.name, self.offset, self.size]
 
     def __str__(self) -> str:
         return f"{self.archive.name}: {self.name}"
 
 
 @dataclass(frozen=True, slots=True)
-class Member:
-    """A member of a zip, deflated or stored."""
+class ZipMember:
+    """A member of a zip, compressed or stored."""
 
     archive: Path
     name: str
@@ -80,21 +80,21 @@ class Member:
 
     def read(self) -> bytes:
         try:
-            with opened(zipfile.ZipFile, self.archive).open(self.name) as file:
-                return file.read(LIMIT)  # never more than the declared size, which the index has bounded
+            with open_cached(zipfile.ZipFile, self.archive).open(self.name) as file:
+                return file.read(LIMIT)  # at most the declared size, which zip_members has checked
         except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, KeyError, NotImplementedError, RuntimeError) as error:
             raise ValueError(f"{error}") from None
 
     def identity(self) -> list:
-        return [*stamp(self.archive), self.name, self.checksum]
+        return [*file_stamp(self.archive), self.name, self.checksum]
 
     def __str__(self) -> str:
         return f"{self.archive.name}: {self.name}"
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """The image of one row of a parquet file; `name` is what the file calls it, if it does."""
+class ParquetRow:
+    """The image of one row of a parquet file. name: its name in the file, if it has one."""
 
     archive: Path
     number: int
@@ -102,87 +102,93 @@ class Row:
 
     def read(self) -> bytes:
         try:
-            return opened(Rows, self.archive).image(self.number)
+            return open_cached(ParquetImages, self.archive).image(self.number)
         except pa.ArrowException as error:
             raise ValueError(f"{error}") from None
 
     def identity(self) -> list:
-        return [*stamp(self.archive), self.number]
+        return [*file_stamp(self.archive), self.number]
 
     def __str__(self) -> str:
         return f"{self.archive.name}: row {self.number}" + (f" ({self.name})" if self.name else "")
 
 
-Place = File | Span | Member | Row
+Place = File | TarMember | ZipMember | ParquetRow
 
 
 def regular(path: Path) -> Path:
-    """The path of a file. Raises OSError when there is none, ValueError when something else is there, such as a pipe, which
-    would be waited for."""
+    """Return the path of a file. Raises OSError when it is missing, and ValueError when it is a folder or a pipe (reading a
+    pipe would block)."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise ValueError("no file, but a folder or a pipe")
     return path
 
 
 def unreadable(path: Path, error: Exception) -> UserError:
-    """What to say of a file or a folder that cannot be read, or of a link to none."""
+    """Return the error for a file or a folder that cannot be read; it names the target of a link."""
     link = f" (a link to {os.readlink(path)})" if path.is_symlink() else ""
     return UserError(f"{path}{link} cannot be read: {getattr(error, 'strerror', None) or error}. Mend or remove it.")
 
 
-def stamp(path: Path) -> list:
-    """What tells a changed file from an unchanged one: path, size and time of the last change; the path when it is missing."""
+def file_stamp(path: Path) -> list:
+    """Return the path, size and modification time of a file, which differ when it has changed; of a missing file the path."""
     try:
         status = path.stat()
-    except (OSError, ValueError):  # ValueError: of a name that no file can have
+    except (OSError, ValueError):  # ValueError: a name that no file can have
         return [str(path)]
     return [str(path), status.st_size, status.st_mtime_ns]
 
 
-def opened(kind: Callable, path: Path):
-    """kind(path), the same object at each call: one in each process, since after a fork two would move one file's
-    position, and a new one when the file has changed."""
-    return _opened(kind, path, os.getpid(), tuple(stamp(path)))
+def open_cached(opener: Callable, path: Path):
+    """Return opener(path), the same object at each call until the file changes.
+
+    Each process has its own: after a fork two processes would share the position in one file."""
+    return _open(opener, path, os.getpid(), tuple(file_stamp(path)))
 
 
 @lru_cache(maxsize=4)
-def _opened(kind: Callable, path: Path, process: int, stamped: tuple):
-    return kind(path)
+def _open(opener: Callable, path: Path, process: int, stamp: tuple):
+    return opener(path)
 
 
-def in_binary(path: Path) -> BinaryIO:
+def open_binary(path: Path) -> BinaryIO:
     return open(path, "rb")
 
 
-def plain(name: str, archive: object) -> str:
-    """A member's name; UserError for one that leads out of a folder."""
+def refuse_escape(name: str, archive: object) -> None:
+    """Raise UserError for a member's name that leads out of the archive."""
     if not name or name.startswith("/") or "\\" in name or ".." in PurePosixPath(name).parts:
-        raise UserError(f"{archive} has a member named {name!r}, as no archive of images should: fetch it from its publisher.")
-    return name
+        raise UserError(
+            f"{archive} has a member named {name!r}, which no archive of images should have: fetch it from its publisher."
+        )
 
 
-def tar_spans(archive: Path, inside: Span | None = None) -> list[Span]:
-    """The files of an uncompressed tar, or of the tar that is the member `inside` of it, in the tar's order. Only headers
-    are read. Raises UserError when the tar is damaged, ends early, or holds links or names that lead elsewhere."""
+def tar_members(archive: Path, inside: TarMember | None = None) -> list[TarMember]:
+    """List the files of an uncompressed tar, or of the tar that is its member `inside`, in the tar's order.
+
+    Reads headers alone. Raises UserError when the tar is damaged, ends early, or holds links or names that lead out of it."""
     try:
-        file = in_binary(regular(archive))
+        file = open_binary(regular(archive))
     except (OSError, ValueError) as error:
         raise unreadable(archive, error) from None
     with file:
         start, end = (inside.offset, inside.offset + inside.size) if inside else (0, file.seek(0, os.SEEK_END))
         file.seek(start)
         try:
-            members = list(_tar_members(file, end))
+            members = list(_read_headers(file, end))
         except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
-            raise UserError(f"{inside or archive} is no whole, uncompressed tar ({error}): fetch {archive} again.") from None
+            name = inside or archive
+            raise UserError(f"{name} is not a complete, uncompressed tar ({error}): fetch {archive} again.") from None
     for member in members:
         if not member.isreg() or member.issparse():
             raise UserError(f"{inside or archive} has a member that is no plain file: {member.name!r}. Make it without links.")
-    return [Span(archive, plain(member.name, inside or archive), member.offset_data, member.size) for member in members]
+        refuse_escape(member.name, inside or archive)
+    return [TarMember(archive, member.name, member.offset_data, member.size) for member in members]
 
 
-def _tar_members(file: BinaryIO, end: int) -> Iterator[tarfile.TarInfo]:
-    """All but the folders. tarfile takes a broken header for the end of the archive, and follows sizes below zero."""
+def _read_headers(file: BinaryIO, end: int) -> Iterator[tarfile.TarInfo]:
+    """Yield all members but folders. Raises tarfile.ReadError for a broken header, which tarfile itself takes for the end of
+    the archive, and for a negative size, which it would follow."""
     with tarfile.open(fileobj=file, mode="r:") as tar:
         last = -1
         for member in tar:
@@ -197,26 +203,28 @@ def _tar_members(file: BinaryIO, end: int) -> Iterator[tarfile.TarInfo]:
 
 
 def tar_texts(archive: Path, *endings: str) -> list[bytes]:
-    """The contents of the small members whose names end so, of a tar that may be compressed."""
-    found = {}
+    """Return the contents of the members whose names have these endings, from a small tar that may be compressed. Raises
+    UserError when it cannot be read or a member is missing."""
+    contents = {}
     try:
-        with tarfile.open(fileobj=io.BytesIO(unpacked(archive)), mode="r:") as tar:
+        with tarfile.open(fileobj=io.BytesIO(decompress(archive)), mode="r:") as tar:
             for member in tar:
-                if member.size > LIMIT:  # of a sparse one
+                if member.size > LIMIT:  # a sparse member
                     raise tarfile.ReadError("it is larger than any devkit")
-                ending = next((e for e in endings if member.name.endswith(e)), None)
+                ending = next((ending for ending in endings if member.name.endswith(ending)), None)
                 if ending and member.isreg():
-                    found[ending] = tar.extractfile(member).read()
+                    contents[ending] = tar.extractfile(member).read()
     except (tarfile.TarError, OSError, ValueError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise UserError(f"{archive} cannot be read ({error}): fetch it again.") from None
-    missing = [ending for ending in endings if ending not in found]
+    missing = [ending for ending in endings if ending not in contents]
     if missing:
         raise UserError(f"{archive} holds no {missing[0]}: fetch it again.")
-    return [found[ending] for ending in endings]
+    return [contents[ending] for ending in endings]
 
 
-def unpacked(archive: Path) -> bytes:
-    """A small tar, freed of gzip: tarfile itself would follow a header that says a thousand times what the file holds."""
+def decompress(archive: Path) -> bytes:
+    """Return the bytes of a small tar, without gzip. Raises tarfile.ReadError above LIMIT bytes, which tarfile itself would
+    read."""
     with open(regular(archive), "rb") as file:
         gzipped = file.read(2) == b"\x1f\x8b"
     with (gzip.open if gzipped else open)(archive, "rb") as file:
@@ -226,37 +234,41 @@ def unpacked(archive: Path) -> bytes:
     return data
 
 
-def zip_members(archive: Path) -> list[Member]:
-    """The files of a zip, in its order. Raises UserError when it is damaged, locked, holds links or names that lead elsewhere,
-    or declares members of impossible size."""
+def zip_members(archive: Path) -> list[ZipMember]:
+    """List the files of a zip, in its order. Raises UserError when it is damaged or locked, holds links or names that lead out
+    of it, or declares members of impossible size."""
     try:
-        with zipfile.ZipFile(regular(archive)) as opened_zip:
-            members = [member for member in opened_zip.infolist() if not member.is_dir()]
+        with zipfile.ZipFile(regular(archive)) as file:
+            members = [member for member in file.infolist() if not member.is_dir()]
     except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError) as error:
-        raise UserError(f"{archive} is no whole zip ({error}): fetch it again.") from None
+        raise UserError(f"{archive} is not a complete zip ({error}): fetch it again.") from None
     for member in members:
-        plain(member.filename, archive)
+        refuse_escape(member.filename, archive)
         if stat.S_ISLNK(member.external_attr >> 16):
             raise UserError(f"{archive} has a member that is a link: {member.filename!r}. Make it without links.")
         if member.flag_bits & 1:
             raise UserError(f"{archive} is locked with a password: unlock it, or give the unpacked folder.")
         if member.file_size > LIMIT:
             raise UserError(f"{archive}: {member.filename!r} would unpack to {member.file_size:,} bytes, which no image has.")
-    return [Member(archive, member.filename, member.CRC) for member in members]
+    return [ZipMember(archive, member.filename, member.CRC) for member in members]
 
 
-def tree(root: Path) -> dict[str, Place]:
-    """All files of a folder or a zip: {name relative to it, with slashes: where}, in the order of the names. What is hidden
-    (its name, or its folder's, begins with a dot) is passed over, and so are linked folders."""
+def list_files(root: Path) -> dict[str, Place]:
+    """List all files of a folder or a zip: {name relative to it, with slashes: place}, in the order of the names.
+
+    Hidden files and folders (their names begin with a dot) and linked folders are left out. Raises UserError for a folder
+    that cannot be listed."""
     if root.is_dir():
-        places = {path.relative_to(root).as_posix(): File(path) for path in walked(root)}
+        places = {path.relative_to(root).as_posix(): File(path) for path in walk(root)}
     else:
         places = {member.name.removeprefix("./"): member for member in zip_members(root)}
     hidden = {name for name in places if any(part.startswith(".") for part in name.split("/"))}
     return {name: places[name] for name in sorted(places.keys() - hidden)}
 
 
-def walked(root: Path) -> Iterator[Path]:
+def walk(root: Path) -> Iterator[Path]:
+    """Yield the files under a folder, without hidden and linked folders."""
+
     def refuse(error: OSError) -> None:
         raise unreadable(Path(error.filename), error)
 
@@ -265,16 +277,18 @@ def walked(root: Path) -> Iterator[Path]:
         yield from (Path(folder, name) for name in names)
 
 
-class Rows:
-    """The images of a parquet file, read forwards: a batch of rows is in memory, never a row group, let alone the file."""
+class ParquetImages:
+    """The images of a parquet file, read forwards. Memory holds one batch of rows, never a row group or the file."""
 
     def __init__(self, path: Path):
-        self.file = parquet(path)
-        about = self.file.metadata
-        self.starts = [0, *accumulate(about.row_group(g).num_rows for g in range(about.num_row_groups))]
+        self.file = open_parquet(path)
+        metadata = self.file.metadata
+        sizes = (metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
+        self.starts = [0, *accumulate(sizes)]
         self.group, self.start, self.batch = None, 0, []
 
     def image(self, number: int) -> bytes:
+        """Return the image of a row. Raises pa.ArrowException, OSError or ValueError when it cannot be read."""
         group = bisect_right(self.starts, number) - 1
         if group != self.group or number < self.start:
             self.rewind(group)
@@ -282,7 +296,7 @@ class Rows:
             while number >= self.start + len(self.batch):
                 self.start, self.batch = self.start + len(self.batch), next(self.batches).column(0)
         except BaseException as error:
-            self.group = None  # what follows a damaged page has to be looked for from the start
+            self.group = None  # after a damaged page the next read starts at the group's first row
             if isinstance(error, StopIteration):
                 raise ValueError("the file ends before this row") from None
             raise
@@ -293,42 +307,43 @@ class Rows:
         return data
 
     def rewind(self, group: int) -> None:
+        """Start reading at the first row of a row group."""
         self.group, self.start, self.batch = group, self.starts[group], []
         self.batches = self.file.iter_batches(BATCH, row_groups=[group], columns=["image"], use_threads=False)
 
 
-def parquet(path: Path) -> pq.ParquetFile:
-    """The file, to be read in small pieces. Raises pa.ArrowException, OSError or ValueError for what is none."""
+def open_parquet(path: Path) -> pq.ParquetFile:
+    """Open a parquet file for reading in small pieces. Raises pa.ArrowException, OSError or ValueError when it is none."""
     return pq.ParquetFile(regular(path), buffer_size=1 << 20)
 
 
-def parquet_rows(path: Path) -> tuple[list[Row], list[int | None], list[str] | None]:
-    """Where the images of a file with the columns image and label are; their labels; and the class names if the file, as those
-    of Hugging Face, knows them. Raises UserError for another kind of file."""
+def parquet_rows(path: Path) -> tuple[list[ParquetRow], list[int | None], list[str] | None]:
+    """Index a parquet file with the columns image and label: return its rows, their labels, and the class names if it has them,
+    as the files of Hugging Face do. Raises UserError for another kind of file."""
     try:
-        file = parquet(path)
+        file = open_parquet(path)
         schema = file.schema_arrow
         if not {"image", "label"} <= set(schema.names) or not pa.types.is_integer(schema.field("label").type):
             raise UserError(
                 f"{path} must have the columns image (bytes) and label (whole numbers); it has {', '.join(schema.names)}."
             )
-        if sum(file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)) > path.stat().st_size:
+        if sum(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)) > path.stat().st_size:
             raise ValueError("it claims more rows than it has bytes")
         kind = schema.field("image").type
         named = pa.types.is_struct(kind) and kind.get_field_index("path") >= 0
-        wanted = ["label", *(["image.path"] if named else [])]
-        table = file.read(columns=wanted, use_threads=False)
+        columns = ["label", *(["image.path"] if named else [])]
+        table = file.read(columns=columns, use_threads=False)
         images = table.column("image").to_pylist() if named else [None] * len(table)
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"{path} is no whole parquet file ({error}): fetch it again.") from None
+        raise UserError(f"{path} is not a complete parquet file ({error}): fetch it again.") from None
     names = [image["path"] if image else None for image in images]
-    rows = [Row(path, number, name if isinstance(name, str) else None) for number, name in enumerate(names)]
-    return rows, table.column("label").to_pylist(), class_label(path, schema.metadata)
+    rows = [ParquetRow(path, number, name if isinstance(name, str) else None) for number, name in enumerate(names)]
+    return rows, table.column("label").to_pylist(), label_names(path, schema.metadata)
 
 
-def class_label(path: Path, metadata: dict | None) -> list[str] | None:
-    """The names of the feature `label` in the schema metadata that Hugging Face's datasets write. Raises UserError for
-    anything but a list of distinct names."""
+def label_names(path: Path, metadata: dict | None) -> list[str] | None:
+    """Return the class names in the schema metadata that Hugging Face's datasets write; None without such metadata. Raises
+    UserError for anything but a list of distinct names."""
     try:
         names = json.loads(metadata[b"huggingface"])["info"]["features"]["label"]["names"]
     except (TypeError, KeyError, ValueError):

@@ -1,7 +1,7 @@
-"""The layouts in which data sets come: a folder in, items for the records out, before anything is decoded.
+"""Read the layouts in which image sets are published, as items for the records. Nothing is decoded here.
 
-An item is a row of the records with places (see archives) where the row has bytes: {"image", "name"[, "label"]
-[, "caption"][, "mask"]}. Labels are places in the list of classes, which is in the order of WordNet ids.
+An item is a row of the records with places (see archives.py) instead of bytes: {"image", "name"[, "label"][, "caption"]
+[, "mask"]}. A label is the index of its class in the order of WordNet ids.
 """
 
 import dataclasses
@@ -12,12 +12,12 @@ from pathlib import Path, PurePosixPath
 
 from milan.core.errors import UserError
 from milan.core.progress import track
-from milan.ingest.archives import File, Place, Row, parquet_rows, tar_spans, tree
-from milan.ingest.labels import DEVKIT, KAGGLE, LABELS, class_names, table, val_labels
+from milan.ingest.archives import File, ParquetRow, Place, list_files, parquet_rows, tar_members
+from milan.ingest.labels import DEVKIT, KAGGLE, LABELS, class_names, read_table, val_labels
 
 IMAGES = {".jpeg", ".jpg", ".png", ".webp", ".bmp"}
 TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
-HELD_OUT = 50  # without a val/, every 50th image is one of validation
+HELD_OUT = 50  # without a val/, every 50th image is held out for validation
 LAYOUTS = (
     f"train/ and val/ with a folder a class; {TRAIN_TAR} and {VAL_TAR} with {DEVKIT}, {KAGGLE} or {LABELS}; "
     "train-*.parquet and val*-*.parquet; or images in any folders, without labels"
@@ -26,7 +26,7 @@ LAYOUTS = (
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """A classification set. Without labels wnids and classes are empty."""
+    """An image set: the items of its splits, and its classes. Without labels wnids and classes are empty."""
 
     train: list[dict]
     val: list[dict]
@@ -35,29 +35,29 @@ class Images:
 
 
 def read_images(root: Path) -> Images:
-    """The set in a folder of one of LAYOUTS. Raises UserError for any other, naming what is odd."""
-    if existing(root, f"expected {LAYOUTS}").is_file():
+    """Read the set in a folder of one of LAYOUTS. Raises UserError that names the fault for any other folder."""
+    if require_path(root, f"expected {LAYOUTS}").is_file():
         raise UserError(f"{root} is a file: data.imagenet names the folder that holds it. Expected {LAYOUTS}.")
     tables = {split: parquet_files(root, split) for split in ("train", "val")}
-    if os.path.lexists(root / TRAIN_TAR):  # and be it a link to nothing, which is to be said
+    if os.path.lexists(root / TRAIN_TAR):  # also a broken link, which from_tars reports
         return from_tars(root)
     if tables["train"]:
         return from_parquet(root, tables)
     if class_folders(root / "train"):
         return from_class_folders(root)
-    return without_labels(root)
+    return from_unlabelled(root)
 
 
 def from_tars(root: Path) -> Images:
-    """The archives as ILSVRC2012 gives them: a tar of a tar a class, and a flat one whose labels stand elsewhere."""
+    """Read the tars of ILSVRC2012: one of training with a tar for each class, and a flat one of validation, whose labels are in
+    another file."""
     outer, train, broken = root / TRAIN_TAR, [], []
-    members = sorted(
-        (m for m in tar_spans(outer) if re.fullmatch(r"(./)?n\d+\.tar", m.name)), key=lambda m: PurePosixPath(m.name).stem
-    )
+    members = [member for member in tar_members(outer) if re.fullmatch(r"(./)?n\d+\.tar", member.name)]
+    members.sort(key=lambda member: PurePosixPath(member.name).stem)
     wnids = [PurePosixPath(member.name).stem for member in members]
     for label, member in enumerate(track(members, f"indexing {TRAIN_TAR} (classes)", len(members))):
         try:
-            train += of_class(wnids[label], label, tar_spans(outer, member))
+            train += class_items(wnids[label], label, tar_members(outer, member))
         except UserError as error:
             broken.append(str(error))
     if broken:
@@ -65,30 +65,30 @@ def from_tars(root: Path) -> Images:
     refuse_empty_classes(outer, wnids, train)
     if not os.path.lexists(root / VAL_TAR):
         raise UserError(f"{root} holds {TRAIN_TAR} and no {VAL_TAR}: put it there too.")
-    return Images(train, flat(root, tar_spans(root / VAL_TAR), wnids), wnids, class_names(root, wnids))
+    return Images(train, flat_val(root, tar_members(root / VAL_TAR), wnids), wnids, class_names(root, wnids))
 
 
 def from_class_folders(root: Path) -> Images:
-    """train/<class>/<file> with val/<class>/<file>, or with a flat val/ whose labels stand elsewhere."""
+    """Read train/<class>/<file> with val/<class>/<file>, or with a flat val/ whose labels are in another file."""
     train, wnids = image_folder(root, "train"), class_folders(root / "train")
-    val = existing(root / "val", f"expected {LAYOUTS}")
+    val = require_path(root / "val", f"expected {LAYOUTS}")
     if val.is_file():
         raise UserError(f"{val} is a file: make it the folder of the validation images. Expected {LAYOUTS}.")
     if class_folders(val):
-        same_classes(root)
+        refuse_different_classes(root)
         return Images(train, with_object_masks(root, image_folder(root, "val")), wnids, class_names(root, wnids))
-    return Images(train, flat(root, [File(path) for path in val.iterdir()], wnids), wnids, class_names(root, wnids))
+    return Images(train, flat_val(root, [File(path) for path in val.iterdir()], wnids), wnids, class_names(root, wnids))
 
 
 def from_parquet(root: Path, tables: dict[str, list[Path]]) -> Images:
-    """train-*.parquet and val-*.parquet (or validation-*), in root or root/data. Images keep the order of their rows."""
+    """Read train-*.parquet and val-*.parquet (or validation-*) in root or root/data. Images keep the order of their rows."""
     if not tables["val"]:
         raise UserError(f"{root} holds train-*.parquet and no val-*.parquet or validation-*.parquet: put them there too.")
     paths = [path for split in tables.values() for path in split]
-    read = dict(zip(paths, (parquet_rows(path) for path in track(paths, "indexing parquet files", len(paths)))))
-    wnids, places = parquet_classes(read, tables["train"])
+    files = {path: parquet_rows(path) for path in track(paths, "indexing parquet files", len(paths))}
+    wnids, new_labels = parquet_classes(files, tables["train"])
     splits = {
-        split: [item for path in paths for item in labelled_rows(path, *read[path][:2], places)]
+        split: [item for path in paths for item in parquet_items(path, *files[path][:2], new_labels)]
         for split, paths in tables.items()
     }
     refuse_empty_classes(tables["train"][0].parent, wnids, splits["train"])
@@ -97,183 +97,194 @@ def from_parquet(root: Path, tables: dict[str, list[Path]]) -> Images:
     return Images(**splits, wnids=wnids, classes=class_names(root, wnids))
 
 
-def without_labels(root: Path) -> Images:
-    """Images in any folders: all but those of val/, or of pairs/, are for training; without a val/ every 50th, from the first
-    on, is held out."""
-    places = {
-        name: place for name, place in tree(root).items() if is_image(name) and not name.startswith(("pairs/", "val_objects/"))
-    }
-    val = {name: place for name, place in places.items() if name.startswith("val/")}
-    val = val or dict(list(places.items())[::HELD_OUT])
-    if len(places) == len(val):
+def from_unlabelled(root: Path) -> Images:
+    """Read images without labels from any folders. val/ is for validation, or without it every 50th image from the first on;
+    pairs/ and val_objects/ are left out; all others are for training."""
+    items = [
+        {"image": place, "name": name}
+        for name, place in list_files(root).items()
+        if is_image(name) and not name.startswith(("pairs/", "val_objects/"))
+    ]
+    val = [item for item in items if item["name"].startswith("val/")] or items[::HELD_OUT]
+    if len(items) == len(val):
         raise UserError(f"{root} holds no images ({', '.join(sorted(IMAGES))}) to train on. Expected {LAYOUTS}.")
-    items = [[{"image": place, "name": name} for name, place in some] for some in (places.items() - val.items(), val.items())]
-    return Images(*(sorted(some, key=lambda item: item["name"]) for some in items), wnids=[], classes=[])
+    held_out = {item["name"] for item in val}
+    return Images([item for item in items if item["name"] not in held_out], val, wnids=[], classes=[])
 
 
 def is_image(name: str) -> bool:
+    """Return whether a file name has the suffix of an image."""
     return PurePosixPath(name).suffix.lower() in IMAGES
 
 
-def of_class(wnid: str, label: int, places: Iterable[Place]) -> list[dict]:
-    """The images among the files of a class, in the order of their names."""
-    found = sorted((place for place in places if is_image(base(place))), key=base)
-    return [{"image": place, "name": f"{wnid}/{base(place)}", "label": label} for place in found]
+def class_items(wnid: str, label: int, places: Iterable[Place]) -> list[dict]:
+    """Return the images among the files of a class as items, in the order of their names."""
+    images = sorted((place for place in places if is_image(file_name(place))), key=file_name)
+    return [{"image": place, "name": f"{wnid}/{file_name(place)}", "label": label} for place in images]
 
 
-def base(place: Place) -> str:
-    """A file's own name."""
+def file_name(place: Place) -> str:
+    """Return the name of a file or member, without its folders."""
     return place.path.name if isinstance(place, File) else PurePosixPath(place.name).name
 
 
 def image_folder(root: Path, split: str) -> list[dict]:
-    """root/split/<class>/<file> -> items; classes in the order of their folders' names (for ImageNet: by WordNet id)."""
-    folder, items = existing(root / split, f"expected {LAYOUTS}"), []
+    """Read root/split/<class>/<file> as items. Classes are in the order of their folders' names (in ImageNet the WordNet ids).
+    Raises UserError for a missing folder and for a class without images."""
+    folder, items = require_path(root / split, f"expected {LAYOUTS}"), []
     wnids = class_folders(folder)
     for label, wnid in enumerate(track(wnids, f"listing {split} (classes)", len(wnids))):
-        items += of_class(wnid, label, (File(path) for path in (folder / wnid).iterdir()))
+        items += class_items(wnid, label, (File(path) for path in (folder / wnid).iterdir()))
     refuse_empty_classes(folder, wnids, items)
     return items
 
 
-def check_classes(where: Path, wnids: list[str], items: list[dict]) -> None:
+def refuse_empty_classes(where: Path, wnids: list[str], items: list[dict]) -> None:
+    """Raise UserError unless there are at least two classes and each has an image."""
     if not items:
         raise UserError(f"{where} holds no images ({', '.join(sorted(IMAGES))}) of any class.")
     if len(wnids) < 2:
         raise UserError(
             f"{where} has one class; at least two are needed to tell classes apart. Images without labels belong "
-            "right into train/, or anywhere but in train/."
+            "directly into train/, or anywhere but in train/."
         )
-
-
-def refuse_empty_classes(where: Path, wnids: list[str], items: list[dict]) -> None:
-    check_classes(where, wnids, items)
     empty = [wnids[label] for label in sorted(set(range(len(wnids))) - {item["label"] for item in items})]
     if empty:
         raise UserError(f"{len(empty)} class(es) of {where} hold no image, the first is {empty[0]}. Fill or remove them.")
 
 
 def class_folders(folder: Path) -> list[str]:
+    """Return the names of the folders in a folder, sorted; none if it is no folder."""
     return sorted(child.name for child in folder.iterdir() if child.is_dir()) if folder.is_dir() else []
 
 
-def same_classes(root: Path) -> None:
-    """UserError unless root/train and root/val have just the same class folders, since labels are places in the list."""
+def refuse_different_classes(root: Path) -> None:
+    """Raise UserError unless root/train and root/val have the same class folders: a label is an index in their list."""
     train, val = (class_folders(root / split) for split in ("train", "val"))
-    odd = [
-        f"{split} has {', '.join(some[:5])}{' ...' if len(some) > 5 else ''} alone"
-        for split, some in (("train", sorted(set(train) - set(val))), ("val", sorted(set(val) - set(train))))
-        if some
+    differences = [
+        f"only {split} has {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
+        for split, names in (("train", sorted(set(train) - set(val))), ("val", sorted(set(val) - set(train))))
+        if names
     ]
-    if odd:
-        raise UserError(f"{root}/train and {root}/val must have the same class folders: {'; '.join(odd)}.")
+    if differences:
+        raise UserError(f"{root}/train and {root}/val must have the same class folders: {'; '.join(differences)}.")
 
 
-def flat(root: Path, places: Iterable[Place], wnids: list[str]) -> list[dict]:
-    """Validation images with the labels that the devkit or a table gives them, in the order of class and name."""
-    path, known = val_labels(root)
-    label_of, by_class, odd = {wnid: k for k, wnid in enumerate(wnids)}, {}, []
+def flat_val(root: Path, places: Iterable[Place], wnids: list[str]) -> list[dict]:
+    """Label validation images from the devkit or a table, and return them as items in the order of class and name. Raises
+    UserError for an image without one of the training classes."""
+    path, wnid_of = val_labels(root)
+    labels, by_class, misfits = {wnid: label for label, wnid in enumerate(wnids)}, {}, []
     for place in places:
-        if is_image(base(place)):
-            wnid = known.get(PurePosixPath(base(place)).stem)
+        name = file_name(place)
+        if is_image(name):
+            wnid = wnid_of.get(PurePosixPath(name).stem)
             by_class.setdefault(wnid, []).append(place)
-            odd += [] if wnid in label_of else [f"{base(place)} is {wnid or 'not in it'}"]
-    if odd:
+            misfits += [] if wnid in labels else [f"{name} is {wnid or 'not in it'}"]
+    if misfits:
         raise UserError(
-            f"{path} gives {len(odd)} validation image(s) none of the {len(wnids)} classes of the training images: "
-            f"{', '.join(odd[:5])}{' ...' if len(odd) > 5 else ''}."
+            f"{path} gives {len(misfits)} validation image(s) none of the {len(wnids)} classes of the training images: "
+            f"{', '.join(misfits[:5])}{' ...' if len(misfits) > 5 else ''}."
         )
     if not by_class:
         raise UserError(f"{root} holds no validation images ({', '.join(sorted(IMAGES))}).")
-    return [item for wnid in sorted(by_class) for item in of_class(wnid, label_of[wnid], by_class[wnid])]
+    return [item for wnid in sorted(by_class) for item in class_items(wnid, labels[wnid], by_class[wnid])]
 
 
 def parquet_files(root: Path, split: str) -> list[Path]:
+    """Return the parquet files of a split in root or root/data, in the order of their names."""
     pattern = re.compile(r"train-.*\.parquet" if split == "train" else r"val(idation)?-.*\.parquet")
     folders = [folder for folder in (root, root / "data") if folder.is_dir()]
     return [path for folder in folders for path in sorted(folder.iterdir()) if pattern.fullmatch(path.name)]
 
 
-def parquet_classes(read: dict[Path, tuple], train: list[Path]) -> tuple[list[str], list[int]]:
-    """Class names, and the place of each of the files' labels among them: by WordNet id where the names are such, else as
-    the files have them (in Hugging Face's ImageNet by WordNet id, too)."""
-    names = next((names for _, _, names in read.values() if names), None)
-    for path, (_, _, own) in read.items():
-        if own and own != names:
-            raise UserError(f"{path} names its classes otherwise than {next(iter(read))}: the files must be of one set.")
+def parquet_classes(files: dict[Path, tuple], train: list[Path]) -> tuple[list[str], list[int]]:
+    """Return the class names, and the new label for each label of the files.
+
+    files: {path: rows, labels and names} from parquet_rows; train: the paths of training. Names that are WordNet ids are
+    sorted; others keep the order of the files, which in Hugging Face's ImageNet is that of WordNet ids too. Raises UserError
+    for files of different sets and for labels that are not 0, 1, 2 and so on."""
+    names = next((names for _, _, names in files.values() if names), None)
+    for path, (_, _, own_names) in files.items():
+        if own_names and own_names != names:
+            raise UserError(f"{path} names its classes otherwise than {next(iter(files))}: the files must be of one set.")
     if names is None:
-        labels = [label for path in train for label in read[path][1] if label is not None]
-        most = max(labels, default=-1)
-        if most >= len(labels):  # labels may be any whole numbers: it takes care not to count to them
-            raise UserError(f"{train[0].parent} has the label {most} and {len(labels)} rows: labels must be 0, 1, 2 and so on.")
-        names = [f"class {k}" for k in range(most + 1)]
-    order = (
-        sorted(range(len(names)), key=names.__getitem__) if all(re.fullmatch(r"n\d{8}", n) for n in names) else range(len(names))
-    )
-    return [names[k] for k in order], [place for _, place in sorted(zip(order, range(len(names))))]
-
-
-def labelled_rows(path: Path, rows: list[Row], labels: list[int | None], places: list[int]) -> list[dict]:
-    for row, label in zip(rows, labels):
-        if label is None or not 0 <= label < len(places):
+        labels = [label for path in train for label in files[path][1] if label is not None]
+        largest = max(labels, default=-1)
+        if largest >= len(labels):  # before a list of that length is made: a label may be any number
             raise UserError(
-                f"{row.archive}: row {row.number} has the label {label}, with {len(places)} classes (0 to {len(places) - 1})."
+                f"{train[0].parent} has the label {largest} and {len(labels)} rows: labels must be 0, 1, 2 and so on."
             )
+        names = [f"class {label}" for label in range(largest + 1)]
+    order = list(range(len(names)))
+    if all(re.fullmatch(r"n\d{8}", name) for name in names):
+        order.sort(key=names.__getitem__)
+    return [names[label] for label in order], sorted(range(len(order)), key=order.__getitem__)
+
+
+def parquet_items(path: Path, rows: list[ParquetRow], labels: list[int | None], new_labels: list[int]) -> list[dict]:
+    """Return the rows of a file as items. new_labels: the new label for each label. Raises UserError for a label out of range."""
+    for row, label in zip(rows, labels):
+        if label is None or not 0 <= label < len(new_labels):
+            classes = f"{len(new_labels)} classes (0 to {len(new_labels) - 1})"
+            raise UserError(f"{row.archive}: row {row.number} has the label {label}, with {classes}.")
     return [
-        {"image": row, "name": row.name or f"{path.stem}/{row.number}", "label": places[label]}
+        {"image": row, "name": row.name or f"{path.stem}/{row.number}", "label": new_labels[label]}
         for row, label in zip(rows, labels)
     ]
 
 
 def with_object_masks(root: Path, items: list[dict]) -> list[dict]:
-    """Add "mask" to the val items whose object's pixels are known (root/val_objects/<stem>.png, 255 = object)."""
+    """Add "mask" to the val items that have one: root/val_objects/<stem>.png, 255 = object."""
     masks = {path.stem: File(path) for path in (root / "val_objects").glob("*.png")}
-    found = [masks.get(PurePosixPath(item["name"]).stem) for item in items]
-    return [{**item, "mask": mask} if mask else item for item, mask in zip(items, found)]
+    stems = [PurePosixPath(item["name"]).stem for item in items]
+    return [{**item, "mask": masks[stem]} if stem in masks else item for item, stem in zip(items, stems)]
 
 
 def caption_pairs(root: Path) -> list[dict]:
-    """root/pairs/captions.csv with columns file, caption -> items {"image", "name", "caption"}; none when absent."""
+    """Read root/pairs/captions.csv (columns file, caption) as items {"image", "name", "caption"}; none when it is absent."""
     path = root / "pairs" / "captions.csv"
-    rows = table(path, "file", "caption") if os.path.lexists(path) else []
+    rows = read_table(path, "file", "caption") if os.path.lexists(path) else []
     return [{"image": File(path.parent / row["file"]), "name": row["file"], "caption": row["caption"]} for row in rows]
 
 
-def class_captions(items: list[dict], names: list[str], most: int) -> list[dict]:
-    """Up to `most` of an image folder's items, evenly spread, captioned with the names of their classes."""
-    chosen = items[:: max(1, -(-len(items) // most))]
-    return [{"image": i["image"], "name": i["name"], "caption": f"a photo of a {names[i['label']]}"} for i in chosen]
+def class_captions(items: list[dict], names: list[str], limit: int) -> list[dict]:
+    """Return at most `limit` labelled items, evenly spread, with captions that name their classes."""
+    chosen = items[:: max(1, -(-len(items) // limit))]
+    return [{"image": item["image"], "name": item["name"], "caption": f"a photo of a {names[item['label']]}"} for item in chosen]
 
 
-def refuse_other_counts(section: str, found: dict[str, int], expect) -> None:
-    """UserError unless what was found is what the recipe expects (a dataclass of the same names; None: anything)."""
+def refuse_other_counts(section: str, counts: dict[str, int], expect) -> None:
+    """Raise UserError unless the counts are those that the recipe expects (a dataclass of the same names; None: any)."""
     wrong = [
-        f"{found[name]:,} instead of {count:,} ({name})"
+        f"{counts[name]:,} instead of {count:,} ({name})"
         for name, count in (dataclasses.asdict(expect) if expect else {}).items()
-        if found[name] != count
+        if counts[name] != count
     ]
     if wrong:
         raise UserError(
-            f"The data are not those of the recipe: {', '.join(wrong)}. Complete them; when the set is a subset or your own, "
-            f"-S {section}.expect=null."
+            f"The data are not those of the recipe: {', '.join(wrong)}. Complete them or, for a subset or a set of your "
+            f"own, use -S {section}.expect=null."
         )
 
 
 def refuse_too_few(needs: dict[str, tuple[int, int]], processes: int) -> None:
-    """needs: {stage: (images of one global batch, images there are)}. Raises one UserError that names all stages whose
-    batch is too large, and the options that mend it."""
-    short = {stage: there for stage, (batch, there) in needs.items() if batch > there}
+    """Raise one UserError that names all stages whose batch is larger than their images, with options that mend it.
+
+    needs: {stage: (images of a batch, images there are)}."""
+    short = {stage: available for stage, (batch, available) in needs.items() if batch > available}
     if not short:
         return
     options = []
-    for stage, there in short.items():
-        micro = 2 ** max(0, (max(1, there // processes)).bit_length() - 1)
-        options += [f"-S {stage}.batch_size={micro * processes}", f"-S {stage}.micro_batch={micro}"]
-    said = ", ".join(f"{stage} takes {needs[stage][0]} images a step and has {there}" for stage, there in short.items())
-    raise UserError(f"Too few images for the recipe's batches: {said}. Add images, or {' '.join(options)}.")
+    for stage, available in short.items():
+        micro_batch = 2 ** max(0, (max(1, available // processes)).bit_length() - 1)
+        options += [f"-S {stage}.batch_size={micro_batch * processes}", f"-S {stage}.micro_batch={micro_batch}"]
+    faults = ", ".join(f"{stage} takes {needs[stage][0]} images a step and has {count}" for stage, count in short.items())
+    raise UserError(f"Too few images for the recipe's batches: {faults}. Add images, or {' '.join(options)}.")
 
 
-def existing(folder: Path, hint: str) -> Path:
+def require_path(folder: Path, hint: str) -> Path:
+    """Return a path of the user's data. Raises UserError, with the hint, when it is missing."""
     if not folder.exists():
         raise UserError(
             f"{folder} is missing: {hint}. Give the right folder (-S data.imagenet=/path, -S data.ade20k=/path), or null for the "

@@ -1,4 +1,4 @@
-"""What the classes of ImageNet's validation images are, and what classes are called, where folders do not say it."""
+"""Read the labels of ImageNet's validation images and the names of classes from the files that hold them."""
 
 import csv
 import io
@@ -16,67 +16,71 @@ KAGGLE, LABELS = "LOC_val_solution.csv", "val_labels.txt"
 
 
 def val_labels(root: Path) -> tuple[Path, dict[str, str]]:
-    """Where the labels stand, and {file name without its suffix: WordNet id}."""
+    """Return the file with the labels of the validation images, and {image name without suffix: WordNet id}. Raises UserError
+    when there is no such file or it cannot be read."""
     readers = {KAGGLE: kaggle_labels, LABELS: listed_labels, DEVKIT: devkit_labels}
     for name, reader in readers.items():
-        if os.path.lexists(root / name):  # and be it a link to nothing, which is to be said
+        if os.path.lexists(root / name):  # also a broken link, which its reader reports
             return root / name, reader(root / name)
     raise UserError(f"{root} does not say the classes of its validation images: put {DEVKIT}, {KAGGLE} or {LABELS} there.")
 
 
 def kaggle_labels(path: Path) -> dict[str, str]:
-    """Columns ImageId and PredictionString, which begins with the WordNet id."""
-    rows = table(path, "ImageId", "PredictionString")
+    """Read Kaggle's table: {ImageId: WordNet id}, the first word of PredictionString."""
+    rows = read_table(path, "ImageId", "PredictionString")
     return {row["ImageId"]: row["PredictionString"].split()[0] for row in rows}
 
 
-def table(path: Path, *columns: str) -> list[dict[str, str]]:
-    """The rows of a CSV file. Raises UserError unless every line has a value in each of these columns."""
-    reader = csv.DictReader(io.StringIO(text(path), newline=""))
+def read_table(path: Path, *columns: str) -> list[dict[str, str]]:
+    """Read the rows of a CSV file. Raises UserError unless every line has a value in each of these columns."""
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
     try:
         rows = list(reader)
     except csv.Error as error:
         raise UserError(f"{path} is no CSV table ({error}): look for a quote that is not closed.") from None
-    lacking = not set(columns) <= set(reader.fieldnames or ()) or any(not (row[c] or "").strip() for row in rows for c in columns)
-    if lacking or any(any(row.get(None, ())) for row in rows):  # None: what lies beyond the last column
+    incomplete = not set(columns) <= set(reader.fieldnames or ())
+    incomplete = incomplete or any(not (row[column] or "").strip() for row in rows for column in columns)
+    if incomplete or any(any(row.get(None, ())) for row in rows):  # None: values beyond the last column
         raise UserError(
-            f"{path} must have the columns {' and '.join(columns)}, and a value of both in every line, in quotes where it holds a comma."
+            f"{path} must have the columns {' and '.join(columns)}, and values for both in every line, in quotes where they "
+            "hold a comma."
         )
     return rows
 
 
 def listed_labels(path: Path) -> dict[str, str]:
-    """Lines of a file's name and its WordNet id."""
-    rows = [line.split() for line in text(path).splitlines() if line.strip()]
+    """Read lines of an image's file name and its WordNet id: {name without suffix: WordNet id}."""
+    rows = [line.split() for line in read_text(path).splitlines() if line.strip()]
     wrong = next((number for number, row in enumerate(rows, 1) if len(row) != 2), None)
     if wrong:
         raise UserError(f"{path}: line {wrong} is not a file's name and a WordNet id.")
     return {PurePosixPath(name).stem: wnid for name, wnid in rows}
 
 
-def text(path: Path) -> str:
-    """Of a file in UTF-8. Raises UserError for any other, and when there is no such file."""
+def read_text(path: Path) -> str:
+    """Read a text file in UTF-8. Raises UserError for another encoding and for a file that cannot be read."""
     try:
         return regular(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        raise UserError(f"{path} is no text in UTF-8: save it so.") from None
+        raise UserError(f"{path} is no text in UTF-8: save it as UTF-8.") from None
     except (OSError, ValueError) as error:
         raise unreadable(path, error) from None
 
 
 def devkit_labels(path: Path) -> dict[str, str]:
-    """Line k of the ground truth is the ILSVRC2012_ID, which is no place in the order of WordNet ids, of image k."""
+    """Read the devkit: {name without suffix: WordNet id}. Line k of the ground truth is the ILSVRC2012_ID of image k; these ids
+    are not in the order of WordNet ids."""
     meta, truth = tar_texts(path, META, TRUTH)
-    known = synsets(path, meta)
+    synsets = read_synsets(path, meta)
     try:
-        return {f"ILSVRC2012_val_{k:08d}": known[int(line)][0] for k, line in enumerate(truth.split(), 1)}
+        return {f"ILSVRC2012_val_{number:08d}": synsets[int(line)][0] for number, line in enumerate(truth.split(), 1)}
     except (ValueError, KeyError) as error:
         raise UserError(f"{path}: {TRUTH} names an id that {META} does not ({error}): fetch it again.") from None
 
 
-def synsets(path: Path, meta: bytes) -> dict[int, tuple[str, str]]:
-    """{ILSVRC2012_ID: (WordNet id, its words)} of a devkit's meta.mat."""
-    import scipy.io  # for the devkit alone
+def read_synsets(path: Path, meta: bytes) -> dict[int, tuple[str, str]]:
+    """Read a devkit's meta.mat: {ILSVRC2012_ID: (WordNet id, words)}. Raises UserError when it cannot be read."""
+    import scipy.io  # needed by the devkit alone
 
     try:
         table = np.atleast_1d(scipy.io.loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"])
@@ -85,22 +89,23 @@ def synsets(path: Path, meta: bytes) -> dict[int, tuple[str, str]]:
         raise UserError(f"{path}: {META} cannot be read ({error}): fetch it again.") from None
 
 
-def named_classes(path: Path) -> dict[str, str]:
-    """{WordNet id: name} of a classes.json. Raises UserError for another form, such as Keras's."""
+def read_class_names(path: Path) -> dict[str, str]:
+    """Read a classes.json: {class folder: name}. Raises UserError for another form, such as Keras's."""
     try:
-        known = json.loads(text(path))
+        names = json.loads(read_text(path))
     except (ValueError, RecursionError):
-        known = None
-    if not isinstance(known, dict) or not all(isinstance(name, str) for name in known.values()):
+        names = None
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise UserError(f'{path} must be a JSON object of class folders and their names, such as {{"n01440764": "tench"}}.')
-    return known
+    return names
 
 
 def class_names(root: Path, wnids: list[str]) -> list[str]:
-    """Readable names where root/classes.json ({wnid: name}) or the devkit gives them, else the WordNet ids."""
-    path, known = root / "classes.json", {}
+    """Return the names of classes from root/classes.json or the devkit; a class without one keeps its WordNet id."""
+    path, names = root / "classes.json", {}
     if os.path.lexists(path):
-        known = named_classes(path)
+        names = read_class_names(path)
     elif (root / DEVKIT).exists():
-        known = {wnid: words.split(",")[0] for wnid, words in synsets(root / DEVKIT, *tar_texts(root / DEVKIT, META)).values()}
-    return [known.get(wnid, wnid) for wnid in wnids]
+        synsets = read_synsets(root / DEVKIT, *tar_texts(root / DEVKIT, META))
+        names = {wnid: words.split(",")[0] for wnid, words in synsets.values()}
+    return [names.get(wnid, wnid) for wnid in wnids]

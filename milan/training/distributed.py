@@ -9,9 +9,9 @@ import ctypes
 import datetime
 import functools
 import importlib
+import json
 import logging
 import os
-import pickle
 import signal
 import socket
 import sys
@@ -174,10 +174,11 @@ def launch_from_rank_0(function: Callable[..., dict], params: Params, arguments:
     """Run the function here, and call the other ranks to run it too."""
     store, kind = torchrun_store(), resolve_device(params.compute).type
     module = sys.modules["__main__"].__spec__.name if function.__module__ == "__main__" else function.__module__
-    store.set(CALL, pickle.dumps((module, function.__name__, kind, params, arguments)))
+    store.set(CALL, json.dumps([module, function.__name__, kind]))
     try:
         meet(store)
         join(store, kind)
+        from_rank_0((params, arguments))
         value = function(params, *arguments)
         leave()
         return value
@@ -194,10 +195,11 @@ def take_part() -> None:
     try:
         store.wait([CALL], LAUNCH_WAIT)
         if call := store.get(CALL):
-            module, name, kind, params, arguments = pickle.loads(call)
-            agree(resolve_device(params.compute).type, kind)
+            module, name, kind = json.loads(call)
             meet(store)
             join(store, kind)
+            params, arguments = from_rank_0(None)
+            agree(resolve_device(params.compute).type, kind)
             getattr(importlib.import_module(module), name)(params, *arguments)
             leave()
     except BaseException as error:

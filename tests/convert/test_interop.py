@@ -320,4 +320,5 @@ def test_help_names_the_layouts(capsys):
         run("--help")
     assert caught.value.code == 0
     output = capsys.readouterr().out
-    assert output.startswith("usage: python -m milan.convert ") and all(word in output for word in ("timm", "official", "mmpretrain", "openai"))
+    assert output.startswith("usage: python -m milan.convert ")
+    assert all(word in output for word in ("timm", "official", "mmpretrain", "openai"))

@@ -1,4 +1,4 @@
-"""Records: what goes in comes out, byte for byte; what is broken on disk is named."""
+"""Records: rows come back byte for byte, and a damaged file is named."""
 
 import errno
 import hashlib
@@ -19,7 +19,8 @@ from tests.conftest import write_split
 ROWS = [{"image": bytes([i]) * (i + 1), "name": f"n{i}", "label": i % 3, "caption": f"picture {i}"} for i in range(11)]
 
 
-def written(folder: Path, rows=ROWS, shard_images: int = 4, split: str = "train") -> Path:
+def write_records(folder: Path, rows=ROWS, shard_images: int = 4, split: str = "train") -> Path:
+    """Write rows as the record set of one split, and return its folder."""
     entry = write_split(folder, split, rows, shard_images)
     records.write_manifest(folder, splits={split: entry}, classes=["a", "b", "c"])
     return folder
@@ -27,39 +28,39 @@ def written(folder: Path, rows=ROWS, shard_images: int = 4, split: str = "train"
 
 @pytest.mark.parametrize("shard_images, sizes", [(4, [4, 4, 3]), (11, [11]), (100, [11]), (1, [1] * 11)])
 def test_round_trip(tmp_path, shard_images, sizes):
-    found = Records(written(tmp_path, shard_images=shard_images), "train")
-    assert [shard["images"] for shard in found.shards] == sizes
-    assert len(found) == 11
-    assert [found[i] for i in range(11)] == ROWS
-    assert found.column("label") == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1]
-    assert found.column("name") == [f"n{i}" for i in range(11)]
+    split = Records(write_records(tmp_path, shard_images=shard_images), "train")
+    assert [shard["images"] for shard in split.shards] == sizes
+    assert len(split) == 11
+    assert [split[i] for i in range(11)] == ROWS
+    assert split.column("label") == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1]
+    assert split.column("name") == [f"n{i}" for i in range(11)]
 
 
 def test_random_access_across_shards(tmp_path):
-    found = Records(written(tmp_path), "train")
+    split = Records(write_records(tmp_path), "train")
     for i in (10, 0, 3, 4, 7, 8, 3):
-        assert found[i] == ROWS[i]
+        assert split[i] == ROWS[i]
     for beyond in (11, -1):
         with pytest.raises(IndexError, match=f"record {beyond} of 11"):
-            found[beyond]
+            split[beyond]
 
 
 def test_more_rows_than_a_batch_of_the_file(tmp_path):
     rows = [{"image": i.to_bytes(2, "big"), "name": str(i)} for i in range(600)]
-    found = Records(written(tmp_path, rows, shard_images=500), "train")
-    assert [found[i]["image"] for i in (0, 255, 256, 499, 500, 599)] == [
+    split = Records(write_records(tmp_path, rows, shard_images=500), "train")
+    assert [split[i]["image"] for i in (0, 255, 256, 499, 500, 599)] == [
         i.to_bytes(2, "big") for i in (0, 255, 256, 499, 500, 599)
     ]
 
 
 def test_masks_where_only_some_have_one(tmp_path):
-    found = Records(written(tmp_path, [{"image": b"a", "name": "x", "mask": b"m"}, {"image": b"b", "name": "y"}]), "train")
-    assert found.column("mask") == [b"m", None]
-    assert found[1] == {"image": b"b", "name": "y", "mask": None}
+    split = Records(write_records(tmp_path, [{"image": b"a", "name": "x", "mask": b"m"}, {"image": b"b", "name": "y"}]), "train")
+    assert split.column("mask") == [b"m", None]
+    assert split[1] == {"image": b"b", "name": "y", "mask": None}
 
 
 def test_the_manifest_tells_the_files_digests(tmp_path):
-    written(tmp_path)
+    write_records(tmp_path)
     shards = json.loads((tmp_path / "manifest.json").read_text())["splits"]["train"]["shards"]
     assert [shard["file"] for shard in shards] == ["train-00000.arrow", "train-00001.arrow", "train-00002.arrow"]
     for shard in shards:
@@ -68,33 +69,33 @@ def test_the_manifest_tells_the_files_digests(tmp_path):
 
 
 def test_equal_rows_give_equal_files(tmp_path):
-    one, two = written(tmp_path / "one"), written(tmp_path / "two")
+    one, two = write_records(tmp_path / "one"), write_records(tmp_path / "two")
     assert [p.read_bytes() for p in sorted(one.iterdir())] == [p.read_bytes() for p in sorted(two.iterdir())]
 
 
 def test_pandas_reads_a_shard(tmp_path):
-    table = pandas.read_feather(written(tmp_path) / "train-00001.arrow")
+    table = pandas.read_feather(write_records(tmp_path) / "train-00001.arrow")
     assert table["image"].tolist() == [row["image"] for row in ROWS[4:8]]
     assert table["label"].tolist() == [1, 2, 0, 1]
     assert table["caption"].tolist() == ["picture 4", "picture 5", "picture 6", "picture 7"]
 
 
-def test_it_travels_to_a_worker(tmp_path):
-    found = Records(written(tmp_path), "train")
-    assert found[5] == ROWS[5]
-    assert pickle.loads(pickle.dumps(found))[5] == ROWS[5]
+def test_records_can_be_sent_to_a_worker(tmp_path):
+    split = Records(write_records(tmp_path), "train")
+    assert split[5] == ROWS[5]
+    assert pickle.loads(pickle.dumps(split))[5] == ROWS[5]
 
 
-def test_a_missing_manifest_is_said(tmp_path):
-    written(tmp_path)
+def test_a_missing_manifest_is_refused(tmp_path):
+    write_records(tmp_path)
     (tmp_path / "manifest.json").unlink()
     with pytest.raises(UserError, match="manifest.json.*dvc repro"):
         Records(tmp_path, "train")
 
 
-def test_an_unknown_split_is_said_with_the_known_ones(tmp_path):
+def test_an_unknown_split_is_refused_with_the_known_ones(tmp_path):
     with pytest.raises(UserError, match="no split 'trian'; it has train"):
-        Records(written(tmp_path), "trian")
+        Records(write_records(tmp_path), "trian")
 
 
 def cut(path: Path) -> None:
@@ -104,15 +105,15 @@ def cut(path: Path) -> None:
 @pytest.mark.parametrize(
     "damage", [cut, lambda path: path.write_bytes(b""), lambda path: path.write_bytes(b"not arrow at all"), Path.unlink]
 )
-def test_a_damaged_shard_is_named_when_it_is_touched(tmp_path, damage):
-    found = Records(written(tmp_path), "train")
+def test_a_damaged_shard_is_named_when_it_is_read(tmp_path, damage):
+    split = Records(write_records(tmp_path), "train")
     damage(tmp_path / "train-00001.arrow")
-    assert found[0] == ROWS[0]
+    assert split[0] == ROWS[0]
     with pytest.raises(UserError, match="train-00001.arrow is damaged: it cannot be read"):
-        found[4]
+        split[4]
 
 
-def test_a_row_that_fails_leaves_nothing(tmp_path):
+def test_an_error_among_the_rows_leaves_no_file(tmp_path):
     def failing():
         yield from ROWS[:300]
         raise UserError("the next")
@@ -123,8 +124,8 @@ def test_a_row_that_fails_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_is_said_and_leaves_the_older_shard(tmp_path):
-    """Linux's /dev/full stands where the half shard would."""
+def test_a_full_disk_is_named_and_leaves_the_older_shard(tmp_path):
+    """Linux's /dev/full takes the place of the half-written shard."""
     path = tmp_path / "train-00000.arrow"
     path.write_bytes(b"older")
     path.with_name(path.name + ".part").symlink_to("/dev/full")
@@ -133,7 +134,7 @@ def test_a_full_disk_is_said_and_leaves_the_older_shard(tmp_path):
     assert path.read_bytes() == b"older" and list(tmp_path.iterdir()) == [path]
 
 
-def test_another_fault_of_the_disk_keeps_its_name(tmp_path, monkeypatch):
+def test_another_disk_error_passes_unchanged(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(errno.EIO, "a broken disk")
 
@@ -143,16 +144,16 @@ def test_another_fault_of_the_disk_keeps_its_name(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_the_manifest_does_not_list_is_dropped(tmp_path):
-    written(tmp_path, shard_images=6)
+def test_files_that_the_manifest_does_not_list_are_removed(tmp_path):
+    write_records(tmp_path, shard_images=6)
     for name in ("train-00002.arrow", "train-00000.seal", "val-00000.part"):
         (tmp_path / name).touch()
     records.drop_unlisted(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["manifest.json", "train-00000.arrow", "train-00001.arrow"]
 
 
-def test_classes_are_asked_for_only_where_there_are_labels(tmp_path):
-    assert Records(written(tmp_path), "train").classes == ["a", "b", "c"]
+def test_classes_without_labels_are_refused(tmp_path):
+    assert Records(write_records(tmp_path), "train").classes == ["a", "b", "c"]
     records.write_manifest(tmp_path, **{**records.read_manifest(tmp_path), "classes": []})
     with pytest.raises(UserError, match="has no labels.*`dvc repro pretrain segment`"):
         Records(tmp_path, "train").classes  # noqa: B018
@@ -166,28 +167,28 @@ def test_a_damaged_manifest_is_named(content, tmp_path):
 
 
 def test_an_edited_manifest_is_named(tmp_path):
-    path = written(tmp_path) / "manifest.json"
+    path = write_records(tmp_path) / "manifest.json"
     path.write_text(path.read_text().replace('"images": 4', '"images": 3', 1))
     with pytest.raises(UserError, match=r"manifest\.json is damaged: the digest"):
         records.Records(tmp_path, "train")
 
 
-def all_of(folder: Path) -> list:
-    """What training takes from a split: its records, and two columns."""
-    found = Records(folder, "train")
-    return [[found[i] for i in range(len(found))], found.column("label"), found.column("caption")]
+def read_all(folder: Path) -> list:
+    """Return all that training reads of a split: its records, and two columns."""
+    split = Records(folder, "train")
+    return [[split[i] for i in range(len(split))], split.column("label"), split.column("caption")]
 
 
-def test_any_flipped_byte_is_found_and_its_file_named(tmp_path):
-    """Each byte of a shard and of the manifest in turn, one of its bits: an error that names the file, or a byte that says nothing."""
+def test_any_flipped_byte_is_detected_and_its_file_named(tmp_path):
+    """With one bit of each byte flipped in turn, an error names the file, or nothing depends on the byte."""
     rows = [{"image": bytes([i]) * 9, "mask": b"m" * i or None, "name": f"n{i}", "label": i, "caption": "red"} for i in range(3)]
-    sound, refused = all_of(written(tmp_path, rows)), 0
+    sound, refused = read_all(write_records(tmp_path, rows)), 0
     for path in sorted(tmp_path.iterdir()):
         whole = path.read_bytes()
         for place in range(len(whole)):
             path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
             try:
-                assert all_of(tmp_path) == sound
+                assert read_all(tmp_path) == sound
             except UserError as error:
                 assert str(path) in str(error)
                 refused += 1
@@ -195,21 +196,21 @@ def test_any_flipped_byte_is_found_and_its_file_named(tmp_path):
     assert refused > 400
 
 
-def test_a_flipped_byte_of_an_image_is_found_where_it_is_read(tmp_path):
-    written(tmp_path)
+def test_a_flipped_byte_of_an_image_is_detected_when_it_is_read(tmp_path):
+    write_records(tmp_path)
     path = tmp_path / "train-00002.arrow"
     path.write_bytes(path.read_bytes().replace(bytes([10]) * 11, bytes([10]) * 10 + b"!"))
-    found = Records(tmp_path, "train")
-    assert found[9] == ROWS[9]
-    with pytest.raises(UserError, match=r"train-00002\.arrow is damaged: of record 2 the digest .*Delete .* and run `dvc repro` again"):
-        found[10]
+    split = Records(tmp_path, "train")
+    assert split[9] == ROWS[9]
+    with pytest.raises(UserError, match=r"train-00002\.arrow is damaged: in record 2 the digest .*Delete .* and run `dvc repro` again"):
+        split[10]
 
 
-def test_a_loader_s_worker_says_it_as_it_is(tmp_path):
-    """And not in torch's text of a traceback."""
-    written(tmp_path)
+def test_a_loader_s_worker_raises_the_same_text(tmp_path):
+    """Without torch's traceback before it."""
+    write_records(tmp_path)
     path = tmp_path / "train-00000.arrow"
     path.write_bytes(path.read_bytes().replace(bytes([3]) * 4, bytes([3]) * 3 + b"!"))
     with pytest.raises(UserError) as caught:
         list(DataLoader(Records(tmp_path, "train"), batch_size=None, num_workers=1))
-    assert str(caught.value).startswith(f"{path} is damaged: of record 3 the digest")
+    assert str(caught.value).startswith(f"{path} is damaged: in record 3 the digest")

@@ -1,6 +1,7 @@
-"""Image transforms: boxes by their rules, pixels beside PIL's, labels that move with their image."""
+"""Image transforms: crop boxes follow their rules, pixels equal PIL's, labels move with their image."""
 
 import io
+import itertools
 import math
 import struct
 import zlib
@@ -20,7 +21,7 @@ DRAWS = 1500
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
-    """Smooth shapes, sharp edges and noise."""
+    """Draw an image with smooth shapes, sharp edges and noise."""
     generator = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width]
     base = np.stack([x * 255 / width, y * 255 / height, 127 + 127 * np.sin(x / 7) * np.cos(y / 5)], axis=-1)
@@ -34,28 +35,29 @@ def tensor(image: Image.Image) -> torch.Tensor:
 
 
 def grey_levels(ours: torch.Tensor, theirs: Image.Image) -> int:
-    """The largest difference."""
+    """Return the largest difference of two images, in grey levels."""
     assert ours.shape[1:] == theirs.size[::-1]
     return (ours.int() - tensor(theirs).int()).abs().max().item()
 
 
-def boxes(draw, height: int, width: int, scale: list[float]) -> list[tuple]:
+def draw_boxes(draw, height: int, width: int, scale: list[float]) -> list[tuple]:
+    """Draw DRAWS crops (top, left, height, width, flip)."""
     return [draw(height, width, scale, seeding.generator(0, "crop", 0, i)) for i in range(DRAWS)]
 
 
 @pytest.mark.parametrize("draw", [transforms.draw_crop, augmentation.draw_simple_crop])
 @pytest.mark.parametrize("height, width", [(375, 500), (48, 48), (30, 200), (200, 30), (1, 1)])
 def test_a_drawn_crop_lies_inside(draw, height, width):
-    for top, left, h, w, flip in boxes(draw, height, width, [0.2, 1.0]):
+    for top, left, h, w, flip in draw_boxes(draw, height, width, [0.2, 1.0]):
         assert min(top, left) >= 0 and min(h, w) > 0 and top + h <= height and left + w <= width
         assert isinstance(flip, bool)
 
 
 def test_crops_fill_the_scale_and_the_ratio_evenly():
-    """Area uniform in the scale, ratio uniform in its logarithm, half of them flipped; where every draw fits."""
-    found = boxes(transforms.draw_crop, 4000, 4000, [0.2, 0.5])
-    area = np.array([h * w / 4000**2 for _, _, h, w, _ in found])
-    ratio = np.array([math.log(w / h) for _, _, h, w, _ in found])
+    """In an image that every draw fits: area uniform, ratio log-uniform, half of the crops flipped."""
+    boxes = draw_boxes(transforms.draw_crop, 4000, 4000, [0.2, 0.5])
+    area = np.array([h * w / 4000**2 for _, _, h, w, _ in boxes])
+    ratio = np.array([math.log(w / h) for _, _, h, w, _ in boxes])
     assert area.min() > 0.199 and area.max() < 0.501
     assert abs(ratio).max() < math.log(4 / 3) + 1e-3
     # Uniform: mean at the middle, standard deviation the width over the root of 12; within 5 standard errors.
@@ -63,25 +65,25 @@ def test_crops_fill_the_scale_and_the_ratio_evenly():
         spread = (high - low) / 12**0.5
         assert values.mean() == pytest.approx((low + high) / 2, abs=5 * spread / DRAWS**0.5)
         assert values.std() == pytest.approx(spread, rel=0.08)
-    assert np.mean([flip for *_, flip in found]) == pytest.approx(0.5, abs=5 * 0.5 / DRAWS**0.5)
+    assert np.mean([flip for *_, flip in boxes]) == pytest.approx(0.5, abs=5 * 0.5 / DRAWS**0.5)
 
 
 def test_crops_reach_every_corner():
-    found = boxes(transforms.draw_crop, 20, 20, [0.5, 0.5])
-    assert {top for top, *_ in found} >= {0, 1, 2, 3, 4, 5} and min(20 - top - h for top, _, h, *_ in found) == 0
-    assert min(left for _, left, *_ in found) == 0 and min(20 - left - w for _, left, _, w, _ in found) == 0
+    boxes = draw_boxes(transforms.draw_crop, 20, 20, [0.5, 0.5])
+    assert {top for top, *_ in boxes} >= {0, 1, 2, 3, 4, 5} and min(20 - top - h for top, _, h, *_ in boxes) == 0
+    assert min(left for _, left, *_ in boxes) == 0 and min(20 - left - w for _, left, _, w, _ in boxes) == 0
 
 
 @pytest.mark.parametrize("height, width, expected", [(100, 1000, (0, 433, 100, 133)), (1000, 100, (433, 0, 133, 100))])
 def test_an_extreme_aspect_takes_the_largest_central_crop(height, width, expected):
-    """No crop of 90 % of it has a ratio within 3/4 and 4/3, so: 4/3 of 100 is 133, and (1000 - 133) // 2 = 433."""
-    for *box, _ in boxes(transforms.draw_crop, height, width, [0.9, 1.0])[:50]:
+    """No crop of 90 % of the area has a ratio within 3/4 and 4/3: 4/3 of 100 is 133, and (1000 - 133) // 2 = 433."""
+    for *box, _ in draw_boxes(transforms.draw_crop, height, width, [0.9, 1.0])[:50]:
         assert tuple(box) == expected
 
 
 def test_the_simple_crop_is_cut_to_the_image():
-    """Of a 10 x 1000 image every wanted height is above 10: BYOL's crop takes all 10 rows and does not try again."""
-    for top, _, h, w, _ in boxes(augmentation.draw_simple_crop, 10, 1000, [0.5, 1.0])[:200]:
+    """In a 10 x 1000 image every drawn height is above 10: BYOL's crop takes all 10 rows and does not try again."""
+    for top, _, h, w, _ in draw_boxes(augmentation.draw_simple_crop, 10, 1000, [0.5, 1.0])[:200]:
         assert (top, h) == (0, 10)
         assert math.sqrt(10 * 1000 * 0.5 * 3 / 4) - 1 <= w <= math.sqrt(10 * 1000 * 4 / 3) + 1
 
@@ -105,7 +107,8 @@ def test_a_crop_is_pil_s_bicubic(box, flip):
 
 @pytest.mark.parametrize("noise", [0, 12, 60], ids=["smooth", "noisy", "noise"])
 def test_a_loaded_view_is_the_reference_s(noise):
-    """From the file on: at most 2 grey levels from the release's PIL transforms, and a fiftieth of one on average (0.005 seen)."""
+    """Decoded and cropped from a file, it differs from the release's PIL transforms by at most 2 grey levels, and by less than a
+    fiftieth of one on average (0.005 measured)."""
     colours = np.random.default_rng(noise).integers(0, 256, (8, 10, 3), np.uint8)
     smooth = np.asarray(Image.fromarray(colours).resize((500, 400), Image.BICUBIC))
     pixels = smooth + np.random.default_rng(1).normal(0, noise, smooth.shape)
@@ -118,8 +121,8 @@ def test_a_loaded_view_is_the_reference_s(noise):
         assert (ours.float() - tensor(theirs).float()).abs().mean() < 0.02
 
 
-def test_a_crop_moves_pixels_where_they_belong():
-    """Without a change of size a crop is a cut: pixel (y, x) holds 10 y + x."""
+def test_a_crop_without_resizing_is_a_cut():
+    """Pixel (y, x) has the value 10 y + x."""
     image = (torch.arange(10)[:, None] * 10 + torch.arange(10)).to(torch.uint8).expand(3, -1, -1)
     cut = transforms.crop(image, (2, 3, 2, 2, False), 2)
     assert cut[0].tolist() == [[23, 24], [33, 34]]
@@ -137,14 +140,14 @@ def test_the_central_crop_is_torchvision_s(size):
 
 def test_normalise_by_hand():
     images = torch.tensor([0, 255, 51], dtype=torch.uint8).view(1, 1, 1, 3).expand(2, 3, 1, 3)
-    found = transforms.normalise(images)
-    assert found[1, 0, 0].tolist() == pytest.approx([-0.485 / 0.229, 0.515 / 0.229, -0.285 / 0.229], abs=1e-6)
-    assert found[0, 2, 0].tolist() == pytest.approx([-0.406 / 0.225, 0.594 / 0.225, -0.206 / 0.225], abs=1e-6)
+    normalised = transforms.normalise(images)
+    assert normalised[1, 0, 0].tolist() == pytest.approx([-0.485 / 0.229, 0.515 / 0.229, -0.285 / 0.229], abs=1e-6)
+    assert normalised[0, 2, 0].tolist() == pytest.approx([-0.406 / 0.225, 0.594 / 0.225, -0.206 / 0.225], abs=1e-6)
     clip = transforms.normalise(images, "clip")
     assert clip[0, 1, 0, 1].item() == pytest.approx((1 - 0.4578275) / 0.26130258, abs=1e-6)
 
 
-def test_renormalise_is_normalise_the_other_way_and_its_own_inverse():
+def test_renormalise_equals_the_other_normalisation_and_is_its_own_inverse():
     images = torch.arange(2 * 3 * 4 * 4).view(2, 3, 4, 4).to(torch.uint8)
     ours, clip = transforms.normalise(images), transforms.normalise(images, "clip")
     torch.testing.assert_close(transforms.renormalise(ours, "imagenet", "clip"), clip, atol=1e-6, rtol=1e-6)
@@ -156,7 +159,7 @@ def test_renormalise_is_normalise_the_other_way_and_its_own_inverse():
 
 
 def sentinel_scene(height: int, width: int, block: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
-    """Labels in blocks, and an image that says 10 times the label, plus 5, in every channel."""
+    """Return an image and its labels: labels in blocks, and 10 times the label plus 5 in every channel of the image."""
     rows, columns = torch.arange(height)[:, None] // block, torch.arange(width) // block
     labels = ((rows * 7 + columns * 3) % 23).to(torch.uint8)
     return (labels * 10 + 5).expand(3, -1, -1).clone(), labels
@@ -170,19 +173,19 @@ def crop_scene(image, labels, seed: int, **changes):
 
 def test_image_and_labels_move_together():
     image, labels = sentinel_scene(48, 64)
-    flips, places = 0, set()
+    flips, positions = 0, set()
     for seed in range(60):
         cut, cut_labels = crop_scene(image, labels, seed)
         assert cut.shape == (3, 24, 24) and cut_labels.shape == (24, 24)
         assert torch.equal(cut, (cut_labels * 10 + 5).expand(3, -1, -1))
-        places_now = [(y, x, f) for y in range(25) for x in range(41) for f in (0, 1)]
+        candidates = itertools.product(range(25), range(41), (0, 1))
         top, left, flip = next(
-            p for p in places_now if torch.equal(flipped(labels[p[0] : p[0] + 24, p[1] : p[1] + 24], p[2]), cut_labels)
+            (y, x, f) for y, x, f in candidates if torch.equal(flipped(labels[y : y + 24, x : x + 24], f), cut_labels)
         )
         flips += flip
-        places.add((top, left))
+        positions.add((top, left))
     assert 15 <= flips <= 45
-    assert len(places) > 40
+    assert len(positions) > 40
 
 
 def flipped(labels: torch.Tensor, flip: int) -> torch.Tensor:
@@ -191,7 +194,7 @@ def flipped(labels: torch.Tensor, flip: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("ratio", [0.5, 0.8, 1.7, 2.0])
 def test_image_and_labels_are_scaled_together(ratio):
-    """Away from the edges between labels, where the image is blended, the image says its label."""
+    """Away from the edges between labels, where the image is blended, the image has the value of its label."""
     image, labels = sentinel_scene(48, 64, block=16)
     cut, cut_labels = crop_scene(image, labels, 3, ratio=[ratio, ratio])
     around = cut_labels.float().view(1, 1, 24, 24)
@@ -215,9 +218,9 @@ def largest_share(labels: torch.Tensor) -> float:
     return (counts.max() / counts.sum()).item()
 
 
-def test_no_class_fills_more_than_its_share_when_that_can_be():
+def test_no_class_fills_more_than_its_share_where_possible():
     """A third of the scene is class 0, the rest classes 1 and 2 and ignored: a quarter of the windows hold class 0 alone.
-    Without the limit they are taken."""
+    They are drawn only without the limit."""
     labels = torch.zeros(48, 120, dtype=torch.uint8)
     labels[:, 40:] = torch.where(torch.arange(80) // 4 % 2 == 0, 1, 255).to(torch.uint8)
     labels[:, 40::3] = 2
@@ -228,7 +231,7 @@ def test_no_class_fills_more_than_its_share_when_that_can_be():
 
 
 def test_ignored_pixels_count_for_no_class():
-    """Label 255 fills nine tenths; of what is labelled no class has more than half."""
+    """Label 255 fills nine tenths, and no class has more than half of the labelled pixels."""
     labels = torch.full((48, 48), 255, dtype=torch.uint8)
     labels[:, ::20], labels[:, 1::20] = 3, 4
     _, cut = crop_scene(labels.expand(3, -1, -1).clone(), labels, 0, crop_size=48)
@@ -276,7 +279,7 @@ def file(image: Image.Image, kind: str, **options) -> bytes:
 
 
 def sixteen_bit_png(channels: int) -> bytes:
-    """A PNG of 16 bits a channel, its pixels the small picture's in the high bytes; PIL writes none in colour."""
+    """Write a 16-bit PNG with the small picture in the high bytes; PIL itself writes none in colour."""
     pixels = np.asarray(SMALL)[..., :channels].astype(np.uint16) << 8
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
     parts = (
@@ -319,11 +322,11 @@ FILES = {
 
 @pytest.mark.parametrize("name", FILES)
 def test_decoding_is_pil_s(name):
-    found = transforms.decode(FILES[name], name)
+    decoded = transforms.decode(FILES[name], name)
     with Image.open(io.BytesIO(FILES[name])) as image:
         theirs = image.convert("RGB")
-    assert found.dtype == torch.uint8 and found.shape[0] == 3
-    assert grey_levels(found, theirs) <= 4
+    assert decoded.dtype == torch.uint8 and decoded.shape[0] == 3
+    assert grey_levels(decoded, theirs) <= 4
 
 
 def test_sixteen_bits_of_grey_keep_their_high_byte():
@@ -334,7 +337,7 @@ def test_sixteen_bits_of_grey_keep_their_high_byte():
 @pytest.mark.parametrize(
     "data", [b"", b"a note", FILES["rgb jpeg"][:50], FILES["rgb png"][:60]], ids=["empty", "text", "cut jpeg", "cut png"]
 )
-def test_what_cannot_be_decoded_is_named(data):
+def test_an_unreadable_image_is_named(data):
     with pytest.raises(UserError, match="n01/x.JPEG is no readable image"):
         transforms.decode(data, "n01/x.JPEG")
 
@@ -355,7 +358,7 @@ def test_a_wrong_annotation_is_named(data):
         transforms.decode_annotation(data, "scene 7")
 
 
-# Fine-tuning's.
+# Augmentation of fine-tuning.
 
 
 def test_random_erasing_takes_a_share_of_the_images():
@@ -372,12 +375,12 @@ def test_random_erasing_takes_a_share_of_the_images():
 def test_rand_augment_draws_from_the_keyed_generators():
     augment = augmentation.FinetuneAugment("rand-m9-mstd0.5-inc1", 48)
     image = tensor(SMALL)
-    found = []
+    augmented = []
     for key in (1, 1, 2, 3, 4):
         seeding.seed_globals(0, "augment", key)
-        found.append(augment(image))
-    assert torch.equal(found[0], found[1])
-    assert any(not torch.equal(found[0], other) for other in found[2:])
+        augmented.append(augment(image))
+    assert torch.equal(augmented[0], augmented[1])
+    assert any(not torch.equal(augmented[0], other) for other in augmented[2:])
     assert augmentation.FinetuneAugment(None, 48)(image) is image
 
 

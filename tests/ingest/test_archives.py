@@ -1,4 +1,4 @@
-"""Archives read in place: the very bytes, by no name of theirs; hostile and damaged ones are refused with a clear word."""
+"""Archives: members are read in place, byte for byte, and hostile or damaged archives are refused with the reason."""
 
 import errno
 import io
@@ -17,7 +17,7 @@ import pytest
 
 from milan.core.errors import UserError
 from milan.ingest import archives
-from milan.ingest.archives import File, Row, parquet_rows, tar_spans, tar_texts, tree, zip_members
+from milan.ingest.archives import File, ParquetRow, list_files, parquet_rows, tar_members, tar_texts, zip_members
 from tests.conftest import forked
 from tests.layouts import WORDS, parquet, tar, zipped
 
@@ -35,21 +35,21 @@ def saved(path: Path, data: bytes) -> Path:
 @pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
 def test_a_tar_is_read_in_place_in_its_order(tmp_path, format):
     long = {**CONTENT, "n" * 90 + "/" + "x" * 90 + "é.JPEG": b"long"}
-    spans = tar_spans(saved(tmp_path / "a.tar", tar(long, format)))
+    spans = tar_members(saved(tmp_path / "a.tar", tar(long, format)))
     assert [(span.name, span.read()) for span in spans] == list(long.items())
 
 
 def test_a_tar_in_a_tar_is_read_in_place(tmp_path):
     outer = saved(tmp_path / "outer.tar", tar({"one.tar": tar({"x": b"1"}), "two.tar": tar(CONTENT), "note": b"n"}))
-    two = tar_spans(outer)[1]
-    spans = tar_spans(outer, two)
+    two = tar_members(outer)[1]
+    spans = tar_members(outer, two)
     assert [(span.name, span.read()) for span in spans] == list(CONTENT.items())
     assert str(spans[0]) == "outer.tar: b.JPEG"
     data = outer.read_bytes()
     assert data[spans[1].offset : spans[1].offset + 700] == b"a" * 700
 
 
-def test_folders_in_a_tar_are_passed_over(tmp_path):
+def test_folders_in_a_tar_are_left_out(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         folder = tarfile.TarInfo("./some")
         folder.type = tarfile.DIRTYPE
@@ -57,14 +57,14 @@ def test_folders_in_a_tar_are_passed_over(tmp_path):
         member = tarfile.TarInfo("./some/x")
         member.size = 1
         archive.addfile(member, io.BytesIO(b"x"))
-    assert [(span.name, span.read()) for span in tar_spans(tmp_path / "a.tar")] == [("./some/x", b"x")]
+    assert [(span.name, span.read()) for span in tar_members(tmp_path / "a.tar")] == [("./some/x", b"x")]
 
 
 @pytest.mark.parametrize("name", ["../x.JPEG", "/etc/x.JPEG", "a/../../x.JPEG", "..", "a\\..\\x.JPEG"])
-def test_a_name_that_leads_elsewhere_is_refused(tmp_path, name):
+def test_a_name_that_leads_out_of_the_archive_is_refused(tmp_path, name):
     path = saved(tmp_path / "a.tar", tar({"good": b"1", name: b"2"}))
     with pytest.raises(UserError, match=r"a\.tar has a member named .*x?"):
-        tar_spans(path)
+        tar_members(path)
     zipped(tmp_path / "a.zip", {name: b"2"}, top="")
     with pytest.raises(UserError, match=r"a\.zip has a member named"):
         zip_members(tmp_path / "a.zip")
@@ -72,43 +72,43 @@ def test_a_name_that_leads_elsewhere_is_refused(tmp_path, name):
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE, tarfile.GNUTYPE_SPARSE])
-def test_what_is_no_plain_file_is_refused(tmp_path, kind):
+def test_a_member_that_is_no_plain_file_is_refused(tmp_path, kind):
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         member = tarfile.TarInfo("x.JPEG")
         member.type, member.linkname = kind, "/etc/passwd"
         archive.addfile(member)
     with pytest.raises(UserError, match=r"no plain file: 'x\.JPEG'"):
-        tar_spans(tmp_path / "a.tar")
+        tar_members(tmp_path / "a.tar")
 
 
-def whole() -> bytes:
-    """512 header, 3 bytes in 512, 512 header, 700 in 1024, 512 header, the end."""
+def whole_tar() -> bytes:
+    """Return a tar of CONTENT: header (512 bytes), 3 bytes in 512, header, 700 bytes in 1024, header, end."""
     return tar(CONTENT)
 
 
 @pytest.mark.parametrize("length", [0, 100, 512, 600, 1024, 1100, 1536, 2000, 2559, 2560, 2700, 3071, 3072])
 def test_a_truncated_tar_is_refused_wherever_it_ends(tmp_path, length):
-    with pytest.raises(UserError, match=r"a\.tar is no whole, uncompressed tar .*: fetch .*a\.tar again"):
-        tar_spans(saved(tmp_path / "a.tar", whole()[:length]))
+    with pytest.raises(UserError, match=r"a\.tar is not a complete, uncompressed tar .*: fetch .*a\.tar again"):
+        tar_members(saved(tmp_path / "a.tar", whole_tar()[:length]))
 
 
 @pytest.mark.parametrize("place", [0, 1024])
-def test_a_broken_header_is_no_end(tmp_path, place):
-    """Which tarfile would take it for."""
-    data = whole()
-    with pytest.raises(UserError, match="is no whole, uncompressed tar"):
-        tar_spans(saved(tmp_path / "a.tar", data[:place] + b"\xff" * 512 + data[place + 512 :]))
+def test_a_broken_header_is_not_the_end(tmp_path, place):
+    """tarfile takes it for the end of the archive."""
+    data = whole_tar()
+    with pytest.raises(UserError, match="is not a complete, uncompressed tar"):
+        tar_members(saved(tmp_path / "a.tar", data[:place] + b"\xff" * 512 + data[place + 512 :]))
 
 
-def test_a_tar_that_leaves_its_place_in_the_outer_one_is_refused(tmp_path):
-    """The inner tar lost its end: what follows in the outer one is none of its."""
+def test_a_tar_that_exceeds_its_range_in_the_outer_one_is_refused(tmp_path):
+    """The inner tar has lost its end, and the bytes behind it in the outer tar are not its own."""
     outer = saved(tmp_path / "outer.tar", tar({"one.tar": tar({"x": b"1"})[:1024], "two.tar": tar(CONTENT)}))
-    with pytest.raises(UserError, match=r"outer\.tar: one\.tar is no whole, uncompressed tar .*fetch .*outer\.tar again"):
-        tar_spans(outer, tar_spans(outer)[0])
+    with pytest.raises(UserError, match=r"outer\.tar: one\.tar is not a complete, uncompressed tar .*fetch .*outer\.tar again"):
+        tar_members(outer, tar_members(outer)[0])
 
 
 def with_size(data: bytes, field: bytes) -> bytes:
-    """The first header's size replaced, its sum put right."""
+    """Replace the size in a tar's first header, and correct the header's checksum."""
     header = bytearray(data[:512])
     header[124:136] = field
     header[148:156] = b" " * 8
@@ -119,35 +119,35 @@ def with_size(data: bytes, field: bytes) -> bytes:
 @pytest.mark.parametrize(
     "field", [b"\xff" * 12, b"\xff" * 10 + b"\xfc\x00", b"77777777777\0", b"zzzzzzzzzzz\0", b"\x80" + b"\x7f" * 11]
 )
-def test_sizes_that_lie_end_in_a_refusal(tmp_path, field):
-    """Below zero (which sent tarfile in circles), larger than the file, no number."""
-    with pytest.raises(UserError, match="is no whole, uncompressed tar"):
-        tar_spans(saved(tmp_path / "a.tar", with_size(whole(), field)))
+def test_false_sizes_are_refused(tmp_path, field):
+    """Below zero (an endless loop in tarfile), larger than the file, no number."""
+    with pytest.raises(UserError, match="is not a complete, uncompressed tar"):
+        tar_members(saved(tmp_path / "a.tar", with_size(whole_tar(), field)))
 
 
-def test_no_damage_of_a_tar_is_a_traceback(tmp_path):
+def test_damage_of_a_tar_never_ends_in_a_traceback(tmp_path):
     data = tar({**CONTENT, "é" * 60: b"1"}, tarfile.PAX_FORMAT)
     refused = 0
     for place in np.random.default_rng(0).integers(0, len(data), 300):
         try:
-            spans = tar_spans(saved(tmp_path / "a.tar", data[:place] + bytes([data[place] ^ 0xFF]) + data[place + 1 :]))
+            spans = tar_members(saved(tmp_path / "a.tar", data[:place] + bytes([data[place] ^ 0xFF]) + data[place + 1 :]))
             assert all(0 <= span.offset <= span.offset + span.size <= len(data) for span in spans)
         except UserError:
             refused += 1
     assert refused > 30
 
 
-def test_a_compressed_tar_is_said_to_be_one(tmp_path):
+def test_a_compressed_tar_is_refused_as_such(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w:gz") as archive:
         archive.addfile(tarfile.TarInfo("x"))
     with pytest.raises(UserError, match="uncompressed"):
-        tar_spans(tmp_path / "a.tar")
+        tar_members(tmp_path / "a.tar")
 
 
-def test_an_archive_that_shrank_since_is_a_fault_of_its_members(tmp_path):
-    path = saved(tmp_path / "a.tar", whole())
-    spans = tar_spans(path)
-    path.write_bytes(whole()[:1600])
+def test_a_member_of_an_archive_that_has_shrunk_cannot_be_read(tmp_path):
+    path = saved(tmp_path / "a.tar", whole_tar())
+    spans = tar_members(path)
+    path.write_bytes(whole_tar()[:1600])
     assert spans[0].read() == b"bbb"
     with pytest.raises(ValueError, match="ends inside it"):
         spans[1].read()
@@ -171,7 +171,7 @@ def test_small_texts_of_a_compressed_tar(tmp_path):
         tar_texts(path, "data/a.txt")
 
 
-def test_a_bomb_in_the_place_of_a_devkit(tmp_path, monkeypatch):
+def test_a_decompression_bomb_as_devkit_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(archives, "LIMIT", 10_000)
     with tarfile.open(tmp_path / "kit.tar.gz", "w:gz") as archive:
         member = tarfile.TarInfo("kit/data/a.txt")
@@ -199,36 +199,36 @@ def test_a_link_in_a_zip_is_refused(tmp_path):
         zip_members(tmp_path / "a.zip")
 
 
-def directory_entry(data: bytes, offset: int, value: bytes) -> bytes:
-    """A zip with bytes of its first entry in the central directory replaced."""
+def change_directory_entry(data: bytes, offset: int, value: bytes) -> bytes:
+    """Replace bytes of the first entry in a zip's central directory."""
     place = data.index(b"PK\x01\x02") + offset
     return data[:place] + value + data[place + len(value) :]
 
 
-def test_a_bomb_by_its_own_word_is_refused(tmp_path, monkeypatch):
+def test_a_zip_that_declares_an_impossible_size_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(archives, "LIMIT", 1 << 16)
     zipped(tmp_path / "a.zip", {"x.jpg": bytes(1 << 17)})
     with pytest.raises(UserError, match="would unpack to 131,072 bytes"):
         zip_members(tmp_path / "a.zip")
 
 
-def test_a_bomb_that_lies_is_read_no_further_than_it_said(tmp_path):
-    """16 MiB of zeros, declared as 1000 bytes."""
+def test_a_member_is_read_no_further_than_its_declared_size(tmp_path):
+    """Its 16 MiB of zeros are declared as 1000 bytes."""
     path = zipped(tmp_path / "a.zip", {"x.jpg": bytes(1 << 24)})
-    saved(path, directory_entry(path.read_bytes(), 24, struct.pack("<I", 1000)))
+    saved(path, change_directory_entry(path.read_bytes(), 24, struct.pack("<I", 1000)))
     (member,) = zip_members(path)
     with pytest.raises(ValueError, match="CRC"):
         member.read()
 
 
-def test_a_locked_zip_is_said_to_be_one(tmp_path):
+def test_a_locked_zip_is_refused_as_such(tmp_path):
     path = zipped(tmp_path / "a.zip", {"x.jpg": b"1"})
-    saved(path, directory_entry(path.read_bytes(), 8, struct.pack("<H", 1)))
+    saved(path, change_directory_entry(path.read_bytes(), 8, struct.pack("<H", 1)))
     with pytest.raises(UserError, match="locked with a password"):
         zip_members(path)
 
 
-def test_no_damage_of_a_zip_is_a_traceback(tmp_path):
+def test_damage_of_a_zip_never_ends_in_a_traceback(tmp_path):
     data = zipped(tmp_path / "a.zip", CONTENT).read_bytes()
     variants = [data[:n] for n in range(0, len(data), 7)]
     variants += [data[:n] + bytes([data[n] ^ 0xFF]) + data[n + 1 :] for n in range(len(data))]
@@ -260,18 +260,18 @@ def test_rows_are_read_in_any_order(tmp_path, plain, rows_a_group):
         assert rows[number].read() == bytes([number]) * (number + 1)
 
 
-def test_a_row_group_is_never_in_memory_as_a_whole(tmp_path, monkeypatch):
+def test_memory_holds_a_batch_and_never_a_whole_row_group(tmp_path, monkeypatch):
     parquet(tmp_path / "a.parquet", FILES, None, rows_a_group=200)
-    held = []
+    batch_sizes = []
     monkeypatch.setattr(archives, "BATCH", 8)
-    rows = archives.Rows(tmp_path / "a.parquet")
+    rows = archives.ParquetImages(tmp_path / "a.parquet")
     for number in range(200):
         rows.image(number)
-        held.append(len(rows.batch))
-    assert max(held) == 8
+        batch_sizes.append(len(rows.batch))
+    assert max(batch_sizes) == 8
 
 
-def test_columns_that_are_missing_or_of_another_kind_are_said(tmp_path):
+def test_missing_columns_and_columns_of_another_type_are_named(tmp_path):
     for name, table in {"img": {"img": [b"1"], "label": [0]}, "words": {"image": [b"1"], "label": ["tench"]}}.items():
         pq.write_table(pa.table(table), tmp_path / f"{name}.parquet")
         with pytest.raises(UserError, match=rf"{name}\.parquet must have the columns image .* and label"):
@@ -282,11 +282,11 @@ def test_columns_that_are_missing_or_of_another_kind_are_said(tmp_path):
 def test_a_file_that_is_no_parquet_is_named(tmp_path, data):
     parquet(tmp_path / "a.parquet", FILES, None)
     saved(tmp_path / "a.parquet", (tmp_path / "a.parquet").read_bytes()[:-20] if data is None else data)
-    with pytest.raises(UserError, match=r"a\.parquet is no whole parquet file"):
+    with pytest.raises(UserError, match=r"a\.parquet is not a complete parquet file"):
         parquet_rows(tmp_path / "a.parquet")
 
 
-def test_a_damaged_row_group_is_a_fault_of_its_rows_alone(tmp_path):
+def test_a_damaged_row_group_concerns_its_own_rows_alone(tmp_path):
     path = tmp_path / "a.parquet"
     parquet(path, FILES, None, plain=True, rows_a_group=50)
     rows, _, _ = parquet_rows(path)
@@ -305,7 +305,7 @@ def test_a_damaged_row_group_is_a_fault_of_its_rows_alone(tmp_path):
     assert good == [*range(50), *range(100, 200)]
 
 
-def test_a_row_of_nothing_is_a_fault_and_a_path_that_is_no_text_no_name(tmp_path):
+def test_an_empty_row_is_an_error_and_a_path_that_is_no_text_is_no_name(tmp_path):
     rows = [{"bytes": b"1", "path": 5}, None]
     kind = pa.struct({"bytes": pa.binary(), "path": pa.int64()})
     pq.write_table(pa.table({"image": pa.array(rows, kind), "label": [0, 1]}), tmp_path / "a.parquet")
@@ -315,7 +315,7 @@ def test_a_row_of_nothing_is_a_fault_and_a_path_that_is_no_text_no_name(tmp_path
         missing.read()
 
 
-def test_a_row_without_bytes_is_a_fault(tmp_path):
+def test_a_row_without_bytes_is_an_error(tmp_path):
     rows = [{"bytes": None, "path": "elsewhere.JPEG"}, None, {"bytes": b"1", "path": None}]
     kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
     pq.write_table(pa.table({"image": pa.array(rows[:1] + rows[2:], kind), "label": [0, 1]}), tmp_path / "a.parquet")
@@ -330,17 +330,18 @@ def test_a_row_without_bytes_is_a_fault(tmp_path):
 
 
 def places(root: Path) -> list:
+    """Return the same image as a place of each kind."""
     parquet(root / "a.parquet", {"n01440764/x.JPEG": b"x" * 9}, None)
     return [
         File(saved(root / "x.JPEG", b"x" * 9)),
-        tar_spans(saved(root / "a.tar", tar({"x.JPEG": b"x" * 9})))[0],
+        tar_members(saved(root / "a.tar", tar({"x.JPEG": b"x" * 9})))[0],
         zip_members(zipped(root / "a.zip", {"x.JPEG": b"x" * 9}))[0],
-        Row(root / "a.parquet", 0, None),
+        ParquetRow(root / "a.parquet", 0, None),
     ]
 
 
 @pytest.mark.parametrize("kind", range(4))
-def test_places_travel_and_tell_when_their_bytes_may_have_changed(tmp_path, kind):
+def test_places_can_be_pickled_and_their_identity_follows_changes(tmp_path, kind):
     place = places(tmp_path)[kind]
     path = getattr(place, "archive", None) or place.path
     assert pickle.loads(pickle.dumps(place)) == place and place.read() == b"x" * 9
@@ -349,7 +350,7 @@ def test_places_travel_and_tell_when_their_bytes_may_have_changed(tmp_path, kind
     os.utime(path, ns=(1, 1))
     assert place.identity() != before
     path.unlink()
-    assert place.identity() != before  # and no error: reading will say it
+    assert place.identity() != before  # without an error, which reading will raise
 
 
 def read_both(first, second, expected) -> None:
@@ -357,7 +358,7 @@ def read_both(first, second, expected) -> None:
         assert first.read() == expected[0] and second.read() == expected[1]
 
 
-def test_processes_do_not_move_each_other_s_place_in_an_archive(tmp_path):
+def test_processes_do_not_move_each_other_s_position_in_an_archive(tmp_path):
     data = {"a.jpg": os.urandom(30_000), "b.jpg": os.urandom(30_000)}
     members = zip_members(zipped(tmp_path / "a.zip", data))
     assert members[0].read() == data["a.jpg"]  # opened before the fork
@@ -370,21 +371,21 @@ def test_processes_do_not_move_each_other_s_place_in_an_archive(tmp_path):
     assert child.exitcode == 0 and forked(read_both, *members, list(data.values())) == 0
 
 
-def test_a_tree_lists_a_folder_and_a_zip_alike(tmp_path):
+def test_a_folder_and_a_zip_are_listed_alike(tmp_path):
     files = {"images/b.jpg": b"b", "images/.hidden.jpg": b"h", "a.txt": b"a", ".git/x.jpg": b"g"}
     zipped(tmp_path / "a.zip", files, top="./")
     for name, data in files.items():
         (tmp_path / "folder" / name).parent.mkdir(parents=True, exist_ok=True)
         saved(tmp_path / "folder" / name, data)
     for root in (tmp_path / "folder", tmp_path / "a.zip"):
-        assert [(name, place.read()) for name, place in tree(root).items()] == [("a.txt", b"a"), ("images/b.jpg", b"b")]
+        assert [(name, place.read()) for name, place in list_files(root).items()] == [("a.txt", b"a"), ("images/b.jpg", b"b")]
 
 
 def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
-    """Rather than passed over, with the images in it."""
+    """It is not left out silently, with the images in it."""
     (tmp_path / "shut").mkdir()
     (tmp_path / ".hidden" / "shut").mkdir(parents=True)
-    assert list(tree(tmp_path)) == []
+    assert list(list_files(tmp_path)) == []
     scandir = os.scandir
 
     def refused(path):
@@ -394,17 +395,17 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", refused)
     with pytest.raises(UserError, match=r"shut cannot be read: Permission denied\. Mend"):
-        tree(tmp_path)
+        list_files(tmp_path)
     (tmp_path / "shut").rmdir()
-    assert tree(tmp_path) == {}
+    assert list_files(tmp_path) == {}
 
 
-def test_a_pipe_is_not_waited_for(tmp_path):
+def test_a_pipe_is_refused_and_does_not_block(tmp_path):
     os.mkfifo(tmp_path / "x.jpg")
     with pytest.raises(ValueError, match="no file, but a folder or a pipe"):
         File(tmp_path / "x.jpg").read()
     with pytest.raises(UserError, match=r"x\.jpg cannot be read: no file, but"):
-        tar_spans(tmp_path / "x.jpg")
-    for reader, said in ((tar_texts, "cannot be read"), (zip_members, "is no whole zip"), (parquet_rows, "is no whole parquet")):
-        with pytest.raises(UserError, match=rf"x\.jpg {said}.* \(no file, but"):
+        tar_members(tmp_path / "x.jpg")
+    for reader, message in ((tar_texts, "cannot be read"), (zip_members, "is not a complete zip"), (parquet_rows, "is not a complete parquet")):
+        with pytest.raises(UserError, match=rf"x\.jpg {message}.* \(no file, but"):
             reader(tmp_path / "x.jpg")

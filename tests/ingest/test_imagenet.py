@@ -1,4 +1,4 @@
-"""The layouts of ImageNet and ADE20K: the same images come in alike from all of them, and what is odd is named."""
+"""The layouts of ImageNet and ADE20K: all of them give the same items for the same images, and faults are named."""
 
 import io
 import json
@@ -24,7 +24,7 @@ NAMES = ["tench", "goldfish", "golden retriever"]
 
 
 def kaggle_folders(root: Path) -> Path:
-    """As Kaggle has them: train in class folders, val in one heap."""
+    """Write Kaggle's layout: train in class folders, val in one folder."""
     given = images()
     class_tree(root, {f"train/{name}": data for name, data in given["train"].items()})
     class_tree(root, {f"val/{name.split('/')[1]}": data for name, data in given["val"].items()})
@@ -44,27 +44,29 @@ LAYOUTS = {
 }
 
 
-def said_items(items: list[dict]) -> list[tuple]:
+def contents(items: list[dict]) -> list[tuple]:
+    """Return (name, label, bytes) of each item."""
     return [(item["name"], item["label"], item["image"].read()) for item in items]
 
 
 def expected(split: str) -> list[tuple]:
+    """Return (name, label, bytes) of each image of a split."""
     return [(name, WNIDS.index(name.split("/")[0]), data) for name, data in images()[split].items()]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_gives_the_same_images_in_the_order_of_wordnet_ids(tmp_path, layout):
-    found = imagenet.read_images(LAYOUTS[layout](tmp_path / "set"))
-    assert said_items(found.train) == expected("train")
-    assert said_items(found.val) == expected("val")
+    dataset = imagenet.read_images(LAYOUTS[layout](tmp_path / "set"))
+    assert contents(dataset.train) == expected("train")
+    assert contents(dataset.val) == expected("val")
 
 
 def test_every_layout_gives_the_same_record_files(tmp_path):
     digests = {}
     for layout, make in LAYOUTS.items():
-        found, out = imagenet.read_images(make(tmp_path / layout)), tmp_path / "out" / layout
+        dataset, out = imagenet.read_images(make(tmp_path / layout)), tmp_path / "out" / layout
         out.mkdir(parents=True)
-        splits = Packing(out, shard_images=5, processes=1).pack({"train": found.train, "val": found.val})
+        splits = Packing(out, shard_images=5, processes=1).pack({"train": dataset.train, "val": dataset.val})
         digests[layout] = [shard["sha256"] for split in ("train", "val") for shard in splits[split]["shards"]]
     assert {len(shards) for shards in digests.values()} == {3 + 2}
     assert all(shards == digests["folders"] for shards in digests.values()), digests
@@ -81,15 +83,16 @@ def test_every_layout_gives_the_same_record_files(tmp_path):
         ("parquet without names", ["class 0", "class 1", "class 2"], ["class 0", "class 1", "class 2"]),
     ],
 )
-def test_what_the_classes_are_called(tmp_path, layout, wnids, classes):
-    found = imagenet.read_images(LAYOUTS[layout](tmp_path / "set"))
-    assert (found.wnids, found.classes) == (wnids, classes)
+def test_names_of_the_classes(tmp_path, layout, wnids, classes):
+    dataset = imagenet.read_images(LAYOUTS[layout](tmp_path / "set"))
+    assert (dataset.wnids, dataset.classes) == (wnids, classes)
     (tmp_path / "set" / "classes.json").write_text(json.dumps({wnids[1]: "the second"}))
     base = wnids if layout == "tars and the devkit" else classes
     assert imagenet.read_images(tmp_path / "set").classes == [base[0], "the second", base[2]]
 
 
 def refusal(root: Path) -> str:
+    """Return the text of the error that read_images raises."""
     with pytest.raises(UserError) as error:
         imagenet.read_images(root)
     return str(error.value)
@@ -103,9 +106,10 @@ def test_broken_inner_tars_are_all_named(tmp_path):
     inner = layouts.train_tars(images()["train"])
     inner |= {f"{WNIDS[0]}.tar": inner[f"{WNIDS[0]}.tar"][:1500], f"{WNIDS[2]}.tar": b"x" * 1024}
     (root / "ILSVRC2012_img_train.tar").write_bytes(tar(inner))
-    said = refusal(root)
+    message = refusal(root)
     assert (
-        all(f"ILSVRC2012_img_train.tar: {wnid}.tar is no whole" in said for wnid in (WNIDS[0], WNIDS[2])) and WNIDS[1] not in said
+        all(f"ILSVRC2012_img_train.tar: {wnid}.tar is not a complete" in message for wnid in (WNIDS[0], WNIDS[2]))
+        and WNIDS[1] not in message
     )
 
 
@@ -113,10 +117,10 @@ def test_a_truncated_download_is_named(tmp_path):
     root = tars(tmp_path / "set")
     for name in ("ILSVRC2012_img_val.tar", "ILSVRC2012_img_train.tar"):
         (root / name).write_bytes((root / name).read_bytes()[:-12_000])
-        assert f"{name} is no whole, uncompressed tar" in refusal(root)
+        assert f"{name} is not a complete, uncompressed tar" in refusal(root)
 
 
-def test_a_class_without_images_and_a_tar_of_nothing(tmp_path):
+def test_a_class_without_images_and_a_tar_without_classes_are_refused(tmp_path):
     root = tars(tmp_path / "set")
     (root / "ILSVRC2012_img_train.tar").write_bytes(
         tar({**layouts.train_tars(images()["train"]), "n09.tar": tar({"note.txt": b"n"})})
@@ -127,7 +131,7 @@ def test_a_class_without_images_and_a_tar_of_nothing(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, word",
+    "name, message",
     [
         ("ILSVRC2012_img_val.tar", "holds ILSVRC2012_img_train.tar and no ILSVRC2012_img_val.tar"),
         (
@@ -136,17 +140,17 @@ def test_a_class_without_images_and_a_tar_of_nothing(tmp_path):
         ),
     ],
 )
-def test_a_missing_part_is_named(tmp_path, name, word):
+def test_a_missing_part_is_named(tmp_path, name, message):
     root = tars(tmp_path / "set")
     (root / name).unlink()
-    assert word in refusal(root)
+    assert message in refusal(root)
 
 
 PARTS = ["ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "val_labels.txt"]
 
 
 @pytest.mark.parametrize("name", PARTS)
-def test_a_folder_or_a_broken_link_in_the_place_of_a_part_is_named(tmp_path, name):
+def test_a_folder_or_a_broken_link_instead_of_a_part_is_named(tmp_path, name):
     root = tars(tmp_path / "set", "list")
     (root / name).unlink()
     (root / name).mkdir()
@@ -159,13 +163,13 @@ def test_a_folder_or_a_broken_link_in_the_place_of_a_part_is_named(tmp_path, nam
     assert f"{root / name} (a link to {name}) cannot be read: Too many levels" in refusal(root)
 
 
-def test_labels_of_classes_or_images_that_are_not_there(tmp_path):
+def test_labels_of_unknown_classes_and_missing_labels_are_named(tmp_path):
     root = tars(tmp_path / "set", "list")
     lines = (root / "val_labels.txt").read_text().splitlines()
     (root / "val_labels.txt").write_text("\n".join([lines[0].split()[0] + " n99999999", *lines[2:]]))
-    said = refusal(root)
-    assert "val_labels.txt gives 2 validation image(s) none of the 3 classes" in said
-    assert "ILSVRC2012_val_00000001.JPEG is n99999999" in said and "ILSVRC2012_val_00000004.JPEG is not in it" in said
+    message = refusal(root)
+    assert "val_labels.txt gives 2 validation image(s) none of the 3 classes" in message
+    assert "ILSVRC2012_val_00000001.JPEG is n99999999" in message and "ILSVRC2012_val_00000004.JPEG is not in it" in message
 
 
 TABLES = {
@@ -239,7 +243,7 @@ def test_parquet_without_rows_of_validation_or_of_a_class(tmp_path):
     assert "1 class(es) of" in refusal(root) and "the first is golden retriever. Fill" in refusal(root)
 
 
-def test_labels_beyond_all_counting_are_refused_at_once(tmp_path):
+def test_a_huge_label_is_refused_at_once(tmp_path):
     root = parquets(tmp_path / "set", None)
     with_labels(root / "data" / "train-00001-of-00002.parquet", [2, 2, 2, 2, 2**40])
     assert "data has the label 1099511627776 and 12 rows" in refusal(root)
@@ -261,14 +265,14 @@ CLASSES_OF_OTHERS = [b'{"0": ["n01440764", "tench"]}', b'{"n01440764": 0}', b'{"
 def test_class_names_of_another_form_are_named(tmp_path, content):
     root = folders(tmp_path / "set")
     (root / "classes.json").write_bytes(content) if content else (root / "classes.json").mkdir()
-    said = refusal(root)
+    message = refusal(root)
     expected = "must be a JSON object" if content in CLASSES_OF_OTHERS else "no text in UTF-8" if content else "cannot be read"
-    assert f"{root / 'classes.json'} " in said and expected in said
+    assert f"{root / 'classes.json'} " in message and expected in message
 
 
-def test_parquet_rows_without_names_are_named_by_file_and_place(tmp_path):
-    found = imagenet.read_images(parquets(tmp_path / "set", plain=True))
-    assert [item["name"] for item in found.train][6:8] == ["train-00000-of-00002/6", "train-00001-of-00002/0"]
+def test_parquet_rows_without_names_are_named_by_file_and_row(tmp_path):
+    dataset = imagenet.read_images(parquets(tmp_path / "set", plain=True))
+    assert [item["name"] for item in dataset.train][6:8] == ["train-00000-of-00002/6", "train-00001-of-00002/0"]
 
 
 # Folders.
@@ -279,27 +283,27 @@ def test_a_missing_folder_is_named_with_the_layouts(tmp_path, missing):
     root = tmp_path / "imagenet"
     if missing != "root":
         class_tree(root, {"train/n01/x.JPEG": b"x", "train/n02/x.JPEG": b"x"} if missing == "val" else {"train/notes.txt": b"x"})
-    said = refusal(root)
-    assert f"{root}{'/val' if missing == 'val' else ''}" in said
-    assert all(word in said for word in ("train/ and val/", "ILSVRC2012_img_train.tar", "train-*.parquet", "without labels"))
+    message = refusal(root)
+    assert f"{root}{'/val' if missing == 'val' else ''}" in message
+    assert all(word in message for word in ("train/ and val/", "ILSVRC2012_img_train.tar", "train-*.parquet", "without labels"))
 
 
-def test_a_file_in_the_place_of_its_folder(tmp_path):
+def test_a_file_instead_of_its_folder_is_refused(tmp_path):
     root = tars(tmp_path / "set")
     assert "ILSVRC2012_img_train.tar is a file: data.imagenet names the folder" in refusal(root / "ILSVRC2012_img_train.tar")
 
 
-def test_a_file_in_the_place_of_val(tmp_path):
+def test_a_file_instead_of_val_is_refused(tmp_path):
     root = class_tree(tmp_path, {"train/a/1.JPEG": b"x", "train/b/1.JPEG": b"x", "val": b"x"})
     assert f"{root / 'val'} is a file: make it the folder" in refusal(root)
 
 
 def test_classes_that_differ_between_the_splits_are_named(tmp_path):
     root = class_tree(tmp_path, {f"{folder}/1.JPEG": b"x" for folder in ("train/a", "train/b", "val/a", "val/c")})
-    assert "train has b alone; val has c alone" in refusal(root)
+    assert "only train has b; only val has c" in refusal(root)
 
 
-def test_one_class_is_none(tmp_path):
+def test_one_class_is_refused(tmp_path):
     assert "one class; at least two" in refusal(class_tree(tmp_path, {"train/all/1.JPEG": b"x", "val/all/1.JPEG": b"x"}))
 
 
@@ -309,20 +313,21 @@ def test_an_empty_class_folder_is_named(tmp_path):
     assert "1 class(es)" in refusal(root) and "val hold no image, the first is b" in refusal(root)
 
 
-def test_other_files_are_passed_over(tmp_path):
+def test_other_files_are_left_out(tmp_path):
     root = class_tree(folders(tmp_path), {f"train/{WNIDS[0]}/notes.txt": b"n", "train/list.txt": b"n"})
-    assert said_items(imagenet.read_images(root).train) == expected("train")
+    assert contents(imagenet.read_images(root).train) == expected("train")
 
 
 # Without labels.
 
 
-def named(items: list[dict]) -> list[str]:
+def unlabelled_names(items: list[dict]) -> list[str]:
+    """Return the names of items, which must have no label."""
     assert all(set(item) == {"image", "name"} for item in items)
     return [item["name"] for item in items]
 
 
-def test_images_in_any_folders_lose_every_fiftieth_to_validation(tmp_path):
+def test_every_fiftieth_image_of_any_folders_is_for_validation(tmp_path):
     names = [f"{k % 3}/deep/{k:03d}.jpg" for k in range(120)]
     files = {name: name.encode() for name in names} | {
         "notes.txt": b"n",
@@ -330,27 +335,27 @@ def test_images_in_any_folders_lose_every_fiftieth_to_validation(tmp_path):
         "pairs/p.jpg": b"p",
         "pairs/captions.csv": b"c",
     }
-    found = imagenet.read_images(class_tree(tmp_path, files))
+    dataset = imagenet.read_images(class_tree(tmp_path, files))
     order = sorted(names)
-    assert named(found.val) == [order[0], order[50], order[100]]
-    assert named(found.train) == [name for k, name in enumerate(order) if k % 50]
-    assert [item["image"].read().decode() for item in found.train] == named(found.train)
-    assert found.wnids == found.classes == []
+    assert unlabelled_names(dataset.val) == [order[0], order[50], order[100]]
+    assert unlabelled_names(dataset.train) == [name for k, name in enumerate(order) if k % 50]
+    assert [item["image"].read().decode() for item in dataset.train] == unlabelled_names(dataset.train)
+    assert dataset.wnids == dataset.classes == []
 
 
-def test_two_images_are_one_for_each(tmp_path):
-    found = imagenet.read_images(class_tree(tmp_path, {"b.png": b"b", "a.png": b"a"}))
-    assert (named(found.train), named(found.val)) == (["b.png"], ["a.png"])
+def test_of_two_images_each_split_has_one(tmp_path):
+    dataset = imagenet.read_images(class_tree(tmp_path, {"b.png": b"b", "a.png": b"a"}))
+    assert (unlabelled_names(dataset.train), unlabelled_names(dataset.val)) == (["b.png"], ["a.png"])
 
 
-def test_an_own_val_is_taken(tmp_path):
+def test_a_val_folder_is_the_validation_split(tmp_path):
     files = {"train/x.jpg": b"1", "train/y.jpg": b"1", "val/deep/z.jpg": b"1"}
-    found = imagenet.read_images(class_tree(tmp_path, files))
-    assert (named(found.train), named(found.val)) == (["train/x.jpg", "train/y.jpg"], ["val/deep/z.jpg"])
+    dataset = imagenet.read_images(class_tree(tmp_path, files))
+    assert (unlabelled_names(dataset.train), unlabelled_names(dataset.val)) == (["train/x.jpg", "train/y.jpg"], ["val/deep/z.jpg"])
 
 
 @pytest.mark.parametrize("files", [{}, {"notes.txt": b"n"}, {"one.jpg": b"1"}, {"val/one.jpg": b"1"}, {"pairs/p.jpg": b"p"}])
-def test_nothing_to_train_on(tmp_path, files):
+def test_a_set_without_training_images_is_refused(tmp_path, files):
     assert "holds no images" in refusal(class_tree(tmp_path, files))
 
 
@@ -383,7 +388,7 @@ def test_captions_without_a_file_or_a_caption_are_refused(table, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "table, said",
+    "table, message",
     [
         ("file,caption\na.jpg,café\n".encode("latin-1"), "is no text in UTF-8"),
         ("file,caption\na.jpg,disc\n".encode("utf-16"), "is no text in UTF-8"),
@@ -391,12 +396,12 @@ def test_captions_without_a_file_or_a_caption_are_refused(table, tmp_path):
         (None, "cannot be read: no file, but a folder"),
     ],
 )
-def test_captions_that_are_no_table_are_named(tmp_path, table, said):
+def test_captions_that_are_no_table_are_named(tmp_path, table, message):
     (tmp_path / "pairs" / "captions.csv").mkdir(parents=True)
     if table:
         (tmp_path / "pairs" / "captions.csv").rmdir()
         class_tree(tmp_path, {"pairs/captions.csv": table})
-    with pytest.raises(UserError, match=rf"captions\.csv {said}"):
+    with pytest.raises(UserError, match=rf"captions\.csv {message}"):
         imagenet.caption_pairs(tmp_path)
 
 
@@ -415,27 +420,27 @@ def test_class_names_serve_as_captions(tmp_path):
 # Counts.
 
 
-def test_too_few_images_are_said_with_the_options_that_mend_it():
+def test_too_few_images_are_refused_with_the_options_that_mend_it():
     imagenet.refuse_too_few({"pretrain": (64, 64), "finetune": (32, 40)}, 2)
     with pytest.raises(UserError) as error:
         imagenet.refuse_too_few({"teacher": (64, 10), "pretrain": (32, 40), "finetune": (16, 3)}, 2)
-    said = str(error.value)
-    assert "teacher takes 64 images a step and has 10, finetune takes 16 images a step and has 3" in said
-    assert "-S teacher.batch_size=8 -S teacher.micro_batch=4 -S finetune.batch_size=2 -S finetune.micro_batch=1" in said
+    message = str(error.value)
+    assert "teacher takes 64 images a step and has 10, finetune takes 16 images a step and has 3" in message
+    assert "-S teacher.batch_size=8 -S teacher.micro_batch=4 -S finetune.batch_size=2 -S finetune.micro_batch=1" in message
 
 
-def test_other_counts_than_the_recipe_s_are_said_with_the_mend():
-    found = {"train": 1281166, "val": 50000, "classes": 999}
+def test_other_counts_than_the_recipe_s_are_refused_with_the_remedy():
+    counts = {"train": 1281166, "val": 50000, "classes": 999}
     with pytest.raises(UserError) as error:
-        imagenet.refuse_other_counts("prepare_imagenet", found, ImagenetCounts(1281167, 50000, 1000))
-    said = str(error.value)
-    assert "1,281,166 instead of 1,281,167 (train), 999 instead of 1,000 (classes)" in said and "val" not in said
-    assert "-S prepare_imagenet.expect=null" in said
-    imagenet.refuse_other_counts("prepare_imagenet", found, None)
+        imagenet.refuse_other_counts("prepare_imagenet", counts, ImagenetCounts(1281167, 50000, 1000))
+    message = str(error.value)
+    assert "1,281,166 instead of 1,281,167 (train), 999 instead of 1,000 (classes)" in message and "val" not in message
+    assert "-S prepare_imagenet.expect=null" in message
+    imagenet.refuse_other_counts("prepare_imagenet", counts, None)
     imagenet.refuse_other_counts("prepare_ade20k", {"train": 2, "val": 1}, SceneCounts(2, 1))
 
 
-def test_a_world_with_classes_without_an_image_is_refused_before_it_is_drawn(tmp_path):
+def test_a_world_with_too_few_images_for_its_classes_is_refused_before_it_is_drawn(tmp_path):
     from stages import prepare_imagenet
 
     for counts, key in (({"train": 19, "val": 20}, "train is 19"), ({"train": 20, "val": 0}, "val is 0")):
@@ -444,23 +449,23 @@ def test_a_world_with_classes_without_an_image_is_refused_before_it_is_drawn(tmp
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("of, classes, right", [("small", 14, 11), ("large", 11, 14)])
-def test_scenes_of_another_world_than_the_classes_are_refused_before_they_are_drawn(tmp_path, of, classes, right):
+@pytest.mark.parametrize("world, classes, right", [("small", 14, 11), ("large", 11, 14)])
+def test_scenes_of_another_world_than_the_classes_are_refused_before_they_are_drawn(tmp_path, world, classes, right):
     from stages import prepare_ade20k
 
-    said = rf"prepare_ade20k\.classes is {classes}, and scenes of the {of} built-in world have {right} classes"
-    with pytest.raises(UserError, match=said):
-        prepare_ade20k.draw(tmp_path / "scenes", SimpleNamespace(world=of, classes=classes, seed=0, size=16, train=1, val=1))
+    message = rf"prepare_ade20k\.classes is {classes}, and scenes of the {world} built-in world have {right} classes"
+    with pytest.raises(UserError, match=message):
+        prepare_ade20k.draw(tmp_path / "scenes", SimpleNamespace(world=world, classes=classes, seed=0, size=16, train=1, val=1))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_world_of_a_recipe_that_was_given_up_is_dropped(tmp_path):
+def test_a_world_of_an_earlier_recipe_is_removed(tmp_path):
     from stages import prepare_imagenet
 
     for name in ("world-old", "world-new", "pretrain-milan-0"):
         (tmp_path / name).mkdir()
-    p = SimpleNamespace(seed=0, world="small", size=16, train=20, val=20, pairs=0)
-    prepare_imagenet.draw(tmp_path / "world-new", p)  # which is there: drawn before an interruption
+    section = SimpleNamespace(seed=0, world="small", size=16, train=20, val=20, pairs=0)
+    prepare_imagenet.draw(tmp_path / "world-new", section)  # which is there: drawn before an interruption
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pretrain-milan-0", "world-new"]
     assert list((tmp_path / "world-new").iterdir()) == []
 
@@ -471,7 +476,7 @@ ANNOTATIONS = {"s2": layouts.annotation(layouts.FITTING), "s1": layouts.annotati
 
 
 def scene_layouts(root: Path) -> list[Path]:
-    """The same scenes as a folder, as the folder that holds it, as a zip and as the folder that holds that."""
+    """Write the same scenes as a folder and as a zip; return both, each also by the folder that holds it."""
     files = {
         **scene_files(ANNOTATIONS),
         **scene_files(ANNOTATIONS, "validation"),
@@ -486,13 +491,13 @@ def test_scenes_of_a_folder_and_of_a_zip_are_the_same(tmp_path, kind):
     root = scene_layouts(tmp_path)[kind]
     places = ade20k.scene_places(root)
     items = ade20k.scene_items(places, "training", root)
-    said = [(item["name"], item["image"].read(), item["mask"].read()) for item in items]
-    assert said == [(name, encoded(size=(8, 6)), ANNOTATIONS[name]) for name in ("s1", "s2")]
+    contents = [(item["name"], item["image"].read(), item["mask"].read()) for item in items]
+    assert contents == [(name, encoded(size=(8, 6)), ANNOTATIONS[name]) for name in ("s1", "s2")]
     assert ade20k.scene_classes(places, 2) == ["wall", "sky"]
     assert ade20k.scene_classes(places, 3) == ade20k.scene_classes({}, 3) == ["class 1", "class 2", "class 3"]
 
 
-def test_names_of_classes_that_cannot_be_read_are_said(tmp_path):
+def test_class_names_of_scenes_that_cannot_be_read_are_refused(tmp_path):
     root = class_tree(tmp_path, scene_files(ANNOTATIONS))
     (root / "objectInfo150.txt").symlink_to("nowhere")
     with pytest.raises(UserError, match=r"objectInfo150\.txt cannot be read .*mend or remove it"):
@@ -507,18 +512,18 @@ def test_a_missing_annotation_is_named(tmp_path):
         ade20k.scene_items(ade20k.scene_places(root), "validation", root)
 
 
-def test_no_scenes_and_no_zip(tmp_path):
+def test_a_missing_or_damaged_scene_set_is_refused(tmp_path):
     with pytest.raises(UserError, match="images is missing: expected ADEChallengeData2016"):
         ade20k.scene_places(tmp_path)
     with pytest.raises(UserError, match=r"nowhere is missing.*-S data\.ade20k=/path"):
         ade20k.scene_places(tmp_path / "nowhere")
     (tmp_path / "ADEChallengeData2016.zip").write_bytes(b"PK half a download")
-    with pytest.raises(UserError, match=r"ADEChallengeData2016\.zip is no whole zip"):
+    with pytest.raises(UserError, match=r"ADEChallengeData2016\.zip is not a complete zip"):
         ade20k.scene_places(tmp_path)
 
 
 def test_records_of_images_without_labels_have_no_such_column(tmp_path):
-    found = imagenet.read_images(class_tree(tmp_path / "set", {f"{k}.jpg": encoded(seed=k) for k in range(3)}))
-    splits = Packing(tmp_path, shard_images=5, processes=1).pack({"train": found.train, "val": found.val})
-    records.write_manifest(tmp_path, splits=splits, classes=found.classes)
+    dataset = imagenet.read_images(class_tree(tmp_path / "set", {f"{k}.jpg": encoded(seed=k) for k in range(3)}))
+    splits = Packing(tmp_path, shard_images=5, processes=1).pack({"train": dataset.train, "val": dataset.val})
+    records.write_manifest(tmp_path, splits=splits, classes=dataset.classes)
     assert records.Records(tmp_path, "train")[0] == {"image": encoded(seed=1), "name": "1.jpg"}

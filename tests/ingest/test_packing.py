@@ -13,7 +13,7 @@ from milan.core.errors import UserError
 from milan.data import records, transforms
 from milan.ingest import imagenet, packing
 from milan.ingest.ade20k import scene_items
-from milan.ingest.archives import File, Member, Row, tar_spans, tree
+from milan.ingest.archives import File, ParquetRow, ZipMember, list_files, tar_members
 from milan.ingest.packing import Packing, read_job
 from tests import layouts
 from tests.conftest import forked
@@ -58,11 +58,11 @@ def places(kind: str, root: Path, files: dict[str, bytes]) -> list:
     if kind == "tar":
         inner = {"n01.tar": tar(files)}
         (root / "outer.tar").write_bytes(tar(inner))
-        return tar_spans(root / "outer.tar", tar_spans(root / "outer.tar")[0])
+        return tar_members(root / "outer.tar", tar_members(root / "outer.tar")[0])
     if kind == "zip":
-        return [place for _, place in tree(zipped(root / "a.zip", files)).items()]
+        return [place for _, place in list_files(zipped(root / "a.zip", files)).items()]
     parquet(root / "a.parquet", {f"n01440764/{name}": data for name, data in files.items()}, None)
-    return [Row(root / "a.parquet", number, name) for number, name in enumerate(files)]
+    return [ParquetRow(root / "a.parquet", number, name) for number, name in enumerate(files)]
 
 
 KINDS = ["files", "tar", "zip", "parquet"]
@@ -104,10 +104,10 @@ def test_a_damaged_member_of_a_zip_is_listed(tmp_path):
     place = data.index(b"1.jpg") + 300
     data[place : place + 20] = bytes(20)
     path.write_bytes(data)
-    items = [{"image": place, "name": name} for name, place in tree(path).items()]
+    items = [{"image": place, "name": name} for name, place in list_files(path).items()]
     said = refusal(tmp_path / "out", train=items)
     assert said.startswith("1 of 3 files") and "a.zip: ADEChallengeData2016/1.jpg" in said
-    assert all(isinstance(item["image"], Member) for item in items)
+    assert all(isinstance(item["image"], ZipMember) for item in items)
 
 
 def test_files_that_vanish_are_listed(tmp_path):
@@ -167,7 +167,7 @@ def test_shrinking_keeps_the_aspect_and_leaves_small_files_alone():
 
 
 def scenes(root: Path, annotations: dict[str, bytes]) -> list[dict]:
-    places = tree(class_tree(root, scene_files(annotations)))
+    places = list_files(class_tree(root, scene_files(annotations)))
     return scene_items(places, "training", root)
 
 
@@ -347,7 +347,7 @@ def test_shards_of_a_tar_are_kept_as_long_as_the_tar_is_the_same(tmp_path, read)
     files = {f"{k:02d}.jpg": encoded(seed=k) for k in range(6)}
     path = tmp_path / "a.tar"
     path.write_bytes(tar(files))
-    items = [{"image": place, "name": place.name} for place in tar_spans(path)]
+    items = [{"image": place, "name": place.name} for place in tar_members(path)]
     bad = {"image": File(tmp_path / "absent.jpg"), "name": "absent.jpg"}
     refusal(tmp_path / "out", train=[*items, bad])
     read.clear()

@@ -1,4 +1,4 @@
-"""The built-in world: reproducible to the byte, truthful in labels, captions and masks, written whole or not at all."""
+"""The built-in world: bytes are reproducible; labels, captions and masks are true; folders are written whole or not at all."""
 
 import csv
 import json
@@ -42,8 +42,8 @@ def test_a_scene_is_a_function_of_seed_purpose_and_index(scenes):
 
 
 def test_classes_are_exactly_balanced_and_in_the_order_of_their_wnids(scenes):
-    for of, classes in ((drawing.SMALL, 20), (drawing.LARGE, 48)):
-        assert len(set(of.classes)) == classes and list(of.wnids) == sorted(set(of.wnids))
+    for world, classes in ((drawing.SMALL, 20), (drawing.LARGE, 48)):
+        assert len(set(world.classes)) == classes and list(world.wnids) == sorted(set(world.wnids))
     assert set(Counter(scene.label for scene in scenes).values()) == {1200 // 20}
 
 
@@ -52,7 +52,7 @@ def test_a_recipe_can_name_every_world():
         assert get_args(get_type_hints(section)["world"]) == tuple(drawing.WORLDS)
 
 
-def test_the_large_world_adds_kinds_and_keeps_the_small_one_s():
+def test_the_large_world_contains_the_small_one():
     assert set(drawing.SMALL.classes) < set(drawing.LARGE.classes)
     assert drawing.LARGE.scene_classes[: len(drawing.SMALL.scene_classes)] == drawing.SMALL.scene_classes
     assert set(drawing.LARGE.shapes) == set(drawing._INSIDE) and set(drawing.LARGE.fills) == set(drawing._DARK)
@@ -62,7 +62,7 @@ def test_the_large_world_adds_kinds_and_keeps_the_small_one_s():
     assert values == set(range(15))
 
 
-def test_a_star_is_where_its_corners_are():
+def test_a_star_ends_at_its_corners():
     tip, notch = 1.0, 0.5
     for corner in range(10):
         radius, angle = (notch if corner % 2 else tip), corner * np.pi / 5
@@ -85,14 +85,14 @@ def test_every_caption_names_its_class_in_few_words(scenes):
     assert large == vocabulary | {"star", "crescent", "arrow", "pinstriped", "gridded"}
 
 
-def test_captions_tell_colour_size_and_texture_truly(scenes, monkeypatch):
+def test_captions_give_the_true_colour_size_and_texture(scenes, monkeypatch):
     names, colours = list(drawing.COLOURS), np.array(list(drawing.COLOURS.values()))
     colours /= np.linalg.norm(colours, axis=1, keepdims=True)  # direction only: the exposure varies
     right, areas = [], {"small": [], "large": []}
     for scene in scenes:
-        said = set(scene.caption.split())
-        colour, size = said & set(names), said & set(areas)
-        if colour and "plain" in said:
+        words = set(scene.caption.split())
+        colour, size = words & set(names), words & set(areas)
+        if colour and "plain" in words:
             right.append(names[np.argmax(colours @ np.median(scene.image[scene.mask], axis=0))] in colour)
         if size:
             areas[size.pop()].append(scene.mask.mean())
@@ -102,33 +102,33 @@ def test_captions_tell_colour_size_and_texture_truly(scenes, monkeypatch):
     fields = {name: lambda _, size, name=name: drawn.append(name) or np.zeros((size, size)) for name in drawing.TEXTURES}
     monkeypatch.setattr(drawing, "_FIELDS", fields)
     for i in range(60):
-        said = set(drawing.object_scene(drawing.SMALL, 3, "test", i, SIZE).caption.split())
-        assert said & set(drawing.TEXTURES) <= {drawn[-1]}
+        words = set(drawing.object_scene(drawing.SMALL, 3, "test", i, SIZE).caption.split())
+        assert words & set(drawing.TEXTURES) <= {drawn[-1]}
 
 
-@pytest.mark.parametrize("of", drawing.WORLDS)
-def test_the_mask_is_exactly_what_the_object_changes(of, monkeypatch):
-    scenes = [drawing.object_scene(drawing.WORLDS[of], 3, "test", i, SIZE) for i in range(200)]
+@pytest.mark.parametrize("world", drawing.WORLDS)
+def test_the_mask_is_exactly_what_the_object_changes(world, monkeypatch):
+    scenes = [drawing.object_scene(drawing.WORLDS[world], 3, "test", i, SIZE) for i in range(200)]
     monkeypatch.setattr(drawing, "_blend", lambda below, above, coverage: below)
     changed = []
     for i, scene in enumerate(scenes):
-        without = drawing.object_scene(drawing.WORLDS[of], 3, "test", i, SIZE).image
+        without = drawing.object_scene(drawing.WORLDS[world], 3, "test", i, SIZE).image
         difference = (without != scene.image).any(-1)
         assert not difference[~scene.mask].any()
         changed.append(difference[scene.mask].mean())
     assert np.mean(changed) > 0.99
 
 
-@pytest.mark.parametrize(("of", "size"), [("small", 32), ("small", 48), ("small", 128), ("large", 48)])
-def test_objects_take_about_a_seventh_of_the_image(of, size):
-    drawn = drawing.WORLDS[of]
+@pytest.mark.parametrize(("world", "size"), [("small", 32), ("small", 48), ("small", 128), ("large", 48)])
+def test_objects_take_about_a_seventh_of_the_image(world, size):
+    drawn = drawing.WORLDS[world]
     shares = np.array([drawing.object_scene(drawn, 1, "area", i, size).mask.mean() for i in range(10 * len(drawn.classes))])
     assert 0.12 < shares.mean() < 0.18 and shares.min() > 0.04 and shares.max() < 0.32
     by_shape = shares.reshape(10, len(drawn.shapes), len(drawn.fills)).mean((0, 2))
     assert by_shape.min() > 0.08 and by_shape.max() < 0.22
 
 
-def test_mean_colour_does_not_tell_the_class(scenes):
+def test_mean_colour_does_not_reveal_the_class(scenes):
     means = np.array([scene.image.mean((0, 1)) for scene in scenes])
     labels = np.array([scene.label for scene in scenes])
     centres = np.array([means[:800][labels[:800] == k].mean(0) for k in range(20)])
@@ -143,13 +143,13 @@ def test_annotations_use_every_class_and_leave_a_little_unlabelled():
     assert (counts[1:] > 0.015 * counts.sum()).all()
 
 
-def test_annotations_name_what_was_painted(monkeypatch):
-    """Sentinel: paint each region in its own number; every labelled pixel must then show its label, unmixed."""
+def test_annotations_match_the_painted_regions(monkeypatch):
+    """Sentinel: each region is painted in its own number, so every labelled pixel must show its label, unmixed."""
     painted, coverage = [], drawing._coverage
     number = {name: np.float32(k) for k, name in enumerate(drawing.SMALL.scene_classes, 1)}
     monkeypatch.setattr(drawing, "_coverage", lambda rng, shape, *a: painted.append(shape) or coverage(rng, shape, *a))
     monkeypatch.setattr(drawing, "_background", lambda rng, name, size: np.full((size, size, 3), number[name]))
-    monkeypatch.setattr(drawing, "_skin", lambda *_: number[painted[-1]])
+    monkeypatch.setattr(drawing, "_pattern", lambda *_: number[painted[-1]])
     monkeypatch.setattr(drawing, "_photograph", lambda rng, canvas: canvas)
     for i in range(100):
         canvas, annotation = drawing.stuff_scene(drawing.SMALL, 2, "test", i, SIZE)
@@ -168,12 +168,12 @@ def test_imagenet_is_the_same_bytes_for_one_process_and_two(tmp_path, monkeypatc
     assert len(one) == 60 + 20 + 25 + 8 + 2
 
 
-def test_imagenet_layout_holds_the_scenes_it_names(tmp_path):
-    writing.write_imagenet(tmp_path, drawing.SMALL, 5, SIZE, train=40, val=20, pairs=20, objects=4)  # an empty folder is welcome
+def test_imagenet_layout_holds_the_right_scenes(tmp_path):
+    writing.write_imagenet(tmp_path, drawing.SMALL, 5, SIZE, train=40, val=20, pairs=20, objects=4)  # an empty folder is accepted
     assert json.loads((tmp_path / "classes.json").read_text()) == dict(zip(drawing.SMALL.wnids, drawing.SMALL.classes, strict=True))
     for split, each in (("train", 2), ("val", 1)):
-        held = {path.name: len(list(path.iterdir())) for path in (tmp_path / split).iterdir()}
-        assert held == dict.fromkeys(drawing.SMALL.wnids, each)
+        images = {path.name: len(list(path.iterdir())) for path in (tmp_path / split).iterdir()}
+        assert images == dict.fromkeys(drawing.SMALL.wnids, each)
     wnid = drawing.SMALL.wnids[3]
     for purpose, index, path in (("train", 23, f"train/{wnid}/{wnid}_23.JPEG"), ("pairs", 3, "pairs/00000004.JPEG"),
                                  ("val", 3, f"val/{wnid}/ILSVRC2012_val_00000004.JPEG")):
@@ -217,7 +217,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch, processes):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_killed_write_leaves_no_set_and_does_not_stand_in_the_way(tmp_path):
+def test_a_killed_write_leaves_no_set_and_does_not_hinder_the_next(tmp_path):
     code = "import os, sys; from milan.ingest.world import drawing, writing; writing.write_ade20k(sys.argv[1], drawing.SMALL, 5, 48, 9, 2, lambda done: os._exit(9))"
     killed = subprocess.run([sys.executable, "-c", code, tmp_path / "set"], cwd=ROOT)
     assert killed.returncode == 9 and not (tmp_path / "set").exists()
@@ -236,6 +236,6 @@ def test_a_fresh_interpreter_draws_the_same_and_starts_without_the_heavy_librari
     code = ("import sys, milan.ingest.world.drawing as w; print(w.object_scene(w.SMALL, 3, 'test', 41, 48).image.sum((0, 1)).tolist(), "
             "[name for name in ('torch', 'torchvision', 'mlflow') if name in sys.modules])")
     for hash_seed in "12":  # Python's own hash of a string differs between these two
-        said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True,
+        printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True,
                               capture_output=True, check=True, env={**os.environ, "PYTHONHASHSEED": hash_seed}).stdout
-        assert said == f"{drawing.object_scene(drawing.SMALL, 3, 'test', 41, SIZE).image.sum((0, 1)).tolist()} []\n"
+        assert printed == f"{drawing.object_scene(drawing.SMALL, 3, 'test', 41, SIZE).image.sum((0, 1)).tolist()} []\n"

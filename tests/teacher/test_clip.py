@@ -1,4 +1,4 @@
-"""CLIP as the teacher: the same numbers as open_clip's, a renumbered tokenizer, weights stored exactly, class embeddings, loss."""
+"""CLIP as the teacher: open_clip's own numbers, a renumbered tokenizer, weights stored exactly, class embeddings, loss."""
 
 import copy
 

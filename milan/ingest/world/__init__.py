@@ -1,1 +1,1 @@
-"""The built-in captioned image world: drawing.py draws a scene, writing.py writes scenes in the layouts of the real data sets."""
+"""The built-in captioned image world: drawing.py draws scenes, writing.py writes them in the layouts of the real data sets."""
