@@ -75,7 +75,7 @@ def finetuning(model: Model, batch: int, precision: str, device: torch.device) -
     return Task(FinetuneLoss(vit, FINETUNE, CLASSES), optim.adamw(groups, (0.9, 0.999)), (images, labels), precision)
 
 
-def upernet(model: Model, scenes: int, side: int, precision: str, device: torch.device) -> Task:
+def segmentation(model: Model, scenes: int, side: int, precision: str, device: torch.device) -> Task:
     e, norm = model.encoder, "sync" if device.type == "cuda" else "batch"
     blocks = [(k + 1) * e.depth // 4 - 1 for k in range(4)]
     widths = (768, 256) if e.embed_dim == 768 else (32, 16)
@@ -117,7 +117,7 @@ def main() -> None:
     choose_attention(precision, device)
     peak = measure.matmul_peak(device, DTYPES[precision])
     tasks = {"fine-tuning": finetuning(model, args.batch, precision, device)}
-    tasks["UPerNet"] = upernet(model, args.scenes, args.side, precision, device)
+    tasks["UPerNet"] = segmentation(model, args.scenes, args.side, precision, device)
     flops = {name: task.flops() for name, task in tasks.items()}
     about = {**measure.machine(device), "model": args.model, "precision": precision, "matmul TFLOP/s": f"{peak:.3g}"}
     about |= {f"GFLOP an image, {name}": f"{flops[name] / len(task.inputs[0]) / 1e9:.4g}" for name, task in tasks.items()}

@@ -11,7 +11,7 @@ import yaml
 
 from milan.core.errors import UserError
 from milan.report import costs, sweep
-from milan.report.provenance import Run
+from milan.report.provenance import StageRun
 from milan.report.results import MEASURES
 from tests.conftest import change
 
@@ -22,9 +22,9 @@ LOCK = {
 }
 
 
-def known(stage: str, seconds: float, hardware: str = "a small machine", **tags: str) -> Run:
+def known(stage: str, seconds: float, hardware: str = "a small machine", **tags: str) -> StageRun:
     digests = {"dvc:outs/demo/targets": "t.dir", **({} if stage == "extract_targets" else {"dvc:w": "w.dir"})}
-    return Run("id", 0, seconds, {"stage": stage, "git_revision": "0123456789abcdef", "hardware": hardware, **digests, **tags})
+    return StageRun("id", 0, seconds, {"stage": stage, "git_revision": "0123456789abcdef", "hardware": hardware, **digests, **tags})
 
 
 RUNS = [known("extract_targets", 20.4), known("pretrain", 90.0, variant="milan", seed="0")]
