@@ -78,7 +78,8 @@ def train(params: Params, records: Path, folder: Path, saved: SavedState, tracke
         save_teacher(folder, model, tiny_config(section.tiny, params.model, tokenizer.ids.tolist()))
     wording = Wording(read_manifest(records)["classes"], drawing.PROMPTS)
     if not wording.names:
-        print("The images have no labels, so the teacher cannot be evaluated.", flush=True)
+        if distributed.rank() == 0:
+            print("The images have no labels, so the teacher cannot be evaluated.", flush=True)
         return {"curve": curve, "metrics": {}}
     text = embed_classes(model.eval(), tokenizer, wording)
     if distributed.rank() == 0:

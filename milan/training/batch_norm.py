@@ -1,4 +1,4 @@
-"""A batch norm's running statistics, the same for any number of processes."""
+"""The running statistics of batch norms, the same for any number of processes."""
 
 import torch
 from torch import nn
@@ -8,9 +8,11 @@ from milan.training import distributed
 
 
 class RunningStatistics:
-    """One update a step: the mean of what each of the step's micro-batches would have made of the statistics that the
-    step began with, whichever process computed it. (Left alone, a process would make one update a micro-batch of its
-    own, and know nothing of the others'.)
+    """One update of the running statistics for each optimizer step.
+
+    Each micro-batch of the step, whichever process computes it, updates the statistics that the step began with; the step's
+    statistics are the mean of these updates. (By itself a batch norm makes one update for each micro-batch of its own
+    process, and processes differ.)
 
     Call note() after each micro-batch and update() after the last."""
 
@@ -22,11 +24,13 @@ class RunningStatistics:
 
     @torch.no_grad()
     def begin(self) -> None:
+        """Remember the statistics that a step begins with."""
         self.before = [value.clone() for value in self.values]
         self.sums = [torch.zeros_like(value) for value in self.values]
 
     @torch.no_grad()
     def note(self) -> None:
+        """Add what this micro-batch made of the statistics, and set them back."""
         for value, before, total in zip(self.values, self.before, self.sums, strict=True):
             total += value
             value.copy_(before)
@@ -35,7 +39,7 @@ class RunningStatistics:
 
     @torch.no_grad()
     def update(self, micro_batches: int) -> None:
-        """micro_batches: of all processes."""
+        """Set the step's statistics. micro_batches: of all processes in this step."""
         if not self.norms:
             return
         mean = distributed.total(torch.cat(self.sums)) / micro_batches
