@@ -12,15 +12,16 @@ import dataclasses
 import torch
 
 from benchmarks import measure
-from benchmarks.step import batch_of, flops, our_step, peak_memory
+from benchmarks.step import batch_of, flops, our_step
 from milan.params import Model
 
 
 def row_of(model: Model, batch_size: int, precision: str, args, device: torch.device) -> dict:
     """Time and memory of one size. Sizes follow one another: together they would not fit."""
     step = our_step(model, precision, device, not args.banked, measure.compute(args).compile)
-    batch = batch_of(model, batch_size, device)
-    seconds = measure.in_turn({"step": lambda: step(batch)}, args.repeats, device, warm=2)["step"]
+    batch = batch_of(model, batch_size, device, precision)
+    times = measure.in_a_row(device)
+    seconds = measure.in_turn({"step": lambda: step(batch)}, args.repeats, device, warm=2, times=times)["step"]
     teacher, student = flops(model, device)
     each, took = student + (0 if args.banked else teacher), measure.median(seconds)
     row = {
@@ -29,7 +30,8 @@ def row_of(model: Model, batch_size: int, precision: str, args, device: torch.de
         "ms an image": 1000 * took / batch_size,
     }
     row |= {"± %": measure.spread(seconds), "TFLOP/s": batch_size * each / took / 1e12, "GFLOP an image": each / 1e9}
-    return row | {"peak GB": peak_memory(step, batch)}
+    kept = measure.weight(step.student, step.teacher, step.optimizer)
+    return row | {"peak GB": measure.peak_memory(lambda: step(batch), device, kept)}
 
 
 def main() -> None:

@@ -1,10 +1,11 @@
-"""Which kinds of kernels does a pretraining step spend its time in?
+"""Which kinds of kernels does a pretraining step spend its time in, and how far from the peak is each product?
 
     python -m benchmarks.kernels                   # online, in the device's best precision
     python -m benchmarks.kernels --banked --precision fp32
 
 Profiles a step (torch.profiler) after warming up and adds up the time that kernels themselves take (on a GPU the
-device's time, on a CPU the operators' own), sorted into kinds by their names.
+device's time, on a CPU the operators' own), sorted into kinds by their names. Then matrix products and attention by their
+shapes, with the rate of each and the milliseconds that it loses against the peak; and the longest kernels.
 """
 
 import re
@@ -15,18 +16,24 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import measure
 from benchmarks.step import batch_of, our_step
+from milan.training.device import DTYPES
 
 KINDS = {  # the first that fits a kernel's name
+    "norms and sums, compiled": r"^triton_(per|red)",
+    "elementwise, compiled": r"^triton",
     "bookkeeping": r"^autograd::|backward0$|^optimizer|^aten::(t|view|transpose|permute|expand|reshape|select|slice|as_strided|empty.*)$",
     "optimizer": r"adam|multi_tensor_apply",
-    "attention": r"attention|flash|fmha",
+    "attention": r"attention|flash|fmha|sdpa",
     "convolution": r"conv|im2col|implicit",
     "matrix products": r"mm\b|gemm|addmm|matmul|cutlass|nvjet|xmma|splitk",
     "norms and softmax": r"norm|softmax|welford",
     "copies": r"copy|cat|gather|index|scatter|memcpy|memset|fill|zero|contiguous|clone",
-    "elementwise": r"triton|elementwise|vectorized|add|mul|div|sub|gelu|sigmoid|reduce|sum|mean|rsqrt|pow|neg",
+    "elementwise": r"elementwise|vectorized|add|mul|div|sub|gelu|sigmoid|reduce|sum|mean|rsqrt|pow|neg",
     "the rest": r"",
 }
+ANNOTATION = r"optimizer\.|## |torch-compiled|compiledfunction|profilerstep"  # spans over kernels, which have their own time
+ATTENTION = r"aten::_(scaled_dot_product|flash|efficient|cudnn).*(forward|backward|attention)"
+LONGEST = 40
 
 
 def kind_of(name: str) -> str:
@@ -48,6 +55,40 @@ def rows_of(events: Iterable[tuple[str, float, int]], steps: int) -> list[dict]:
     return sorted(rows, key=lambda row: -row["ms a step"])
 
 
+def product(name: str, shapes: list) -> tuple[str, float] | None:
+    """A matrix product's shape in words and its floating-point operations; None for another operator."""
+    if name not in ("aten::mm", "aten::addmm", "aten::bmm", "aten::_scaled_mm"):
+        return None
+    *batch, m, k = shapes[1 if name == "aten::addmm" else 0]
+    n = shapes[2 if name == "aten::addmm" else 1][-1]
+    words = " x ".join(str(size) for size in (*batch, m, k, n))
+    return words, 2.0 * m * k * n * (batch[0] if batch else 1)
+
+
+def shapes_of(events: Iterable[tuple[str, list, float, int]], steps: int, peak: float) -> list[dict]:
+    """events (operator, shapes, seconds, calls) of several steps -> a row a shape, what loses most first. peak: TFLOP/s."""
+    rows = []
+    for name, shapes, seconds, calls in events:
+        found = product(name, shapes)
+        if seconds <= 0 or not (found or re.match(ATTENTION, name)):
+            continue
+        words = found[0] if found else " ".join("x".join(map(str, shape)) for shape in shapes[:3] if shape)
+        row = {"operator": name.removeprefix("aten::"), "m x k x n": words}
+        row |= {"calls": calls // steps, "ms a step": 1000 * seconds / steps}
+        if found:
+            rate = found[1] * calls / seconds / 1e12
+            row |= {"TFLOP/s": rate, "% of peak": 100 * rate / peak, "lost ms": row["ms a step"] * max(0.0, 1 - rate / peak)}
+        rows.append(row)
+    return sorted(rows, key=lambda row: -row.get("lost ms", row["ms a step"]))
+
+
+def on_the_gpu(event) -> bool:
+    """Whether a profiled event is a kernel or a copy there."""
+    if getattr(event, "is_user_annotation", False) or re.match(ANNOTATION, event.key.lower()):
+        return False
+    return event.device_type == torch.autograd.DeviceType.CUDA
+
+
 def main() -> None:
     parser = measure.arguments(__doc__, repeats=3)
     measure.step_arguments(parser)
@@ -56,19 +97,32 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     device, model = torch.device(args.device), measure.MODELS[args.model]
     precision, cuda = measure.precision(args), device.type == "cuda"
+    peak = measure.matmul_peak(device, DTYPES[precision])
     step = our_step(model, precision, device, not args.banked, measure.compute(args).compile)
-    batch = batch_of(model, args.batch, device)
-    seconds = measure.in_turn({"step": lambda: step(batch)}, args.repeats, device, warm=2)["step"]
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiler:
+    batch = batch_of(model, args.batch, device, precision)
+    times = measure.in_a_row(device)
+    seconds = measure.in_turn({"step": lambda: step(batch)}, args.repeats, device, warm=3, times=times)["step"]
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with profile(activities=activities, record_shapes=True) as profiler:
         for _ in range(args.repeats):
             step(batch)
         measure.wait(device)
-    averages = [event for event in profiler.key_averages() if not cuda or event.device_type == torch.autograd.DeviceType.CUDA]
     own = "self_device_time_total" if cuda else "self_cpu_time_total"
-    rows = rows_of([(event.key, getattr(event, own) / 1e6, event.count) for event in averages], args.repeats)
+    averages = [event for event in profiler.key_averages() if not cuda or on_the_gpu(event)]
+    events = [(event.key, getattr(event, own) / 1e6, event.count) for event in averages]
+    rows = rows_of(events, args.repeats)
+    shaped = [event for event in profiler.key_averages(group_by_input_shape=True) if event.input_shapes]
+    shapes = shapes_of(((e.key, e.input_shapes, getattr(e, own) / 1e6, e.count) for e in shaped), args.repeats, peak)
+    longest = [
+        {"kernel": name[:110], "ms a step": 1000 * took / args.repeats, "calls": calls // args.repeats}
+        for name, took, calls in sorted(events, key=lambda event: -event[1])[:LONGEST]
+    ]
     about = {**measure.machine(device), "model": args.model, "batch": args.batch, "precision": precision}
-    about |= {"teacher": "no" if args.banked else "inside", "ms a step unprofiled": f"{1000 * measure.median(seconds):.4g}"}
-    measure.show("Where a step's time goes", rows, about, args.json)
+    about |= {"teacher": "no" if args.banked else "inside", "matmul TFLOP/s": f"{peak:.3g}"}
+    about |= {"ms a step unprofiled": f"{1000 * measure.median(seconds):.4g}"}
+    about["ms a step in kernels"] = f"{sum(row['ms a step'] for row in rows):.4g}"
+    more = {"Matrix products and attention by shape": shapes, "The longest kernels": longest}
+    measure.show("Where a step's time goes", rows, about, args.json, **{title: table for title, table in more.items() if table})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the benchmarks share: cases timed in turn, the machine in words, a small table and its JSON.
+"""Times cases in turn; writes a table and its JSON; names the machine and its two ceilings.
 
 Machines are noisy, so cases are interleaved (every case once, then every case again) and medians are compared;
 ratios between cases of one run mean something, seconds of different runs do not.
@@ -57,18 +57,22 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def in_turn(cases: dict[str, Callable[[], object]], repeats: int, device: torch.device, warm: int = 1) -> dict[str, list[float]]:
-    """Seconds of each case, `repeats` times, one case after the other in every round."""
+def in_turn(
+    cases: dict[str, Callable[[], object]], repeats: int, device: torch.device, warm: int = 1, times: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of each case, `repeats` times, one case after the other in every round. A case runs `times` in a row, and its
+    seconds are the mean of these: a GPU's host runs ahead of it in training, and must be let to here."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     progress = Progress("timing (cases)", len(cases) * (warm + repeats))
     for round_number in range(warm + repeats):
         for name, case in cases.items():
             wait(device)
             began = time.perf_counter()
-            case()
+            for _ in range(times if round_number >= warm else 1):
+                case()
             wait(device)
             if round_number >= warm:
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append((time.perf_counter() - began) / times)
             progress.update()
     progress.close()
     return seconds
@@ -97,16 +101,59 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * n**3 / min(seconds) / 1e12
 
 
-def show(title: str, rows: list[dict], about: dict, path: Path | None) -> None:
-    """A Markdown table on stdout, and everything as JSON where asked."""
-    names = list(rows[0])
-    cells = [[form(row[name]) for name in names] for row in rows]
-    widths = [max(len(name), *(len(row[k]) for row in cells)) for k, name in enumerate(names)]
+def copy_peak(device: torch.device) -> float:
+    """GB/s of one large copy, bytes read and bytes written: the most that this device's memory gives to any program."""
+    size = 2**31 if device.type == "cuda" else 2**26
+    source, target = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
+    seconds = in_turn({"copy": lambda: target.copy_(source)}, 5, device)["copy"]
+    return 2 * size / min(seconds) / 1e9
+
+
+def in_a_row(device: torch.device) -> int:
+    """Steps timed together."""
+    return 5 if device.type == "cuda" else 1
+
+
+def weight(*parts) -> int:
+    """Bytes of modules' parameters and buffers, and of optimizers' states."""
+    tensors = []
+    for part in parts:
+        if isinstance(part, torch.nn.Module):
+            tensors += [*part.parameters(), *part.buffers()]
+        elif part is not None:
+            tensors += [v for state in part.state.values() for v in state.values() if torch.is_tensor(v)]
+    return sum({id(tensor): tensor.nbytes for tensor in tensors}.values())
+
+
+def peak_memory(step: Callable[[], object], device: torch.device, weight: int) -> float | None:
+    """GB that a GPU must have for a step: what it keeps (weight, in bytes) and the most that it adds. A CPU does not tell."""
+    if device.type != "cuda":
+        return None
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    step()
+    return (weight + torch.cuda.max_memory_allocated(device) - before) / 1e9
+
+
+def show(title: str, rows: list[dict], about: dict, path: Path | None, **more: list[dict]) -> None:
+    """A Markdown table on stdout, and everything as JSON where asked. more: further tables, by title."""
     print(f"\n{title}\n{', '.join(f'{k} {v}' for k, v in about.items())}\ncommand: python {' '.join(sys.argv)}\n")
+    table(rows)
+    for name, others in more.items():
+        print(f"\n{name}\n")
+        table(others)
+    sys.stdout.flush()
+    if path:
+        found = {"title": title, "about": about, "command": sys.argv, "rows": rows, **more}
+        path.write_text(json.dumps(found, indent=1, default=str) + "\n")
+
+
+def table(rows: list[dict]) -> None:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [[form(row.get(name)) for name in names] for row in rows]
+    widths = [max(len(name), *(len(row[k]) for row in cells)) for k, name in enumerate(names)]
     for row in [names, ["-" * width for width in widths], *cells]:
         print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |")
-    if path:
-        path.write_text(json.dumps({"title": title, "about": about, "command": sys.argv, "rows": rows}, indent=1) + "\n")
 
 
 def form(value) -> str:

@@ -1,11 +1,11 @@
-"""What a recipe costs, before anything runs: images, steps, parameters, arithmetic, memory, disk and hours.
+"""Print what a recipe costs before it runs: steps, parameters, arithmetic, memory, disk and hours.
 
-    python -m milan.plan                              # of params.yaml
-    python -m milan.plan --scale paper --tflops 250   # of conf/scale/paper.yaml, on GPUs that sustain 250 TFLOP/s
+    python -m milan.plan                              # the recipe in params.yaml
+    python -m milan.plan --scale paper --tflops 250   # the recipe in conf/scale/paper.yaml, on GPUs that sustain 250 TFLOP/s
 
-Parameters, arithmetic and activations are counted by torch itself on the very models of the stages, without computing
-or storing anything (fake tensors). Hours are arithmetic over a sustained rate: benchmarks/step.py measures it; without
---tflops, half of what a large matrix product reaches here is assumed.
+Torch counts parameters, arithmetic and activations on the stages' own models with fake tensors, which have shapes but no
+values, so nothing is computed or stored. Hours are the arithmetic divided by the rate that a device sustains, which
+benchmarks/step.py measures; without --tflops, half the rate of a large matrix product on this machine is assumed.
 """
 
 import argparse
@@ -37,30 +37,31 @@ from milan.teacher.released import describe
 from milan.teacher.towers import Tower
 from milan.training.device import DTYPES, resolve_device, resolve_precision
 
-IMAGE_BYTES = 110_000  # of an ImageNet JPEG, in the mean
-SCENE_BYTES = 45_000  # of an ADE20K scene with its annotation, in the mean
-DRAWN_PIXEL_BYTES = 2_500 / 48**2  # of the built-in world's JPEGs
+IMAGE_BYTES = 110_000  # mean size of an ImageNet JPEG
+SCENE_BYTES = 45_000  # mean size of an ADE20K scene with its annotation
+DRAWN_BYTES_PER_PIXEL = 2_500 / 48**2  # in JPEGs of the built-in world
 CLASSES = 1000  # of ImageNet
-TOKENS = 20 * 49  # of a vocabulary for the built-in captions; a small share of any figure
+VOCABULARY = 20 * 49  # tokens of the built-in captions; hardly changes any count
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one image in one training step; flops forward, backward twice that where gradients flow."""
+    """The cost of one image in a training step."""
 
-    parameters: int  # trained ones
-    frozen_flops: float  # forward only
-    trained_flops: float  # forward
+    parameters: int  # trained ones only
+    frozen_flops: float  # forward pass of parts without gradient
+    trained_flops: float  # forward pass of trained parts
     activations: int  # bytes kept for the backward pass
 
     @property
     def step_flops(self) -> float:
+        """FLOPs of forward and backward pass; the backward pass costs twice the forward pass of the trained parts."""
         return self.frozen_flops + 3 * self.trained_flops
 
 
 @dataclass(frozen=True)
-class Line:
-    """A stage of the plan."""
+class StagePlan:
+    """One training stage of the plan, for all its variants and seeds."""
 
     name: str
     images: int
@@ -68,24 +69,26 @@ class Line:
     batch_size: int
     micro_batch: int
     cost: Cost
-    runs: int  # variants times seeds
+    runs: int  # number of variants times number of seeds
 
     @property
     def steps(self) -> int:
+        """Optimizer steps of one run."""
         return max(1, round(self.epochs * (self.images // self.batch_size)))
 
     @property
     def flops(self) -> float:
+        """FLOPs of all runs."""
         return self.runs * self.steps * self.batch_size * self.cost.step_flops
 
     @property
     def memory(self) -> float:
-        """Bytes of one process: weight, gradient and two moments in float32, and the micro-batch's activations."""
+        """Bytes on one process: weights, gradients and AdamW's two moments in float32, and a micro-batch's activations."""
         return 16 * self.cost.parameters + self.micro_batch * self.cost.activations
 
 
-def unmade(make: Callable[[], nn.Module]) -> nn.Module:
-    """A model with shapes and no values; call it under FakeTensorMode."""
+def build_fake(make: Callable[[], nn.Module]) -> nn.Module:
+    """Build a model whose tensors have shapes but no values; to be called under FakeTensorMode."""
     with unset_fake_temporarily(), torch.device("meta"):
         model = make()
     for module in model.modules():
@@ -96,8 +99,8 @@ def unmade(make: Callable[[], nn.Module]) -> nn.Module:
     return model
 
 
-def counted(forward: Callable[[], Tensor], parameters: list[nn.Parameter]) -> tuple[float, int]:
-    """(flops, bytes kept for the backward pass) of one forward pass."""
+def count_pass(forward: Callable[[], Tensor], parameters: list[nn.Parameter]) -> tuple[float, int]:
+    """Run a forward pass and return (FLOPs, bytes kept for the backward pass); parameters are not counted as kept."""
     weights = {id(parameter) for parameter in parameters}
     kept: dict[int, int] = {}
 
@@ -111,177 +114,188 @@ def counted(forward: Callable[[], Tensor], parameters: list[nn.Parameter]) -> tu
     return float(counter.get_total_flops()), sum(kept.values())
 
 
-def cost(model: nn.Module, forward: Callable[[], Tensor], images: int, frozen: float = 0.0) -> Cost:
-    """Of a model that is trained, from a forward pass over `images` images; frozen: flops an image of what is not."""
+def training_cost(model: nn.Module, forward: Callable[[], Tensor], images: int, frozen_flops: float = 0.0) -> Cost:
+    """Return the cost of training a model, from a forward pass over `images` images.
+
+    frozen_flops: FLOPs for one image of other models, which are not trained."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    flops, kept = counted(forward, list(model.parameters()))
-    return Cost(sum(parameter.numel() for parameter in trained), frozen, flops / images, kept // images)
+    flops, kept = count_pass(forward, list(model.parameters()))
+    return Cost(sum(parameter.numel() for parameter in trained), frozen_flops, flops / images, kept // images)
 
 
-def pretrain_cost(p: Params, variant: str) -> Cost | None:
-    row, m = p.pretrain.ablation[variant], p.model
-    if row.target == "none" or p.pretrain.weights:
+def pretrain_cost(params: Params, variant: str) -> Cost | None:
+    """Return the cost of pretraining a variant; None when it is not pretrained here."""
+    row, model_size = params.pretrain.ablation[variant], params.model
+    if row.target == "none" or params.pretrain.weights:
         return None
-    tower = teacher(p)
-    width = tower.feature_dim
-    model = unmade(lambda: MaskedPretraining(m, row, p.pretrain.mask_ratio, width))
-    images, noise = torch.randn(1, 3, m.image_size, m.image_size), torch.randn(1, m.n_patches)
-    online = row.target == "clip" and not p.extract_targets.views
-    frozen = flops_of(tower, view_of(tower)) if online else 0.0
-    return cost(
-        model, lambda: model(images, noise, torch.randn(1, 1 + m.n_patches, width), torch.rand(1, m.n_patches)), 1, frozen
-    )
+    tower = fake_teacher(params)
+    model = build_fake(lambda: MaskedPretraining(model_size, row, params.pretrain.mask_ratio, tower.feature_dim))
+    n_patches = model_size.n_patches
+    images, noise = fake_images(1, model_size.image_size), torch.randn(1, n_patches)
+    features, importance = torch.randn(1, 1 + n_patches, tower.feature_dim), torch.rand(1, n_patches)
+    online = row.target == "clip" and not params.extract_targets.views
+    frozen_flops = forward_flops(tower, fake_images(1, tower.size)) if online else 0.0
+    return training_cost(model, lambda: model(images, noise, features, importance), 1, frozen_flops)
 
 
-def parts(p: Params) -> dict[str, float]:
-    """Forward flops an image of teacher, encoder (visible patches) and decoder, of MILAN's own recipe."""
-    m, tower = p.model, teacher(p)
-    model = unmade(lambda: MaskedPretraining(m, milan_row(p), p.pretrain.mask_ratio, tower.feature_dim))
-    images, visible = torch.randn(1, 3, m.image_size, m.image_size), torch.arange(model.n_visible)[None]
-    masked = torch.arange(model.n_visible, m.n_patches)[None]
-    latent = torch.randn(1, 1 + model.n_visible, m.encoder.embed_dim)
+def component_flops(params: Params) -> dict[str, float]:
+    """Return FLOPs of a forward pass for one image: teacher, encoder (visible patches only) and decoder of MILAN."""
+    size, tower = params.model, fake_teacher(params)
+    model = build_fake(lambda: MaskedPretraining(size, milan_row(params), params.pretrain.mask_ratio, tower.feature_dim))
+    images, visible = fake_images(1, size.image_size), torch.arange(model.n_visible)[None]
+    masked = torch.arange(model.n_visible, size.n_patches)[None]
+    latent = torch.randn(1, 1 + model.n_visible, size.encoder.embed_dim)
     return {
-        "teacher": flops_of(tower, view_of(tower)),
-        "encoder": flops_of(model.encoder, images, visible),
-        "decoder": flops_of(model.decoder, latent, visible, masked),
+        "teacher": forward_flops(tower, fake_images(1, tower.size)),
+        "encoder": forward_flops(model.encoder, images, visible),
+        "decoder": forward_flops(model.decoder, latent, visible, masked),
     }
 
 
-def flops_of(model: nn.Module, *inputs: Tensor) -> float:
+def forward_flops(model: nn.Module, *inputs: Tensor) -> float:
+    """Count the FLOPs of a forward pass."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(*inputs)
     return float(counter.get_total_flops())
 
 
-def teacher(p: Params) -> Tower:
-    t = p.teacher
+def fake_teacher(params: Params) -> Tower:
+    """Build the teacher without values."""
+    tiny, pretrained = params.teacher.tiny, params.teacher.pretrained
     with unset_fake_temporarily():
-        config = tiny_config(t.tiny, p.model, list(range(TOKENS))) if t.tiny else describe(t.pretrained)
-    return unmade(lambda: build_tower(config))
+        config = tiny_config(tiny, params.model, list(range(VOCABULARY))) if tiny else describe(pretrained)
+    return build_fake(lambda: build_tower(config))
 
 
-def view_of(tower: Tower) -> Tensor:
-    """An image of the size that the teacher looks at."""
-    return torch.randn(1, 3, tower.size, tower.size)
+def fake_images(count: int, size: int) -> Tensor:
+    """Return images (count, 3, size, size); without values under FakeTensorMode."""
+    return torch.randn(count, 3, size, size)
 
 
-def linear_cost(p: Params) -> Cost:
-    """The frozen encoder's forward pass; the linear layer is next to nothing. Banked views are encoded once."""
-    images = torch.randn(1, 3, p.model.image_size, p.model.image_size)
-    x, features = p.linear_eval, flops_of(unmade(lambda: Encoder(p.model)), images)
-    share = 1.0 if x.views == 0 else min(1.0, x.views / x.epochs)
-    width = p.model.encoder.embed_dim
-    return Cost(width * CLASSES, features * share, 2.0 * width * CLASSES, 4 * width)
+def linear_cost(params: Params) -> Cost:
+    """Return the cost of linear evaluation, nearly all of it the frozen encoder's forward pass; fixed views are encoded once."""
+    settings, width = params.linear_eval, params.model.encoder.embed_dim
+    encoder_flops = forward_flops(build_fake(lambda: Encoder(params.model)), fake_images(1, params.model.image_size))
+    share = 1.0 if settings.views == 0 else min(1.0, settings.views / settings.epochs)
+    return Cost(width * CLASSES, encoder_flops * share, 2.0 * width * CLASSES, 4 * width)
 
 
-def finetune_cost(p: Params) -> Cost:
-    vit = unmade(lambda: build_classifier(p.model, p.finetune, CLASSES, Encoder(p.model).vit.state_dict())).train()
-    images = torch.randn(2, 3, p.model.image_size, p.model.image_size)
-    return cost(vit, lambda: vit(images), 2)
+def finetune_cost(params: Params) -> Cost:
+    """Return the cost of fine-tuning with ImageNet's classes."""
+    model, images = params.model, fake_images(2, params.model.image_size)
+    vit = build_fake(lambda: build_classifier(model, params.finetune, CLASSES, Encoder(model).vit.state_dict())).train()
+    return training_cost(vit, lambda: vit(images), 2)
 
 
-def segment_cost(p: Params) -> Cost:
-    s, m = p.segment, p.model
-    sizes = (s.crop_size, m.patch_size, m.encoder.embed_dim, m.encoder.depth, m.encoder.num_heads)
-    heads = (p.prepare_ade20k.classes, s.channels, s.aux_channels, s.out_blocks)
-    model = unmade(lambda: upernet.Segmenter(*sizes, *heads, norm="batch")).train()
-    images = torch.randn(2, 3, s.crop_size, s.crop_size)
-    return cost(model, lambda: model(images), 2)
+def segment_cost(params: Params) -> Cost:
+    """Return the cost of training the segmenter."""
+    settings, encoder = params.segment, params.model.encoder
+    sizes = (settings.crop_size, params.model.patch_size, encoder.embed_dim, encoder.depth, encoder.num_heads)
+    heads = (params.prepare_ade20k.classes, settings.channels, settings.aux_channels, settings.out_blocks)
+    model = build_fake(lambda: upernet.Segmenter(*sizes, *heads, norm="batch")).train()
+    images = fake_images(2, settings.crop_size)
+    return training_cost(model, lambda: model(images), 2)
 
 
-def lines(p: Params) -> list[Line]:
-    """The training stages, all variants and seeds together."""
-    train, scenes, seeds = p.prepare_imagenet.train, p.prepare_ade20k.train, len(p.seeds)
+def stage_plans(params: Params) -> list[StagePlan]:
+    """Return the plan of every training stage; pretraining has one for each variant."""
+    train, scenes, seeds = params.prepare_imagenet.train, params.prepare_ade20k.train, len(params.seeds)
 
-    def line(name: str, images: int, training: Training, each: Cost, runs: int) -> Line:
-        return Line(name, images, training.epochs, training.batch_size, training.micro_batch, each, runs)
+    def stage_plan(name: str, images: int, training: Training, cost: Cost, runs: int) -> StagePlan:
+        return StagePlan(name, images, training.epochs, training.batch_size, training.micro_batch, cost, runs)
 
-    found = [
-        line(f"pretrain {variant}", train, p.pretrain, each, seeds)
-        for variant in p.variants
-        if (each := pretrain_cost(p, variant))
+    pretraining = [
+        stage_plan(f"pretrain {variant}", train, params.pretrain, cost, seeds)
+        for variant in params.variants
+        if (cost := pretrain_cost(params, variant))
     ]
-    runs = seeds * len(p.variants)
-    labelled = round(train * p.finetune.labels)
-    found += [line("linear_eval", train, p.linear_eval, linear_cost(p), runs)]
-    found += [line("finetune", labelled, p.finetune, finetune_cost(p), runs)]
-    return [*found, line("segment", scenes, p.segment, segment_cost(p), runs)]
+    runs = seeds * len(params.variants)
+    return [
+        *pretraining,
+        stage_plan("linear_eval", train, params.linear_eval, linear_cost(params), runs),
+        stage_plan("finetune", round(train * params.finetune.labels), params.finetune, finetune_cost(params), runs),
+        stage_plan("segment", scenes, params.segment, segment_cost(params), runs),
+    ]
 
 
-def record_bytes(given: str | None, size: int | None, real: int) -> float:
-    """Of a record in the mean: a drawn picture of this size, or one of the real set."""
-    return real if given or not size else DRAWN_PIXEL_BYTES * size**2
+def record_bytes(folder: str | None, size: int | None, real: int) -> float:
+    """Return the mean size of a record: `real` for images from a folder, else that of a drawn picture of this side."""
+    return real if folder or not size else DRAWN_BYTES_PER_PIXEL * size**2
 
 
-def disk(p: Params) -> dict[str, float]:
-    """Bytes of what the pipeline keeps."""
-    i, s = p.prepare_imagenet, p.prepare_ade20k
-    image, scene = record_bytes(p.data.imagenet, i.size, IMAGE_BYTES), record_bytes(p.data.ade20k, s.size, SCENE_BYTES)
-    width = teacher(p).feature_dim
-    model = unmade(lambda: MaskedPretraining(p.model, milan_row(p), p.pretrain.mask_ratio, width))
+def disk_bytes(params: Params) -> dict[str, float]:
+    """Return the bytes of what the pipeline keeps on disk."""
+    imagenet, ade20k = params.prepare_imagenet, params.prepare_ade20k
+    image = record_bytes(params.data.imagenet, imagenet.size, IMAGE_BYTES)
+    scene = record_bytes(params.data.ade20k, ade20k.size, SCENE_BYTES)
+    width = fake_teacher(params).feature_dim
+    model = build_fake(lambda: MaskedPretraining(params.model, milan_row(params), params.pretrain.mask_ratio, width))
     weights = 4 * sum(parameter.numel() for parameter in model.parameters())
     return {
-        "records": (i.train + i.val + i.pairs) * image + (s.train + s.val) * scene,
-        "target bank": bank_bytes(i.train, p.extract_targets.views, p.model.n_patches, width),
+        "records": (imagenet.train + imagenet.val + imagenet.pairs) * image + (ade20k.train + ade20k.val) * scene,
+        "target bank": bank_bytes(imagenet.train, params.extract_targets.views, params.model.n_patches, width),
         "weights, a variant and seed": weights,
         "a save to resume from (two are kept)": 3 * weights,
     }
 
 
-def milan_row(p: Params) -> AblationRow:
-    """The recipe's row for MILAN, else the first that pretrains, else the paper's."""
-    rows = [p.pretrain.ablation.get("milan"), *p.pretrain.ablation.values()]
+def milan_row(params: Params) -> AblationRow:
+    """Return the recipe's row for MILAN, else its first row that pretrains, else the paper's row."""
+    rows = [params.pretrain.ablation.get("milan"), *params.pretrain.ablation.values()]
     return next((row for row in rows if row and row.target != "none"), AblationRow("clip", "prompt", "semantic"))
 
 
-def rate_here(p: Params) -> float:
-    """Half of the FLOP/s of a large matrix product in the recipe's precision on this machine."""
-    device = resolve_device(p.compute)
-    dtype = DTYPES[resolve_precision(p.compute, device)]
-    n = 8192 if device.type == "cuda" else 1024
-    a = torch.ones(n, n, device=device, dtype=dtype)
+def measure_rate(params: Params) -> float:
+    """Measure half the FLOP/s of a large matrix product in the recipe's precision on this machine."""
+    device = resolve_device(params.compute)
+    dtype = DTYPES[resolve_precision(params.compute, device)]
+    side = 8192 if device.type == "cuda" else 1024
+    matrix = torch.ones(side, side, device=device, dtype=dtype)
     times = []
     for _ in range(5):
         began = time.perf_counter()
-        (a @ a).sum().item()
+        (matrix @ matrix).sum().item()
         times.append(time.perf_counter() - began)
-    return n**3 / min(times)
+    return side**3 / min(times)  # the product takes 2 * side**3
 
 
-def table(rows: list[list[str]]) -> str:
-    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+def format_table(rows: list[list[str]]) -> str:
+    """Align the cells of a table: the first column at the left, the others at the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
-        "  ".join(cell.rjust(w) if k else cell.ljust(w) for k, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
         for row in rows
     )
 
 
-def plan(p: Params, rate: float, source: str) -> str:
-    """The whole plan as text; rate: FLOP/s that one device sustains."""
+def format_plan(params: Params, rate: float, source: str) -> str:
+    """Return the whole plan as text. rate: FLOP/s that one device sustains; source: a note on where that number is from."""
     with FakeTensorMode(allow_non_fake_inputs=True):
-        stages, each, kept = lines(p), parts(p), disk(p)
+        stages, components, kept = stage_plans(params), component_flops(params), disk_bytes(params)
     head = ["stage", "runs", "images", "epochs", "steps", "M parameters", "GFLOP/image", "GB/process", "hours on 1", "hours on 8"]
     rows = [head]
-    for s in stages:
-        hours = s.flops / rate / 3600
-        figures = [f"{s.runs}", f"{s.images:,}", f"{s.epochs:.4g}", f"{s.steps:,}", f"{s.cost.parameters / 1e6:.1f}"]
-        rows.append(
-            [s.name, *figures, f"{s.cost.step_flops / 1e9:.4g}", f"{s.memory / 1e9:.3g}", f"{hours:.3g}", f"{hours / 8:.3g}"]
-        )
-    whole = sum(s.flops for s in stages) / rate / 3600
-    rows.append(["all", *[""] * (len(head) - 3), f"{whole:.3g}", f"{whole / 8:.3g}"])
-    forward = ", ".join(f"{name} {value / 1e9:.4g}" for name, value in each.items())
+    for stage in stages:
+        counts = [f"{stage.runs}", f"{stage.images:,}", f"{stage.epochs:.4g}", f"{stage.steps:,}"]
+        costs = [f"{stage.cost.parameters / 1e6:.1f}", f"{stage.cost.step_flops / 1e9:.4g}", f"{stage.memory / 1e9:.3g}"]
+        hours = stage.flops / rate / 3600
+        rows.append([stage.name, *counts, *costs, f"{hours:.3g}", f"{hours / 8:.3g}"])
+    total_hours = sum(stage.flops for stage in stages) / rate / 3600
+    rows.append(["all", *[""] * (len(head) - 3), f"{total_hours:.3g}", f"{total_hours / 8:.3g}"])
+    forward = ", ".join(f"{name} {value / 1e9:.4g}" for name, value in components.items())
     return "\n".join([
-        f"recipe {p.scale}, {p.model.name} at {p.model.image_size} px, at {rate / 1e12:.3g} TFLOP/s a device ({source})", "", table(rows), "",
+        f"recipe {params.scale}, {params.model.name} at {params.model.image_size} px, "
+        f"at {rate / 1e12:.3g} TFLOP/s a device ({source})",
+        "", format_table(rows), "",
         f"GFLOP of an image, forward: {forward}. A step is the teacher's forward pass and three of the student's.",
-        "GB/process: weights, gradients, AdamW's moments and the activations of a micro-batch, in float32; bf16 keeps about half of the activations.",
+        "GB/process: weights, gradients, AdamW's moments and the activations of a micro-batch, in float32; "
+        "bf16 keeps about half of the activations.",
         "Hours are arithmetic alone: no loading, no evaluation, all devices busy.",
         "disk: " + ", ".join(f"{name} {size / 1e9:,.3g} GB" for name, size in kept.items()) + ".",
     ])  # fmt: skip
 
 
-def composed(scale: str) -> Params:
-    """The recipe of conf/scale/<scale>.yaml, as DVC would compose it."""
+def compose_recipe(scale: str) -> Params:
+    """Compose the recipe of conf/scale/<scale>.yaml as DVC does. Raises UserError for an unknown scale or a broken recipe."""
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
@@ -290,7 +304,7 @@ def composed(scale: str) -> Params:
     known, path = sorted(path.stem for path in Path("conf/scale").glob("*.yaml")), f"conf/scale/{scale}.yaml"
     if not known:
         raise UserError("There is no conf/scale here, where the recipes are: run from the repository's root.")
-    if scale not in known:  # and so nothing that hydra would read as more than a name
+    if scale not in known:  # this also keeps out names that hydra would read as syntax
         raise UserError(f"There is no scale {scale!r}; conf/scale has {', '.join(known)}.")
     with initialize_config_dir(str(Path("conf").absolute()), version_base=None):
         try:
@@ -303,16 +317,18 @@ def composed(scale: str) -> Params:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="the recipe (default: %(default)s)")
-    parser.add_argument("--scale", help="a recipe of conf/scale instead")
-    parser.add_argument("--tflops", type=float, help="what one device sustains in these steps (default: measured here)")
+    parser.add_argument("--scale", help="the recipe of this name in conf/scale instead")
+    parser.add_argument("--tflops", type=float, help="TFLOP/s that one device sustains in these steps (default: measured here)")
     args = parser.parse_args()
     try:
         with explain_os_errors():
-            p = read_params(args.params) if args.scale is None else composed(args.scale)
+            params = read_params(args.params) if args.scale is None else compose_recipe(args.scale)
             if args.tflops is not None and not 0 < args.tflops * 1e12 < float("inf"):
                 raise UserError(f"--tflops {args.tflops} must be a number above 0.")
-            rate, source = (args.tflops * 1e12, "given") if args.tflops else (rate_here(p), "half of a matrix product's here")
-            print(plan(p, rate, source))
+            if args.tflops:
+                print(format_plan(params, args.tflops * 1e12, "given"))
+            else:
+                print(format_plan(params, measure_rate(params), "half of a matrix product's here"))
     except UserError as error:
         fail(str(error))
 

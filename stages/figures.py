@@ -26,7 +26,7 @@ from milan.core.errors import UserError
 from milan.core.files import SCRATCH, whole_folder, write_whole
 from milan.stage import Kind, Stage, run
 
-FOLDERS = "MILAN_FIGURES"  # where milan.report.figures looks for its folders
+FOLDERS = "MILAN_FIGURES"  # where milan.report.project looks for its folders
 OF_THE_TEACHER = ("2_masking.ipynb", "3_features.ipynb")
 KIND = Kind(reads=("notebooks", "outs", "metrics", "curves", "published"), folders=("out",))
 

@@ -37,10 +37,10 @@ def main(stage: Stage) -> None:
     print(f"{args.out}: {len(text) / 1e6:.1f} MB, the runs of {known} of {len(trail)} stages", flush=True)
 
 
-def runs_known(stage: Stage) -> list[provenance.Run]:
+def runs_known(stage: Stage) -> list[provenance.StageRun]:
     """From MLflow; none where it is out of reach: the page then says so."""
     try:
-        if provenance.turn_came(stage.tracker.spool):
+        if provenance.wait_for_turn(stage.tracker.spool):
             return provenance.finished_runs(f"milan-{stage.params.scale}")
     except Exception as error:  # whatever ails the store must not keep the page
         print(f"page: {type(error).__name__}: {redact(str(error)[:500])}", flush=True)

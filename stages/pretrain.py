@@ -115,6 +115,8 @@ def targets_for(params: Params, args: Namespace, device: torch.device) -> tuple[
     from milan.teacher.frozen import compute_targets, load_tower  # here, because open_clip takes seconds to load
 
     tower = load_tower(args.teacher, params.compute, device)
+    if params.compute.compile:
+        tower.compile()
     settings = (params.compute, params.extract_targets.normalisation, params.model.grid)
     return None, lambda images: compute_targets(tower, images, *settings), tower.feature_dim
 

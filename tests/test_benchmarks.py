@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import __main__ as everything
-from benchmarks import bank, cost, kernels, loader, measure, plain, scaling, step, teacher
+from benchmarks import bank, causes, cost, kernels, loader, measure, parts, plain, scaling, step, tasks, teacher
 from milan.method import masking
 from milan.method.model import MaskedPretraining
 from milan.params import Model, TransformerSize
@@ -54,11 +56,14 @@ def test_plain_and_ours_are_one_algorithm():
 
 SCRIPTS = {
     step: (["--model", "tiny", "--batch", "2", "--precisions", "fp32"], 3),
-    loader: (["--images", "4", "--width", "64", "--height", "48"], 4),
+    loader: (["--images", "4", "--width", "64", "--height", "48", "--workers", "1", "--batch", "2"], 5),
     teacher: (["--model", "tiny", "--batch", "2"], 2),
     cost: (["--model", "tiny", "--batches", "2", "--sizes", "64"], 2),
     kernels: (["--model", "tiny", "--batch", "2"], 6),
     bank: (["--model", "tiny", "--images", "4", "--batch", "2"], 3),
+    tasks: (["--model", "tiny", "--batch", "2", "--scenes", "2"], 2),
+    parts: (["--model", "tiny", "--batch", "2", "--precision", "fp32"], 8),
+    causes: (["--model", "tiny", "--batch", "2", "--precision", "bf16"], 4),
     scaling: (["--model", "tiny", "--batch", "2", "--steps", "1", "--processes", "1", "2"], 2),
 }
 
@@ -87,17 +92,29 @@ def test_they_need_neither_dvc_nor_mlflow():
 def test_all_runs_each_in_turn_and_says_which_failed(monkeypatch, tmp_path, capsys):
     ran = []
 
-    def run(command: list[str]) -> subprocess.CompletedProcess:
+    def run(command: list[str], limit: float) -> str | None:
         ran.append(command)
-        return subprocess.CompletedProcess(command, 1 if "benchmarks.step" in command else 0)
+        return "ended with status 1" if "benchmarks.tasks" in command else None
 
-    monkeypatch.setattr(everything.subprocess, "run", run)
+    monkeypatch.setattr(everything, "run", run)
     monkeypatch.setattr(sys, "argv", ["benchmarks", "--quick", "--out", str(tmp_path / "out")])
-    with pytest.raises(SystemExit, match="failed: step"):
+    with pytest.raises(SystemExit, match="failed: tasks"):
         everything.main()
     assert {command[2] for command in ran} == {script.__name__ for script in SCRIPTS}
-    assert all(command[-1].endswith(f"{command[2].split('.')[1]}.json") for command in ran)
-    assert "6 of 7 benchmarks" in capsys.readouterr().out and (tmp_path / "out").is_dir()
+    assert [Path(command[-1]).stem for command in ran] == list(everything.FULL) == list(everything.QUICK)
+    assert f"{len(ran) - 1} of {len(ran)} benchmarks" in capsys.readouterr().out and (tmp_path / "out").is_dir()
+
+
+def test_a_benchmark_over_its_limit_is_stopped_with_what_it_started(monkeypatch, tmp_path):
+    trace = tmp_path / "alive"
+    child = f"import time; time.sleep(3); open({str(trace)!r}, 'w')"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    assert everything.run([sys.executable, "-c", "0"], 4) == "no time was left"
+    monkeypatch.setattr(everything, "LEAST", 0)
+    assert everything.run([sys.executable, "-c", parent], 1) == "stopped after 1 s"
+    time.sleep(3)
+    assert not trace.exists()
+    assert everything.run([sys.executable, "-c", "raise SystemExit(3)"], 60) == "ended with status 3"
 
 
 def test_deviations_of_the_teacher_by_hand():
@@ -121,14 +138,24 @@ def test_kernels_are_sorted_into_kinds():
         "aten::_fused_adamw_": "optimizer",
         "void at::native::multi_tensor_apply_kernel": "optimizer",
         "aten::native_layer_norm": "norms and softmax",
+        "triton_per_fused_add_native_layer_norm_7": "norms and sums, compiled",
         "Memcpy DtoD (Device -> Device)": "copies",
-        "triton_poi_fused_gelu_3": "elementwise",
+        "triton_poi_fused_gelu_3": "elementwise, compiled",
         "aten::mkldnn_convolution": "convolution",
     }
     assert {name: kernels.kind_of(name) for name in names} == names
     rows = kernels.rows_of([("aten::mm", 0.3, 6), ("aten::addmm", 0.1, 2), ("aten::gelu", 0.1, 4), ("aten::t", 0.0, 9)], 2)
     assert [(row["case"], row["%"], row["calls"]) for row in rows] == [("matrix products", pytest.approx(80), 4), ("elementwise", pytest.approx(20), 2)]
     assert rows[0]["ms a step"] == pytest.approx(200) and rows[0]["longest"] == "aten::mm"
+
+
+def test_products_by_shape_by_hand():
+    """Two calls of 2 x 3 x 5: 120 operations in 1 ns are 0.12 TFLOP/s."""
+    events = [("aten::addmm", [[5], [2, 3], [3, 5]], 1e-9, 2), ("aten::bmm", [[4, 2, 3], [4, 3, 5]], 1e-9, 1), ("aten::add", [[2]], 1.0, 1)]
+    rows = kernels.shapes_of(events, 1, 0.24)
+    assert [row["m x k x n"] for row in rows] == ["2 x 3 x 5", "4 x 2 x 3 x 5"]
+    assert rows[0]["TFLOP/s"] == pytest.approx(0.12) and rows[0]["lost ms"] == pytest.approx(5e-7)
+    assert rows[1]["TFLOP/s"] == pytest.approx(0.24) and rows[1]["lost ms"] == pytest.approx(0)
 
 
 def test_medians_and_spread_by_hand():

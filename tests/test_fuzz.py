@@ -395,7 +395,7 @@ def test_labels(tmp_path, reader):
 
 def test_results(tmp_path):
     def attempt(tree) -> None:
-        assert isinstance(results.value_of(saved(tmp_path / "m.json", tree), "x"), (int, float, str))
+        assert isinstance(results.read_value(saved(tmp_path / "m.json", tree), "x"), (int, float, str))
 
     campaign("metrics", PLAIN | st.fixed_dictionaries({"x": ATOMS}), attempt)
 

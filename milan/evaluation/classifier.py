@@ -72,6 +72,11 @@ class FinetuneLoss(nn.Module):
         """Return the scalar loss of normalised images (B, 3, S, S) and labels (B,). With mixup or cutmix, B must be even."""
         if self.mixup is None:
             return nn.functional.cross_entropy(self.vit(images).float(), labels, label_smoothing=self.smoothing)
-        with torch.autocast(images.device.type, enabled=False):
-            images, targets = self.mixup(images, labels)
+        images, targets = self.mix(images, labels)
         return SoftTargetCrossEntropy()(self.vit(images).float(), targets)
+
+    @torch.compiler.disable  # compiled, every new mixing ratio would be compiled anew
+    def mix(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mixed images and soft targets (B, classes)."""
+        with torch.autocast(images.device.type, enabled=False):
+            return self.mixup(images, labels)

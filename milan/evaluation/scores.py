@@ -30,7 +30,7 @@ def knn_top1(
     k: int = 20,
     temperature: float = 0.07,
 ) -> float:
-    """Return weighted k-nearest-neighbour accuracy in % (Wu et al. 2018, arXiv 1805.01978: a vote weighs exp(cosine / temperature)).
+    """Return k-nearest-neighbour accuracy in %, with votes that weigh exp(cosine / temperature) (arXiv 1805.01978).
 
     Features (n, D) are normalised here. Every rank passes all features, classifies its share of the test images, and gets
     the result for all of them."""

@@ -6,6 +6,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from milan.data.patches import embed_patches, patchify
 from milan.method import masking
 from milan.method.pos_embed import sincos_pos_embed
 from milan.params import Model
@@ -45,8 +46,7 @@ class Encoder(nn.Module):
     def embed(self, patches: Tensor) -> Tensor:
         """Embed patches, (B, K, p p 3) -> (B, K, D): timm's convolution as a matrix product, so that masked patches cost
         nothing."""
-        convolution = self.vit.patch_embed.proj
-        return nn.functional.linear(patches, convolution.weight.permute(0, 2, 3, 1).flatten(1), convolution.bias)
+        return embed_patches(patches, self.vit.patch_embed.proj)
 
 
 def load_encoder(path: Path, model: Model) -> Encoder:
@@ -72,10 +72,3 @@ def initialise_linears(module: nn.Module) -> None:
         if isinstance(child, nn.Linear):
             nn.init.xavier_uniform_(child.weight)
             nn.init.zeros_(child.bias)
-
-
-def patchify(images: Tensor, patch_size: int) -> Tensor:
-    """Cut images into patches, (B, 3, H, W) -> (B, N, p p 3): pixels row by row, channels last (MAE's order)."""
-    batch, channels, height, width = images.shape
-    patches = images.reshape(batch, channels, height // patch_size, patch_size, width // patch_size, patch_size)
-    return patches.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, patch_size**2 * channels)

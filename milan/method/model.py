@@ -5,9 +5,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from milan.data.patches import patchify
 from milan.method import masking
 from milan.method.decoder import DECODERS
-from milan.method.encoder import Encoder, patchify
+from milan.method.encoder import Encoder
 from milan.params import AblationRow, Model
 from milan.training.weights import load_into
 

@@ -1,1 +1,1 @@
-"""What came out: results, claims, tables, plots, figures, the page, sweeps and studies."""
+"""Turn results into a table, charts, figures and a page, with the verdicts on the paper's claims."""

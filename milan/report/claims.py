@@ -1,28 +1,28 @@
-"""The paper's claims, judged by rule: the difference of two variants, paired by seed, and its 95 % interval.
+"""Judge the paper's claims by a rule: the difference of two variants, paired by seed, and its 95 % interval.
 
-Supported: the interval (Student's t over the seeds' differences) lies above 0; not supported: below 0; inconclusive: 0 is
-inside, or fewer seeds than LEAST.
+A claim is supported when the interval (Student's t over the seeds' differences) lies above 0, not supported when it lies
+below 0, and inconclusive when it contains 0 or there are fewer than MIN_SEEDS seeds.
 """
 
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import pandas as pd
-from scipy.special import stdtrit  # and not scipy.stats, which takes a second to load
+from scipy.special import stdtrit  # scipy.stats takes a second to load
 
-from milan.report.results import MEASURES, Results, in_words
+from milan.report.results import MEASURES, Results, name_in_sentence
 
-CLAIMS = {  # (the variant that should be above, the variant that it is built from): the claim
+CLAIMS = {  # (variant that should be above, variant to compare with): claim
     ("clip_target", "mae"): "CLIP features are a better target than pixels",
     ("prompt_decoder", "clip_target"): "The prompting decoder improves on the CLIP target alone",
     ("milan", "prompt_decoder"): "The semantic aware mask improves on the random mask",
     ("milan", "mae"): "MILAN is above MAE",
     ("milan", "scratch"): "MILAN is above no pretraining",
 }
-LEAST = 3  # seeds
+MIN_SEEDS = 3
 CONFIDENCE = 0.95
 COLUMNS = ("claim", "above", "below", "measure", "difference", "low", "high", "seeds", "verdict")
-EVIDENCE = "dvc exp run -S 'seeds=[0,1,2]'"
+THREE_SEEDS_COMMAND = "dvc exp run -S 'seeds=[0,1,2]'"
 SCOPE = (
     "A seed is an initialisation, an order of the images, their masks and the draws of the evaluations. The teacher, its "
     "bank and the images are the same for all seeds: nothing here speaks for another teacher or other images. Every "
@@ -31,68 +31,71 @@ SCOPE = (
 
 
 class Judgement(NamedTuple):
+    """The verdict on a claim in one measure, with the numbers that it follows from."""
+
     difference: float  # mean over seeds, in points
-    low: float | None  # of the interval; None with fewer than LEAST seeds
+    low: float | None  # end of the interval; None with fewer than MIN_SEEDS seeds
     high: float | None
     seeds: int
     verdict: str
 
 
 def judge(differences: Iterable[float]) -> Judgement:
-    """Of one difference a seed."""
+    """Judge the differences of two variants, in points, one for each seed."""
     values = pd.Series(differences, dtype=float)
     n, mean = len(values), values.mean()
-    if n < LEAST:
+    if n < MIN_SEEDS:
         return Judgement(mean, None, None, n, f"inconclusive: {n} seed{'s' if n != 1 else ''}")
-    half = stdtrit(n - 1, (1 + CONFIDENCE) / 2) * values.std(ddof=1) / n**0.5
-    verdict = "supported" if mean - half > 0 else "not supported" if mean + half < 0 else "inconclusive"
-    return Judgement(mean, mean - half, mean + half, n, verdict)
+    half_width = stdtrit(n - 1, (1 + CONFIDENCE) / 2) * values.std(ddof=1) / n**0.5
+    verdict = "supported" if mean - half_width > 0 else "not supported" if mean + half_width < 0 else "inconclusive"
+    return Judgement(mean, mean - half_width, mean + half_width, n, verdict)
 
 
-def judged(r: Results) -> pd.DataFrame:
-    """A row a claim and measure, of the claims whose two variants were run."""
+def judge_claims(results: Results) -> pd.DataFrame:
+    """Return a row per claim and measure, for the claims whose two variants were run."""
     rows = []
     for (above, below), claim in CLAIMS.items():
-        if {above, below} <= set(r.ours.index):
-            pairs = [r.runs[r.runs["variant"] == variant].set_index("seed") for variant in (above, below)]
+        if {above, below} <= set(results.ours.index):
+            pairs = [results.runs[results.runs["variant"] == variant].set_index("seed") for variant in (above, below)]
             rows += [(claim, above, below, column, *judge(pairs[0][column] - pairs[1][column])) for column in MEASURES]
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def csv(r: Results) -> str:
-    return judged(r).round(4).to_csv(index=False, lineterminator="\n")
+def csv(results: Results) -> str:
+    """Return reports/claims.csv."""
+    return judge_claims(results).round(4).to_csv(index=False, lineterminator="\n")
 
 
-def heading(r: Results) -> str:
-    return f"The paper's claims at scale {r.params.scale}"
+def heading(results: Results) -> str:
+    return f"The paper's claims at scale {results.params.scale}"
 
 
-def rows(r: Results) -> list[dict[str, str]]:
-    """Cells of the table; none where one seed, or no two variants of a claim, leave nothing to judge."""
-    if len(r.params.seeds) < 2:
+def rows(results: Results) -> list[dict[str, str]]:
+    """Return the rows of the table of verdicts; none with a single seed or without a claim's two variants."""
+    if len(results.params.seeds) < 2:
         return []
     return [
         {
             "Claim": row.claim,
-            "Variants": f"{in_words(row.above)} – {in_words(row.below)}",
-            "Measure": r.data.titles[row.measure],
+            "Variants": f"{name_in_sentence(row.above)} – {name_in_sentence(row.below)}",
+            "Measure": results.data.titles[row.measure],
             "Mean difference": f"{row.difference:+.2f}",
             "95 % interval": "–" if pd.isna(row.low) else f"{row.low:+.2f} to {row.high:+.2f}",
             "Seeds": str(row.seeds),
             "Verdict": row.verdict,
         }
-        for row in judged(r).itertuples()
+        for row in judge_claims(results).itertuples()
     ]
 
 
-def notes(r: Results) -> list[str]:
-    """What a reader has to know to read the rows; empty where there is no claim to judge."""
-    if judged(r).empty:
+def notes(results: Results) -> list[str]:
+    """Return the sentences that explain the rows; none without a claim's two variants."""
+    if judge_claims(results).empty:
         return []
-    if len(r.params.seeds) < 2:
-        return [f"One seed carries no spread, so nothing is judged here. Three seeds are: `{EVIDENCE}`."]
+    if len(results.params.seeds) < 2:
+        return [f"One seed carries no spread, so nothing is judged here. Three seeds are: `{THREE_SEEDS_COMMAND}`."]
     rule = (
         "Differences in points, paired by seed. Supported: their 95 % interval (Student's t) lies above 0; not supported: "
-        f"below 0; inconclusive: 0 is inside, or there are fewer than {LEAST} seeds."
+        f"below 0; inconclusive: 0 is inside, or there are fewer than {MIN_SEEDS} seeds."
     )
     return [rule, SCOPE]

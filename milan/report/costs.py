@@ -3,7 +3,7 @@
 import pandas as pd
 
 from milan.report import provenance
-from milan.report.provenance import Run
+from milan.report.provenance import StageRun
 from milan.report.table import DASH
 
 COSTS = {"bank_mb": "Bank, MB", "targets_seconds": "Targets, s", "pretrain_seconds": "Pretraining, s"}
@@ -18,9 +18,9 @@ class Prices:
 
     lock: the stages of its dvc.lock; known: MLflow's runs."""
 
-    def __init__(self, lock: dict, known: list[Run]):
+    def __init__(self, lock: dict, known: list[StageRun]):
         self.lock = lock
-        self.runs = {origin.stage: origin.run for origin in provenance.origins(provenance.digests(lock), known)}
+        self.runs = {origin.stage: origin.run for origin in provenance.origins(provenance.stage_hashes(lock), known)}
 
     def of(self, variant: str, seed: int) -> dict[str, float | None]:
         """Return {column: number}; None where it is not known."""
@@ -34,7 +34,7 @@ class Prices:
         return run.seconds if run else None
 
 
-def known_runs(scale: str) -> list[Run]:
+def known_runs(scale: str) -> list[StageRun]:
     """Return MLflow's finished runs at a scale. Where MLflow cannot be read, print that and return none."""
     try:
         return provenance.finished_runs(f"milan-{scale}")
@@ -48,9 +48,9 @@ def cell(values: pd.Series) -> str:
     return DASH if pd.isna(mean) else f"{mean:.0f}"
 
 
-def said(locks: list[dict], known: list[Run]) -> str:
+def said(locks: list[dict], known: list[StageRun]) -> str:
     """Return a sentence with the revisions and the machines that made the results in the locks."""
-    made = [origin for lock in locks for origin in provenance.origins(provenance.digests(lock), known)]
+    made = [origin for lock in locks for origin in provenance.origins(provenance.stage_hashes(lock), known)]
     runs = [origin.run for origin in made if origin.run]
     if not runs:
         return "MLflow knows no run of these results: revision, machine and seconds are not known here."

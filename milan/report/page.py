@@ -1,6 +1,6 @@
-"""reports/index.html: one page with table, figures, recipe and provenance, which opens without a server.
+"""Write reports/index.html: one page with table, figures, recipe and provenance, which opens without a server.
 
-The text is page.html, a template that escapes whatever it is given; pictures stand in it as data.
+Its template page.html escapes all values; pictures are embedded as data.
 """
 
 import base64
@@ -17,16 +17,18 @@ from PIL import Image
 
 from milan.core.files import read_json
 from milan.report import claims, table
-from milan.report.provenance import Data, Origin, revision
+from milan.report.provenance import Origin, PackedData, revision
 from milan.report.results import KINDS, Results
 
 TEMPLATE = Path(__file__).with_name("page.html")
-LINKS = ("Recipe", "Weights of seed", "Curve of seed")  # which lead nowhere from a page that was sent to somebody
-SAVED = re.compile(r"""\.save\(.*["'](\w+)["']\)""")
+LINKS = ("Recipe", "Weights of seed", "Curve of seed")  # their links would be dead on a page that is passed on
+SAVE_CALL = re.compile(r"""\.save\(.*["'](\w+)["']\)""")
 BARS = "A bar is the mean over seeds, a whisker their range, a dot a seed. Dashed: chance."
 
 
 class Picture(NamedTuple):
+    """An embedded picture with its title and caption; width and height in pixels."""
+
     title: str
     caption: Markup
     source: str  # data: URI
@@ -35,22 +37,25 @@ class Picture(NamedTuple):
 
 
 def render(
-    r: Results, pictures: list[Picture], bars: Picture, trail: list[Origin], data: list[Data], here: dict, recipe: str
+    results: Results, pictures: list[Picture], bars: Picture, trail: list[Origin], data: list[PackedData], here: dict, recipe: str
 ) -> str:
-    """The page. here: {"revision", "hardware"} of whoever writes it, for what no run is known for; recipe: text of params.yaml."""
+    """Return the page as HTML.
+
+    here: {"revision", "hardware"} of this execution, shown when MLflow knows no run; recipe: text of params.yaml."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(duration=duration, date=date, revision=revision, emphasised=emphasised)
-    ours = [{k: v for k, v in row.items() if k not in LINKS} for row in table.our_rows(r, lambda text, path: text)]
+    rows = table.our_rows(results, lambda text, path: text)
+    ours = [{title: cell for title, cell in row.items() if title not in LINKS} for row in rows]
     runs = [origin.run for origin in trail if origin.run]
     return environment.from_string(TEMPLATE.read_text()).render(
-        scale=r.params.scale,
-        heading=table.heading(r),
-        measured=table.measured(r),
+        scale=results.params.scale,
+        heading=table.heading(results),
+        measured=table.measured_on(results),
         ours=ours,
-        sentences=[*table.order_said(r), *table.notes(r)],
+        sentences=[*table.order_sentences(results), *table.notes(results)],
         bars=bars,
-        claims={"heading": claims.heading(r), "notes": claims.notes(r), "rows": claims.rows(r)},
-        others={title: table.published_rows(r.published, kind, linked) for kind, title in KINDS.items()},
+        claims={"heading": claims.heading(results), "notes": claims.notes(results), "rows": claims.rows(results)},
+        others={title: table.published_rows(results.published, kind, linked) for kind, title in KINDS.items()},
         elsewhere=table.ELSEWHERE,
         pictures=pictures,
         recipe=recipe,
@@ -65,44 +70,46 @@ def render(
 
 
 def linked(text: str) -> Markup:
-    """Text with its URLs as links."""
+    """Return a text as HTML with its URLs as links."""
     return Markup(table.URL.sub(lambda url: f'<a href="{url[0]}">{url[0].split("/")[2]}</a>', str(escape(text))))
 
 
 def duration(seconds: float) -> str:
+    """Return a duration in seconds, minutes or hours: `58.5 min`."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def date(seconds: float) -> str:
+    """Return the date and time in UTC of seconds since 1970."""
     return time.strftime("%Y-%m-%d %H:%M", time.gmtime(seconds))
 
 
 def read_pictures(folder: Path, notebooks: Path) -> list[Picture]:
-    """The figures in the order of the notebooks, under what these say above them."""
-    said = captions(notebooks)
+    """Return the figures in the order of the notebooks, with the captions from there; other figures follow."""
+    texts = captions(notebooks)
     paths = {path.stem: path for path in sorted(folder.glob("*.png"))}
-    order = [name for name in said if name in paths] + [name for name in paths if name not in said]
-    return [picture(paths[name], *said.get(name, (name.replace("_", " "), ""))) for name in order]
+    order = [name for name in texts if name in paths] + [name for name in paths if name not in texts]
+    return [picture(paths[name], *texts.get(name, (name.replace("_", " "), ""))) for name in order]
 
 
 def captions(notebooks: Path) -> dict[str, tuple[str, str]]:
-    """Figure's name: (title, text), from the markdown cell before the cell that saves it."""
-    found, words = {}, ("", "")
+    """Return {figure's name: (title, text)}, from the last markdown cell before the cell that saves the figure."""
+    texts, caption = {}, ("", "")
     for path in sorted(notebooks.glob("*.ipynb")):
         for cell in read_json(path, cells=list)["cells"]:
             text = "".join(cell["source"])
             if cell["cell_type"] == "markdown":
                 title, _, rest = text.partition("\n")
-                words = (title.lstrip("# "), rest.strip())
+                caption = (title.lstrip("# "), rest.strip())
             else:
-                found.update(dict.fromkeys(SAVED.findall(text), words))
-    return found
+                texts.update(dict.fromkeys(SAVE_CALL.findall(text), caption))
+    return texts
 
 
 def picture(path: Path, title: str, text: str) -> Picture:
-    """As WebP, without loss or with a little, whichever is smaller: PNG would make the page twice as large."""
+    """Embed a picture as lossless or lossy WebP, whichever is smaller; PNG would make the page twice as large."""
     with Image.open(path) as image:
         size, rgb = image.size, image.convert("RGB")
     options = ({"lossless": True}, {"quality": 75, "method": 6})
@@ -111,12 +118,13 @@ def picture(path: Path, title: str, text: str) -> Picture:
 
 
 def encoded(image: Image.Image, **options) -> bytes:
+    """Return an image as WebP."""
     data = io.BytesIO()
     image.save(data, "WEBP", **options)
     return data.getvalue()
 
 
 def emphasised(text: str) -> Markup:
-    """The two marks of Markdown that captions have."""
+    """Return a text as HTML, with Markdown's `code` and *emphasis*."""
     marked = re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text)))
     return Markup(re.sub(r"\*([^*]+)\*", r"<em>\1</em>", marked))

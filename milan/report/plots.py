@@ -1,4 +1,4 @@
-"""Charts of the results: one look (Okabe-Ito colours, which colour-blind readers can tell apart), the same bytes every time."""
+"""Draw charts of the results. Colours are Okabe and Ito's, made for colour-blind readers; equal results give equal bytes."""
 
 import io
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ import pandas as pd
 from milan.core.errors import UserError
 from milan.core.files import write_whole
 from milan.params import Params
-from milan.report.results import KINDS, Results, method
+from milan.report.results import KINDS, Results, method_name
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (after the backend is chosen)
@@ -22,9 +22,11 @@ BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
 )  # fmt: skip
 GREY = "#999999"
 VARIANT_COLOURS = {"scratch": GREY, "mae": ORANGE, "clip_target": SKY, "prompt_decoder": GREEN, "milan": VERMILION}
-SHORT = {"scratch": "none", "mae": "MAE", "clip_target": "CLIP\ntarget", "prompt_decoder": "prompt\ndecoder", "milan": "MILAN"}
+SHORT_NAMES = {
+    "scratch": "none", "mae": "MAE", "clip_target": "CLIP\ntarget", "prompt_decoder": "prompt\ndecoder", "milan": "MILAN",
+}  # fmt: skip
 DPI = 150
-WIDTH = 9.0  # inches: 1350 pixels, legible when a README shows 900
+WIDTH = 9.0  # inches, so 1350 pixels: legible also when a README shows 900
 STYLE = {
     "font.family": "DejaVu Sans",  # comes with matplotlib
     "font.size": 10,
@@ -38,7 +40,7 @@ STYLE = {
 plt.rcParams.update({**matplotlib.rcParamsDefault, **STYLE, "backend": "Agg"})
 
 COLUMNS = ("linear", "finetune", "miou")
-CURVES = {  # panel: (folder under curves, targets of the recipes shown)
+CURVES = {  # panel: (folder under curves, targets of the variants shown)
     "Pretraining, CLIP features: 2 – 2 cos": ("pretrain", ("clip",)),
     "Pretraining, pixels: squared error": ("pretrain", ("pixels",)),
     "Linear evaluation": ("linear_eval", ("none", "pixels", "clip")),
@@ -48,14 +50,14 @@ CURVES = {  # panel: (folder under curves, targets of the recipes shown)
 
 
 def colour(variant: str, variants: Iterable[str] = ()) -> str:
-    """Fixed for the paper's variants; others take what is left, in their order."""
+    """Return a variant's colour: fixed for the paper's variants; others take the spare colours in their order."""
     spare = [BLUE, PURPLE, BLACK, YELLOW]
     others = [v for v in variants if v not in VARIANT_COLOURS]
     return VARIANT_COLOURS.get(variant) or spare[others.index(variant) % len(spare) if variant in others else 0]
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """PNG without date or software name: equal figures give equal bytes."""
+    """Write a figure as PNG without date and software name, so that equal figures give equal bytes, and return the path."""
     data = io.BytesIO()
     figure.savefig(data, dpi=DPI, metadata={"Software": None})
     plt.close(figure)
@@ -63,47 +65,48 @@ def save(figure: Figure, path: Path) -> Path:
     return path
 
 
-def bars(r: Results) -> Figure:
-    """Linear evaluation, fine-tuning and segmentation of our variants."""
+def bars(results: Results) -> Figure:
+    """Draw linear evaluation, fine-tuning and segmentation of our variants."""
     figure, axes = plt.subplots(1, 3, figsize=(WIDTH, 3.4))
-    draw_ours(axes, r)
+    draw_ours(axes, results)
     return figure
 
 
-def bars_beside_published(r: Results) -> Figure:
-    """Ours above; published numbers and re-runs below, in axes of their own."""
+def bars_beside_published(results: Results) -> Figure:
+    """Draw our variants above, and published numbers and re-runs below on separate axes."""
     figure = plt.figure(figsize=(WIDTH, 8.0))
     ours, theirs = figure.subfigures(2, 1, height_ratios=[3.4, 4.6])
-    draw_ours(ours.subplots(1, 3), r)
-    ours.suptitle(f"Ours, on {r.data.name}", weight="bold", fontsize=12)
-    draw_published(theirs.subplots(1, 3, sharey=True), r.published)
+    draw_ours(ours.subplots(1, 3), results)
+    ours.suptitle(f"Ours, on {results.data.name}", weight="bold", fontsize=12)
+    draw_published(theirs.subplots(1, 3, sharey=True), results.published)
     theirs.suptitle("Others: ImageNet-1K and ADE20K, ViT-B/16 (sources in reports/table.md)", weight="bold", fontsize=12)
     return figure
 
 
-def draw_ours(axes: Iterable[Axes], r: Results) -> None:
-    """A bar the mean, a whisker the range over seeds, a dot a seed; dashed: chance."""
-    variants, titles = list(r.ours.index), {**r.data.titles, "linear": "Linear eval, top-1 %", "finetune": "Fine-tuning, top-1 %"}
+def draw_ours(axes: Iterable[Axes], results: Results) -> None:
+    """Draw the mean of each variant as a bar, the range over seeds as a whisker, seeds as dots, chance as a dashed line."""
+    variants, chance = list(results.ours.index), 100 / results.data.classes
+    titles = {**results.data.titles, "linear": "Linear eval, top-1 %", "finetune": "Fine-tuning, top-1 %"}
     for axis, column in zip(axes, COLUMNS, strict=True):
-        means, low, high = (r.ours[f"{column}{end}"] for end in ("", "_low", "_high"))
+        means, low, high = (results.ours[f"{column}{end}"] for end in ("", "_low", "_high"))
         axis.bar(range(len(variants)), means, color=[colour(v, variants) for v in variants], width=0.72)
-        if len(r.params.seeds) > 1:
+        if len(results.params.seeds) > 1:
             axis.errorbar(range(len(variants)), means, [means - low, high - means], fmt="none", ecolor=BLACK, capsize=4, lw=1.2)
             for place, variant in enumerate(variants):
-                points = r.runs.loc[r.runs["variant"] == variant, column]
+                points = results.runs.loc[results.runs["variant"] == variant, column]
                 axis.plot([place] * len(points), points, "o", ms=3.5, mfc="white", mec=BLACK, mew=0.8)
         for place, (mean, top) in enumerate(zip(means, high, strict=True)):
             axis.annotate(f"{mean:.1f}", (place, top), xytext=(0, 3), textcoords="offset points", ha="center", va="bottom")
         if column != "miou":
-            axis.axhline(100 / r.data.classes, color=BLACK, ls="--", lw=1)
-        axis.set_xticks(range(len(variants)), [SHORT.get(v, v) for v in variants], fontsize=8.5)
+            axis.axhline(chance, color=BLACK, ls="--", lw=1)
+        axis.set_xticks(range(len(variants)), [SHORT_NAMES.get(v, v) for v in variants], fontsize=8.5)
         axis.set_title(titles[column] + (" %" if column == "miou" else ""))
         axis.margins(y=0.16)
-    axes[0].text(0.02, 0.97, f"dashed: chance, {100 / r.data.classes:.3g} %", transform=axes[0].transAxes, fontsize=8.5, va="top")
+    axes[0].text(0.02, 0.97, f"dashed: chance, {chance:.3g} %", transform=axes[0].transAxes, fontsize=8.5, va="top")
 
 
 def draw_published(axes: Iterable[Axes], published: pd.DataFrame) -> None:
-    """Filled: as published; hatched: re-run by others; MILAN in its colour."""
+    """Draw published numbers as filled bars and re-runs by others as hatched bars, MILAN in its own colour."""
     rows = published.iloc[::-1]
     titles = {"linear": "Linear eval, top-1 %", "finetune": "Fine-tuning, top-1 %", "miou": "ADE20K mIoU %"}
     names = rows["method"].str.replace("(OpenMMLab, EVA in MAE style)", "(OpenMMLab)", regex=False)
@@ -126,43 +129,42 @@ def draw_published(axes: Iterable[Axes], published: pd.DataFrame) -> None:
     axes[0].figure.legend(handles, KINDS.values(), loc="outside lower center", ncols=2)
 
 
-def curves(folder: Path, p: Params) -> Figure:
-    """Loss by epoch of every stage that trains: a line a variant and seed."""
-    panels = {title: read_curves(folder / stage, p, targets) for title, (stage, targets) in CURVES.items()}
+def curves(folder: Path, params: Params) -> Figure:
+    """Draw the loss by epoch of every stage that trains, a line for each variant and seed."""
+    panels = {title: read_curves(folder / stage, params, targets) for title, (stage, targets) in CURVES.items()}
     panels = {"Teacher, contrast": {"teacher": [read_curve(folder / "teacher.csv")]}, **panels}
     panels = {title: lines for title, lines in panels.items() if any(len(curve) for seeds in lines.values() for curve in seeds)}
     rows = -(-len(panels) // 3)
     figure, axes = plt.subplots(rows, 3, figsize=(WIDTH, 2.9 * rows + 0.4), squeeze=False)
     for axis, (title, lines) in zip(axes.flat, panels.items(), strict=False):
-        draw_curves(axis, lines, p.variants)
+        draw_curves(axis, lines, params.variants)
         axis.set_title(title, fontsize=10)
     for axis in axes.flat[len(panels) :]:
         axis.remove()
-    handles = [plt.Line2D([], [], color=colour(v, p.variants), lw=2.5) for v in p.variants]
-    figure.legend(handles, [method(v) for v in p.variants], loc="outside lower center", ncols=5, fontsize=9, columnspacing=1.2)
+    handles = [plt.Line2D([], [], color=colour(v, params.variants), lw=2.5) for v in params.variants]
+    names = [method_name(v) for v in params.variants]
+    figure.legend(handles, names, loc="outside lower center", ncols=5, fontsize=9, columnspacing=1.2)
     return figure
 
 
 def draw_curves(axis: Axes, lines: dict[str, list[pd.DataFrame]], variants: list[str]) -> None:
+    """Draw the curves {variant: a table for each seed} of one panel."""
     for variant, seeds in lines.items():
         for curve in seeds:
-            axis.plot(
-                curve["epoch"],
-                curve["loss"],
-                color=BLACK if variant == "teacher" else colour(variant, variants),
-                lw=1.4,
-                alpha=0.9,
-            )
+            shade = BLACK if variant == "teacher" else colour(variant, variants)
+            axis.plot(curve["epoch"], curve["loss"], color=shade, lw=1.4, alpha=0.9)
     axis.set_xlabel("epoch")
     axis.set_ylabel("loss")
 
 
-def read_curves(folder: Path, p: Params, targets: tuple[str, ...]) -> dict[str, list[pd.DataFrame]]:
-    shown = [v for v in p.variants if p.pretrain.ablation[v].target in targets]
-    return {v: [read_curve(folder / f"{v}-{seed}.csv") for seed in p.seeds] for v in shown}
+def read_curves(folder: Path, params: Params, targets: tuple[str, ...]) -> dict[str, list[pd.DataFrame]]:
+    """Read the curves of a stage, for the variants with one of these targets: {variant: a table for each seed}."""
+    shown = [variant for variant in params.variants if params.pretrain.ablation[variant].target in targets]
+    return {variant: [read_curve(folder / f"{variant}-{seed}.csv") for seed in params.seeds] for variant in shown}
 
 
 def read_curve(path: Path) -> pd.DataFrame:
+    """Read one curve. Raises UserError when it is missing."""
     if not path.exists():
         raise UserError(f"{path} is missing: an earlier stage writes it. Run `dvc repro`, which runs the stages in order.")
     return pd.read_csv(path)

@@ -1,4 +1,4 @@
-"""Where results come from: their DVC hashes, as dvc.lock has them, and for each the MLflow run that made it."""
+"""Trace results: their DVC hashes from dvc.lock, and the MLflow run that made each of them."""
 
 import re
 import time
@@ -14,10 +14,10 @@ from milan.data.records import read_manifest
 from milan.params import Params
 from milan.tracking import runs
 
-PATIENCE = 60.0  # seconds for the loggers of earlier stages
+LOGGER_TIMEOUT = 60.0  # seconds to wait for the loggers of earlier stages
 
 
-class Run(NamedTuple):
+class StageRun(NamedTuple):
     """A stage's run in MLflow."""
 
     id: str
@@ -33,15 +33,15 @@ class Run(NamedTuple):
 
 
 class Origin(NamedTuple):
-    """A stage's results."""
+    """A stage's results and the run that made them."""
 
     stage: str
-    outs: dict[str, str]  # path: DVC hash
-    run: Run | None  # that made them; None where MLflow has none
+    outs: dict[str, str]  # {path: DVC hash}
+    run: StageRun | None  # None when MLflow has no such run
 
 
-class Data(NamedTuple):
-    """A packed data set: images by split, and the digest of the manifest, which lists the digest of every shard."""
+class PackedData(NamedTuple):
+    """A packed data set: images by split, source, and the digest of its manifest, which lists the digest of every shard."""
 
     folder: Path
     splits: dict[str, int]
@@ -49,63 +49,69 @@ class Data(NamedTuple):
     sha256: str
 
 
-def read_lock(path: Path, p: Params) -> dict[str, dict]:
-    """Stage: {"deps", "outs": {path: DVC hash}}, of the active recipe's stages, in the order of the pipeline."""
+def read_lock(path: Path, params: Params) -> dict[str, dict]:
+    """Return {stage: {"deps" and "outs": {path: DVC hash}}} of the active recipe's stages, in the order of the pipeline.
+
+    Raises UserError when dvc.lock is missing or damaged."""
     try:
-        return digests(runs.recipe_stages(runs.parse_yaml(path.read_text()).get("stages", {}), p.variants, p.seeds))
+        stages = runs.parse_yaml(path.read_text()).get("stages", {})
+        return stage_hashes(runs.recipe_stages(stages, params.variants, params.seeds))
     except FileNotFoundError:
         raise UserError(f"{path} is missing: `dvc repro` writes it, and git checkout -- {path} restores it.") from None
     except (yaml.YAMLError, ValueError, RecursionError, AttributeError, TypeError, KeyError):
         raise UserError(f"{path} is no lock file of DVC's. git checkout -- {path} restores it.") from None
 
 
-def digests(stages: dict) -> dict[str, dict]:
-    """Stage: {"deps", "outs": {path: DVC hash}}."""
+def stage_hashes(stages: dict) -> dict[str, dict]:
+    """Return {stage: {"deps" and "outs": {path: DVC hash}}} of the stages as they are in dvc.lock."""
     return {
         name: {kind: {item["path"]: item.get("md5", "") for item in entry.get(kind, [])} for kind in ("deps", "outs")}
         for name, entry in stages.items()
     }
 
 
-def origins(lock: dict[str, dict], found: list[Run]) -> list[Origin]:
-    """For each stage with outs, the newest run that read and wrote what dvc.lock says: for one that DVC skips, the earlier."""
-    return [Origin(name, entry["outs"], newest(name, entry, found)) for name, entry in lock.items() if entry["outs"]]
+def origins(lock: dict[str, dict], stage_runs: list[StageRun]) -> list[Origin]:
+    """Return the origin of each stage with outs. A stage that DVC skipped has an earlier run."""
+    return [Origin(name, entry["outs"], newest_run(name, entry, stage_runs)) for name, entry in lock.items() if entry["outs"]]
 
 
-def newest(name: str, entry: dict, found: list[Run]) -> Run | None:
+def newest_run(name: str, entry: dict, stage_runs: list[StageRun]) -> StageRun | None:
+    """Return the newest run of a stage whose hashes agree with dvc.lock."""
     in_lock = {**entry["deps"], **entry["outs"]}
-    agreeing = (run for run in found if run.stage == name and runs.hashes_agree(run.tags, in_lock))
+    agreeing = (run for run in stage_runs if run.stage == name and runs.hashes_agree(run.tags, in_lock))
     return max(agreeing, key=lambda run: run.started, default=None)
 
 
-def read_data(folder: Path, source: str | None) -> Data:
+def read_data(folder: Path, source: str | None) -> PackedData:
     """Return a packed data set's counts and digest; source: the folder that it was packed from, None for the built-in world."""
     manifest = read_manifest(folder)
     splits = {name: split["images"] for name, split in manifest["splits"].items()}
-    return Data(folder, splits, redact(source or "the built-in world"), file_digest(folder / "manifest.json"))
+    return PackedData(folder, splits, redact(source or "the built-in world"), file_digest(folder / "manifest.json"))
 
 
-def finished_runs(experiment: str) -> list[Run]:
-    """All stage runs of an MLflow experiment that ended well."""
-    client, found, page = runs.open_store(), [], None
+def finished_runs(experiment: str) -> list[StageRun]:
+    """Return all finished stage runs of an MLflow experiment. Raises OSError or MLflow's errors when the store fails."""
+    client, stage_runs, page = runs.open_store(), [], None
     known = client.get_experiment_by_name(experiment)
     while known:
         page = client.search_runs(
             [known.experiment_id], "attributes.status = 'FINISHED'", max_results=1000, page_token=page and page.token
         )
-        found += [
-            Run(run.info.run_id, run.info.start_time / 1000, run.data.metrics["wall_seconds"], run.data.tags)
+        stage_runs += [
+            StageRun(run.info.run_id, run.info.start_time / 1000, run.data.metrics["wall_seconds"], run.data.tags)
             for run in page
             if "stage" in run.data.tags and "wall_seconds" in run.data.metrics
         ]
         if not page.token:
             break
-    return found
+    return stage_runs
 
 
-def turn_came(spool: Path, patience: float = PATIENCE) -> bool:
-    """Wait for the logger of this stage to have its turn: the earlier ones have then said all. False: out of reach."""
-    end = time.monotonic() + patience
+def wait_for_turn(spool: Path, timeout: float = LOGGER_TIMEOUT) -> bool:
+    """Wait until this stage's logger begins to send, which it does after the loggers of all earlier stages.
+
+    Returns False when MLflow is out of reach or the timeout (seconds) has passed."""
+    end = time.monotonic() + timeout
     while not spool.with_suffix(".place").exists():
         if spool.with_suffix(".failed").exists() or time.monotonic() > end:
             return False
@@ -113,6 +119,6 @@ def turn_came(spool: Path, patience: float = PATIENCE) -> bool:
     return True
 
 
-def revision(run: Run) -> str:
-    """The git revision of a run, short."""
+def revision(run: StageRun) -> str:
+    """Return the git revision of a run, with ten hex digits."""
     return re.sub(r"^([0-9a-f]{10})[0-9a-f]+", r"\1", run.tags.get("git_revision", ""))

@@ -13,7 +13,7 @@ import pandas as pd
 from milan.core.errors import UserError
 from milan.core.files import explain_os_errors, write_whole
 from milan.core.program import fail
-from milan.report.results import KINDS, TITLES, method
+from milan.report.results import KINDS, TITLES, method_name
 from milan.report.table import DASH, ELSEWHERE, markdown_table
 
 README = Path("README.md")
@@ -45,7 +45,7 @@ def render() -> str:
     status = seeds(larger.seed.nunique())
     # A mean counts only with all its seeds.
     means = larger.groupby("variant", sort=False)[list(COLUMNS)].agg(lambda values: values.mean(skipna=False))
-    rows += [row(method(run.Index), "the built-in world, `demo_gpu`", run, status) for run in means.itertuples()]
+    rows += [row(method_name(run.Index), "the built-in world, `demo_gpu`", run, status) for run in means.itertuples()]
     return f"{markdown_table(rows)}\n\n{SOURCES} {verdicts()}"
 
 

@@ -1,4 +1,4 @@
-"""Metrics JSON -> rows a variant and seed, their summary over seeds, and the published numbers, which stay apart."""
+"""Read results: a row per variant and seed from metrics files, their summary over seeds, and published numbers apart."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ MEASURES = {  # column: (stage, name in its metrics file)
     "finetune": ("finetune", "finetune/top1"),
     "miou": ("segment", "segment/miou"),
 }
-ZERO_SHOT = {  # the same, of the variants that predict CLIP features, where the teacher has a text tower
+ZERO_SHOT = {  # further columns, of variants that predict CLIP features, when the teacher has a text tower
     "zero_shot": ("linear_eval", "linear_eval/zero_shot_top1"),
     "zero_shot_masked": ("linear_eval", "linear_eval/zero_shot_masked_top1"),
 }
@@ -27,7 +27,7 @@ TITLES = {
     "finetune": "Fine-tuning",
     "miou": "ADE20K mIoU",
 }
-METHODS = {  # in the order in which the paper adds its ingredients
+METHOD_NAMES = {  # {variant: name}, in the order in which the paper adds its ingredients
     "scratch": "No pretraining",
     "mae": "MAE",
     "clip_target": "CLIP target",
@@ -38,115 +38,126 @@ PUBLISHED = ("method", "backbone", "epochs", "batch_size", "teacher", "linear", 
 KINDS = {"published": "Published", "re-run": "Re-run by others"}
 
 
-class Data(NamedTuple):
-    """What our numbers were measured on."""
+class EvaluationData(NamedTuple):
+    """The data that our numbers were measured on."""
 
     name: str
     classes: int
-    images: int  # for validation
+    images: int  # validation images
     scene_classes: int
-    scenes: int  # for validation
+    scenes: int  # validation scenes
     scenes_name: str
 
     @property
     def titles(self) -> dict[str, str]:
+        """{column: title} for our own numbers."""
         return {**TITLES, "miou": f"{self.scenes_name} mIoU"}
 
 
 class Results(NamedTuple):
-    """Everything that the writers need."""
+    """The content of table, charts and page."""
 
     params: Params
-    data: Data
-    runs: pd.DataFrame  # a row a variant and seed: variant, seed, linear, knn, ..., NaN for what it has not
-    ours: pd.DataFrame  # a row a variant: the means, and the range as linear_low, linear_high, ...
+    data: EvaluationData
+    runs: pd.DataFrame  # a row per variant and seed: variant, seed, linear, knn, ...; NaN for a measure that it lacks
+    ours: pd.DataFrame  # a row per variant: the means over seeds, and the ranges as linear_low, linear_high, ...
     published: pd.DataFrame
-    teacher: dict
-    importance: dict
+    teacher: dict  # metrics of the stage teacher
+    importance: dict  # metrics of the stage extract_targets
 
 
-def read_results(metrics: Path, published: Path, p: Params) -> Results:
-    """metrics: the folder of one scale. Raises UserError naming the file or the entry that is missing."""
-    runs = read_runs(metrics, p)
+def read_results(metrics: Path, published: Path, params: Params) -> Results:
+    """Read metrics (the folder of one scale) and published numbers. Raises UserError naming a missing file or entry."""
+    runs = read_runs(metrics, params)
     reports = [read_metrics(metrics / f"{name}.json") for name in ("teacher", "extract_targets")]
-    return Results(p, read_data(metrics, p), runs, summary(runs), read_published(published), *reports)
+    return Results(params, read_data(metrics, params), runs, summarise(runs), read_published(published), *reports)
 
 
 def read_metrics(path: Path) -> dict:
+    """Read a metrics file. Raises UserError when it is missing or not an object of numbers and words."""
     try:
-        found = json.loads(path.read_text())
+        metrics = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(
             f"{path} is missing: an earlier stage writes it. Run `dvc repro`, which runs the stages in order."
         ) from None
     except (ValueError, RecursionError) as error:  # JSON's and UTF-8's errors are ValueErrors
         raise UserError(f"{path} is no valid JSON ({error}). Delete it and run `dvc repro` again.") from None
-    if not isinstance(found, dict) or not all(isinstance(value, (int, float, str)) for value in found.values()):
+    if not isinstance(metrics, dict) or not all(isinstance(value, (int, float, str)) for value in metrics.values()):
         raise UserError(f"{path} is no valid JSON object of numbers and words. Delete it and run `dvc repro` again.")
-    return found
+    return metrics
 
 
-def value_of(path: Path, name: str):
-    found = read_metrics(path)
-    if name not in found:
-        raise UserError(f"{path} has no entry {name!r}; it has {', '.join(found)}. Delete it and run `dvc repro` again.")
-    return found[name]
+def read_value(path: Path, name: str) -> float | str:
+    """Read one entry of a metrics file. Raises UserError when it is missing."""
+    metrics = read_metrics(path)
+    if name not in metrics:
+        raise UserError(f"{path} has no entry {name!r}; it has {', '.join(metrics)}. Delete it and run `dvc repro` again.")
+    return metrics[name]
 
 
-def read_runs(metrics: Path, p: Params) -> pd.DataFrame:
+def read_runs(metrics: Path, params: Params) -> pd.DataFrame:
+    """Return a row per variant and seed of the recipe: variant, seed, and a column for each of TITLES."""
+
     def numbers(variant: str, seed: int) -> dict:
         path = {stage: metrics / stage / f"{variant}-{seed}.json" for stage, _ in MEASURES.values()}
-        found = {column: value_of(path[stage], name) for column, (stage, name) in MEASURES.items()}
-        return found | {column: read_metrics(path[stage]).get(name, float("nan")) for column, (stage, name) in ZERO_SHOT.items()}
+        values = {column: read_value(path[stage], name) for column, (stage, name) in MEASURES.items()}
+        return values | {column: read_metrics(path[stage]).get(name, float("nan")) for column, (stage, name) in ZERO_SHOT.items()}
 
-    rows = [{"variant": v, "seed": s, **numbers(v, s)} for v in p.variants for s in p.seeds]
+    rows = [
+        {"variant": variant, "seed": seed, **numbers(variant, seed)} for variant in params.variants for seed in params.seeds
+    ]
     return pd.DataFrame(rows, columns=["variant", "seed", *TITLES])
 
 
-def summary(runs: pd.DataFrame) -> pd.DataFrame:
-    """Mean over seeds, and the smallest and the largest, of each variant, in the order of the runs."""
-    found = runs.groupby("variant", sort=False)[list(TITLES)].agg(["mean", "min", "max"])
+def summarise(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return mean, minimum and maximum over seeds of each variant, in the order of the runs."""
+    summary = runs.groupby("variant", sort=False)[list(TITLES)].agg(["mean", "min", "max"])
     suffix = {"mean": "", "min": "_low", "max": "_high"}
-    found.columns = [column + suffix[how] for column, how in found.columns]
-    return found.round(4)
+    summary.columns = [column + suffix[statistic] for column, statistic in summary.columns]
+    return summary.round(4)
 
 
-def read_data(metrics: Path, p: Params) -> Data:
+def read_data(metrics: Path, params: Params) -> EvaluationData:
+    """Read the names and sizes of the evaluation data. Raises UserError when a metrics file is missing."""
     imagenet, scenes = metrics / "prepare_imagenet.json", metrics / "prepare_ade20k.json"
-    return Data(
-        "the built-in world" if p.data.imagenet is None else "ImageNet-layout images",
-        value_of(imagenet, "prepare_imagenet/classes"),
-        value_of(imagenet, "prepare_imagenet/val"),
-        p.prepare_ade20k.classes,
-        value_of(scenes, "prepare_ade20k/val"),
-        "Segmentation" if p.data.ade20k is None else "ADE20K",
+    return EvaluationData(
+        "the built-in world" if params.data.imagenet is None else "ImageNet-layout images",
+        read_value(imagenet, "prepare_imagenet/classes"),
+        read_value(imagenet, "prepare_imagenet/val"),
+        params.prepare_ade20k.classes,
+        read_value(scenes, "prepare_ade20k/val"),
+        "Segmentation" if params.data.ade20k is None else "ADE20K",
     )
 
 
 def read_published(path: Path) -> pd.DataFrame:
+    """Read the published numbers. Raises UserError naming a missing column, a cell that is no number, or an unknown kind."""
     if not path.exists():
         raise UserError(f"{path} is missing: it holds the published numbers (git checkout -- {path} restores it).")
     try:
-        found = pd.read_csv(path, dtype={"epochs": "Int64", "batch_size": "Int64"})
+        published = pd.read_csv(path, dtype={"epochs": "Int64", "batch_size": "Int64"})
     except (ValueError, TypeError, OverflowError) as error:
         raise UserError(f"{path} is no table of published numbers ({error}).") from None
-    missing = [name for name in PUBLISHED if name not in found]
+    missing = [name for name in PUBLISHED if name not in published]
     if missing:
         raise UserError(f"{path} lacks the column {missing[0]}; it must have {', '.join(PUBLISHED)}.")
-    words = [name for name in ("linear", "finetune", "miou") if not pd.api.types.is_numeric_dtype(found[name])]
-    if words:
-        raise UserError(f"{path}: the column {words[0]} holds what is no number; leave a cell empty where nothing is published.")
-    strange = sorted(set(found["kind"].astype(str)) - set(KINDS))
-    if strange:
-        raise UserError(f"{path}: kind must be {' or '.join(KINDS)}, not {strange[0]!r}.")
-    return found
+    textual = [name for name in ("linear", "finetune", "miou") if not pd.api.types.is_numeric_dtype(published[name])]
+    if textual:
+        raise UserError(
+            f"{path}: the column {textual[0]} has a cell that is no number; leave a cell empty where nothing is published."
+        )
+    unknown = sorted(set(published["kind"].astype(str)) - set(KINDS))
+    if unknown:
+        raise UserError(f"{path}: kind must be {' or '.join(KINDS)}, not {unknown[0]!r}.")
+    return published
 
 
-def method(variant: str) -> str:
-    """A variant's name in tables and figures."""
-    return METHODS.get(variant, variant)
+def method_name(variant: str) -> str:
+    """Return a variant's name in tables and figures."""
+    return METHOD_NAMES.get(variant, variant)
 
 
-def in_words(variant: str) -> str:
-    """The same inside a sentence."""
-    return method(variant).replace("No pretraining", "no pretraining")
+def name_in_sentence(variant: str) -> str:
+    """Return a variant's name inside a sentence."""
+    return method_name(variant).replace("No pretraining", "no pretraining")

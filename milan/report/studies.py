@@ -25,7 +25,7 @@ from milan.core.redaction import redact
 from milan.params import read_params
 from milan.report import claims, costs, plots, sweep, table
 from milan.report.page import LINKS
-from milan.report.provenance import Run
+from milan.report.provenance import StageRun
 from milan.report.results import read_results
 
 EVALUATIONS = ("linear_eval", "finetune", "segment")  # the stages to run, with the stages that they need
@@ -135,7 +135,7 @@ def command(name: str, study: Study, settings: list[str], out: Path = OUT) -> st
     return f"python -m milan.report.studies {name}{values}{''.join(words)}"
 
 
-def write_seeds(experiment: sweep.Experiment, runs: list[Run], out: Path, about: str) -> None:
+def write_seeds(experiment: sweep.Experiment, runs: list[StageRun], out: Path, about: str) -> None:
     """Write variants over seeds: means, ranges and the judged claims to table.md, every seed's numbers to table.csv."""
     sweep.keep(out, experiment)
     params = read_params(out / "params.yaml")
@@ -144,8 +144,9 @@ def write_seeds(experiment: sweep.Experiment, runs: list[Run], out: Path, about:
             write_json(Path(folder, path), values)
         results = read_results(Path(folder), Path(params.report.published), params)
     rows = [{k: v for k, v in row.items() if k not in LINKS} for row in table.our_rows(results, lambda text, path: text)]
-    sentences = "\n".join(f"- {sentence}" for sentence in [*table.order_said(results), *table.notes(results)])
-    parts = [f"# Variants over seeds at scale {params.scale}", about, table.measured(results), table.markdown_table(rows), sentences]
+    sentences = "\n".join(f"- {sentence}" for sentence in [*table.order_sentences(results), *table.notes(results)])
+    head = [f"# Variants over seeds at scale {params.scale}", about, table.measured_on(results)]
+    parts = [*head, table.markdown_table(rows), sentences]
     parts += [*table.claims_section(results), costs.said([experiment.lock], runs), "![Bars of our variants](figure.png)"]
     write_whole(out / "table.md", ("\n\n".join(parts) + "\n").encode())
     write_whole(out / "table.csv", results.runs.to_csv(index=False, lineterminator="\n").encode())

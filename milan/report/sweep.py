@@ -23,12 +23,13 @@ import yaml
 
 from milan.core.errors import UserError, nearest
 from milan.core.files import write_whole
+from milan.core.identity import flatten
 from milan.core.program import fail
 from milan.report import costs, plots
 from milan.report.costs import COSTS
 from milan.report.plots import Figure, plt
-from milan.report.provenance import Run
-from milan.report.results import MEASURES, TITLES, ZERO_SHOT, method
+from milan.report.provenance import StageRun
+from milan.report.results import MEASURES, TITLES, ZERO_SHOT, method_name
 from milan.report.table import DASH, markdown_table
 from milan.tracking.runs import parse_yaml, recipe_stages
 
@@ -55,12 +56,13 @@ def main() -> None:
     args = parser.parse_args()
     try:
         experiments = read_experiments()
-        write(args.key, experiments, costs.known_runs(experiments[0].recipe["scale"]), args.out / args.key)
+        sweep, _ = members(args.key, experiments)
+        write(args.key, experiments, costs.known_runs(sweep[0].recipe["scale"]), args.out / args.key)
     except UserError as error:
         fail(str(error))
 
 
-def write(key: str, experiments: list[Experiment], known: list[Run], out: Path, about: str = "") -> None:
+def write(key: str, experiments: list[Experiment], known: list[StageRun], out: Path, about: str = "") -> None:
     """Write the sweep's files to out. known: MLflow's runs; about: a paragraph above the tables. Raises UserError unless two
     values of the key have results."""
     sweep, others = members(key, experiments)
@@ -144,7 +146,7 @@ def members(key: str, experiments: list[Experiment]) -> tuple[list[Experiment], 
     equally large ones the newest."""
     groups: dict[str, list[Experiment]] = {}
     for experiment in experiments:
-        flat = flattened(experiment.recipe)
+        flat = flatten(experiment.recipe)
         if key not in flat:
             raise UserError(f"{key}: the recipe has no such key{nearest(key, flat)}")
         rest = {name: value for name, value in flat.items() if name != key and name.split(".")[0] not in FREE}
@@ -153,20 +155,12 @@ def members(key: str, experiments: list[Experiment]) -> tuple[list[Experiment], 
     return ranked[-1], [experiment for group in ranked[:-1] for experiment in group]
 
 
-def flattened(tree: dict, prefix: str = "") -> dict:
-    """Return {"section.key": value}."""
-    flat = {}
-    for name, value in tree.items():
-        flat |= flattened(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
-
-
-def rows(key: str, sweep: list[Experiment], known: list[Run]) -> pd.DataFrame:
+def rows(key: str, sweep: list[Experiment], known: list[StageRun]) -> pd.DataFrame:
     """Return one row per value, variant and seed with all measures; of repeated ones the newest counts. Variants with one
     value only are left out, and so are zero-shot columns without a number."""
     points = {}
     for experiment in sweep:
-        value = flattened(experiment.recipe)[key]
+        value = flatten(experiment.recipe)[key]
         price = costs.Prices(experiment.lock, known)
         for variant in experiment.recipe["variants"]:
             for seed in experiment.recipe["seeds"]:
@@ -199,7 +193,7 @@ def markdown(key: str, scale: str, runs: pd.DataFrame, about: str, origin: str) 
 
     parts = [f"# {key} at scale {scale}", *([about] if about else [])]
     for variant, group in runs.groupby("variant", sort=False):
-        parts += [f"## {method(variant)}", markdown_table([cells(value, some) for value, some in group.groupby("value")])]
+        parts += [f"## {method_name(variant)}", markdown_table([cells(value, some) for value, some in group.groupby("value")])]
     return "\n\n".join([*parts, costs.CAVEAT, origin, f"![{key}](figure.png)"]) + "\n"
 
 
@@ -219,7 +213,7 @@ def draw(key: str, runs: pd.DataFrame) -> Figure:
         for variant in variants:
             own, shade = runs[runs["variant"] == variant], plots.colour(variant, variants)
             means = own.groupby("value")[column].mean()
-            axis.plot(means.index, means, color=shade, lw=1.8, label=method(variant))
+            axis.plot(means.index, means, color=shade, lw=1.8, label=method_name(variant))
             axis.plot(own["value"], own[column], "o", color=shade, ms=5)
         axis.set_title(f"{TITLES[column]} %", fontsize=10)
         axis.set_xlabel(key, fontsize=9)

@@ -1,8 +1,8 @@
-"""The table: our rows in the paper's layout, beside the published numbers and never among them.
+"""Write the results table in the paper's layout, as Markdown, CSV and LaTeX.
 
-Our rows are of this recipe's data (at demo scale the built-in world, which nothing published was measured on);
-published numbers and re-runs by others are ImageNet-1K and ADE20K figures, in tables of their own. What the text
-says about the order of the variants is worked out from the numbers.
+Our rows are measured on this recipe's data (at demo scale the built-in world). Published numbers and re-runs by others
+are measured on ImageNet-1K and ADE20K, and are in separate tables. The sentences about the order of the variants are
+derived from the numbers.
 """
 
 import io
@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from milan.report import claims
-from milan.report.results import KINDS, METHODS, TITLES, ZERO_SHOT, Results, in_words, method
+from milan.report.results import KINDS, METHOD_NAMES, TITLES, ZERO_SHOT, Results, method_name, name_in_sentence
 
 CAPTIONS_CAVEAT = (
     "The CLIP teacher was trained on captions, which speak of the very things to be recognised. MILAN and every variant "
@@ -24,147 +24,157 @@ NAMES_CAVEAT = (
     "Where the images came without pairs/captions.csv, the teacher learned from the class names of the training images: "
     "every variant with a CLIP target has then seen their labels."
 )
-TEACHER = {"zero-shot": "zero_shot_top1", "linear": "linear_top1", "k-NN": "knn_top1"}
+TEACHER_SCORES = {"zero-shot": "zero_shot_top1", "linear": "linear_top1", "k-NN": "knn_top1"}
 ELSEWHERE = "ImageNet-1K and ADE20K"
 DASH = "–"
 URL = re.compile(r"https?://[^\s;,]+")
 
 
-def order_said(r: Results) -> list[str]:
-    """What the numbers say: how far the last ingredient gets, and where the order is not the one to expect."""
-    if r.params.pretrain.weights:
+def order_sentences(results: Results) -> list[str]:
+    """Return sentences on MILAN's lead over the other variants, and on where the order of variants is not the expected one."""
+    if results.params.pretrain.weights:
         return []  # one checkpoint is no ablation
-    return [*(lead_said(r, column) for column in ("linear", "finetune", "miou")), *expected_order_said(r)]
+    return [*(lead_sentence(results, column) for column in ("linear", "finetune", "miou")), *expected_order_sentences(results)]
 
 
-def lead_said(r: Results, column: str) -> str:
-    """`MILAN: linear eval 36.9, 26.1 above MAE, 25.2 above no pretraining.`"""
-    best = "milan" if "milan" in r.ours.index else r.ours.index[-1]
-    value = as_shown(r, column)
-    others = [f"{difference(value[best] - value[v])} {in_words(v)}" for v in r.ours.index if v != best]
-    return f"{method(best)}: {lower(r.data.titles[column])} {value[best]:.1f}" + "".join(f", {words}" for words in others) + "."
+def lead_sentence(results: Results, column: str) -> str:
+    """Return `MILAN: linear eval 36.9, 26.1 above MAE, 25.2 above no pretraining.`"""
+    best = "milan" if "milan" in results.ours.index else results.ours.index[-1]
+    value = rounded_means(results, column)
+    others = [f"{describe_difference(value[best] - value[v])} {name_in_sentence(v)}" for v in results.ours.index if v != best]
+    lead = f"{method_name(best)}: {title_in_sentence(results.data.titles[column])} {value[best]:.1f}"
+    return ", ".join([lead, *others]) + "."
 
 
-def as_shown(r: Results, column: str) -> pd.Series:
-    """The means rounded as the table prints them, so that sentences and table agree to the last digit."""
-    return r.ours[column].map(lambda value: float(f"{value:.1f}"))
+def rounded_means(results: Results, column: str) -> pd.Series:
+    """Return the means as the table prints them, so that sentences and table agree to the last digit."""
+    return results.ours[column].map(lambda value: float(f"{value:.1f}"))
 
 
-def lower(title: str) -> str:
-    """A column's title inside a sentence."""
+def title_in_sentence(title: str) -> str:
+    """Return a column's title inside a sentence."""
     return title if title.startswith("ADE20K") else title[0].lower() + title[1:]
 
 
-def difference(points: float) -> str:
+def describe_difference(points: float) -> str:
+    """Return `26.1 above`, `26.1 below` or `level with`."""
     if abs(points) < 0.05:
         return "level with"
     return f"{abs(points):.1f} {'above' if points > 0 else 'below'}"
 
 
-def expected_order_said(r: Results) -> list[str]:
-    """Where a variant is not above the one that the paper builds it from, as far as the table's digits tell."""
-    chain = [variant for variant in METHODS if variant in r.ours.index]
+def expected_order_sentences(results: Results) -> list[str]:
+    """Return sentences naming, for each measure, the variants that are not above the one they are built from."""
+    chain = [variant for variant in METHOD_NAMES if variant in results.ours.index]
     if len(chain) < 2:
         return []
-    words = [f"The order to expect, each ingredient of the paper adding to the one before: {' < '.join(map(in_words, chain))}."]
+    order = " < ".join(map(name_in_sentence, chain))
+    words = [f"The order to expect, each ingredient of the paper adding to the one before: {order}."]
     for column in ("linear", "finetune", "miou"):
-        value = as_shown(r, column)
-        said = [not_above(r, column, a, b) for a, b in pairwise(chain) if value[b] <= value[a]]
-        words.append(f"{r.data.titles[column]}: " + (f"not that order, {'; '.join(said)}." if said else "this order."))
+        value = rounded_means(results, column)
+        exceptions = [not_above(results, column, a, b) for a, b in pairwise(chain) if value[b] <= value[a]]
+        finding = f"not that order, {'; '.join(exceptions)}." if exceptions else "this order."
+        words.append(f"{results.data.titles[column]}: {finding}")
     return words
 
 
-def not_above(r: Results, column: str, first: str, second: str) -> str:
-    """`MAE (10.7) is below no pretraining (11.5)`, or `is level with`."""
-    a, b = (as_shown(r, column)[variant] for variant in (first, second))
+def not_above(results: Results, column: str, first: str, second: str) -> str:
+    """Return `MAE (10.7) is below no pretraining (11.5)`, or `... is level with no pretraining`."""
+    a, b = (rounded_means(results, column)[variant] for variant in (first, second))
     relation = (
-        f"is below {in_words(first)} ({a:.1f}){overlap(r, column, first, second)}"
+        f"is below {name_in_sentence(first)} ({a:.1f}){overlap(results, column, first, second)}"
         if b < a
-        else f"is level with {in_words(first)}"
+        else f"is level with {name_in_sentence(first)}"
     )
-    return f"{in_words(second)} ({b:.1f}) {relation}"
+    return f"{name_in_sentence(second)} ({b:.1f}) {relation}"
 
 
-def overlap(r: Results, column: str, first: str, second: str) -> str:
-    """Whether a difference is more than chance: only seeds can tell."""
-    if len(r.params.seeds) < 2:
+def overlap(results: Results, column: str, first: str, second: str) -> str:
+    """Return a clause when the ranges of two variants over seeds overlap; nothing for a single seed."""
+    if len(results.params.seeds) < 2:
         return ""
-    (low_a, high_a), (low_b, high_b) = (r.ours.loc[v, [f"{column}_low", f"{column}_high"]] for v in (first, second))
+    (low_a, high_a), (low_b, high_b) = (results.ours.loc[v, [f"{column}_low", f"{column}_high"]] for v in (first, second))
     return ", though their ranges over seeds overlap" if max(low_a, low_b) <= min(high_a, high_b) else ""
 
 
-def notes(r: Results) -> list[str]:
-    """What a reader has to know to read our numbers."""
-    seeds, n = len(r.params.seeds), r.data.images
+def notes(results: Results) -> list[str]:
+    """Return the sentences that explain our numbers."""
+    seeds, n = len(results.params.seeds), results.data.images
     spread = (
         f"Means over {seeds} seeds, the range in brackets" if seeds > 1 else "One seed, so the spread over seeds is not known"
     )
     words = [f"{spread}; the sampling error of a top-1 over {n:,} images is up to {50 / n**0.5:.1f} points (one standard error)."]
-    if "teacher/linear_top1" in r.teacher:
-        scores = [f"{name} {r.teacher[f'teacher/{entry}']:.1f}" for name, entry in TEACHER.items()]
+    if "teacher/linear_top1" in results.teacher:
+        scores = [f"{name} {results.teacher[f'teacher/{entry}']:.1f}" for name, entry in TEACHER_SCORES.items()]
         words.append(f"The teacher itself: {', '.join(scores)}.")
-    if r.ours[list(ZERO_SHOT)].notna().any(axis=None):
-        words.append(zero_shot_said(r))
-    if "extract_targets/importance_on_object" in r.importance:
+    if results.ours[list(ZERO_SHOT)].notna().any(axis=None):
+        words.append(zero_shot_note(results))
+    if "extract_targets/importance_on_object" in results.importance:
         names = ("importance_on_object", "object_area", "importance_above_area")
-        on, area, above = (r.importance[f"extract_targets/{name}"] for name in names)
+        on, area, above = (results.importance[f"extract_targets/{name}"] for name in names)
         words.append(
             f"{on:.1f} % of the teacher's patch importance falls on the object, which covers {area:.1f} % of the image; the "
             f"first share is the larger one in {above:.1f} % of the images."
         )
-    if r.params.data.imagenet and r.params.teacher.tiny:
+    if results.params.data.imagenet and results.params.teacher.tiny:
         words.append(NAMES_CAVEAT)
     return [*words, CAPTIONS_CAVEAT]
 
 
-def zero_shot_said(r: Results) -> str:
+def zero_shot_note(results: Results) -> str:
+    """Return the sentence that explains the zero-shot columns."""
     return (
         "Zero-shot: the pretrained model's own prediction of the teacher's class token, beside the teacher's texts of the class "
-        f"names, of whole images and with {100 * r.params.pretrain.mask_ratio:g} % of the patches masked at random."
+        f"names, of whole images and with {100 * results.params.pretrain.mask_ratio:g} % of the patches masked at random."
     )
 
 
-def heading(r: Results) -> str:
-    return f"Ours, on {r.data.name}" + ("" if r.params.data.imagenet else ": not comparable with the published numbers")
+def heading(results: Results) -> str:
+    """Return the heading of our table."""
+    caveat = "" if results.params.data.imagenet else ": not comparable with the published numbers"
+    return f"Ours, on {results.data.name}{caveat}"
 
 
-def measured(r: Results) -> str:
-    d = r.data
+def measured_on(results: Results) -> str:
+    """Return the sentence on measures and data of our table."""
+    data = results.data
     return (
-        f"Top-1 in % over {d.images:,} validation images of {d.classes} classes (chance {100 / d.classes:.1f} %); "
-        f"mIoU in % over {d.scenes:,} scenes with {d.scene_classes} classes"
-        f"{' of the built-in world' if r.params.data.imagenet and not r.params.data.ade20k else ''}."
+        f"Top-1 in % over {data.images:,} validation images of {data.classes} classes (chance {100 / data.classes:.1f} %); "
+        f"mIoU in % over {data.scenes:,} scenes with {data.scene_classes} classes"
+        f"{' of the built-in world' if results.params.data.imagenet and not results.params.data.ade20k else ''}."
     )
 
 
-# ------------------------------------------------------------------------------------------------------------------- rows
+# Rows.
 
 
-def our_rows(r: Results, link: Callable[[str, str], str]) -> list[dict[str, str]]:
-    """Cells of our table; link(text, path from the repository's root) spells a link."""
-    return [our_row(r, variant, link) for variant in r.ours.index]
+def our_rows(results: Results, link: Callable[[str, str], str]) -> list[dict[str, str]]:
+    """Return the rows of our table as {title: cell}; link(text, path from the repository's root) writes a link."""
+    return [our_row(results, variant, link) for variant in results.ours.index]
 
 
-def our_row(r: Results, variant: str, link: Callable[[str, str], str]) -> dict[str, str]:
-    p, trained = r.params, r.params.pretrain.ablation[variant].target != "none"
-    own = trained and not p.pretrain.weights
+def our_row(results: Results, variant: str, link: Callable[[str, str], str]) -> dict[str, str]:
+    """Return the row of one variant."""
+    params, means = results.params, results.ours.loc[variant]
+    own = params.pretrain.ablation[variant].target != "none" and not params.pretrain.weights
 
     def links(path: str) -> str:
-        return ", ".join(link(str(s), path.format(s)) for s in p.seeds)
+        return ", ".join(link(str(seed), path.format(seed)) for seed in params.seeds)
 
     return {
-        "Algorithm": Path(p.pretrain.weights).name if p.pretrain.weights else method(variant),
-        "Backbone": p.model.name,
-        "Epochs": f"{p.pretrain.epochs:g}" if own else DASH,
-        "Batch size": str(p.pretrain.batch_size) if own else DASH,
-        **{title: spread_cell(r.ours.loc[variant], column, len(p.seeds)) for column, title in r.data.titles.items()},
-        "Recipe": link(p.scale, f"conf/scale/{p.scale}.yaml"),
-        "Weights of seed": links(f"outs/{p.scale}/pretrain/{variant}-{{}}"),
-        "Curve of seed": links(f"reports/curves/{p.scale}/pretrain/{variant}-{{}}.csv") if own else DASH,
+        "Algorithm": Path(params.pretrain.weights).name if params.pretrain.weights else method_name(variant),
+        "Backbone": params.model.name,
+        "Epochs": f"{params.pretrain.epochs:g}" if own else DASH,
+        "Batch size": str(params.pretrain.batch_size) if own else DASH,
+        **{title: spread_cell(means, column, len(params.seeds)) for column, title in results.data.titles.items()},
+        "Recipe": link(params.scale, f"conf/scale/{params.scale}.yaml"),
+        "Weights of seed": links(f"outs/{params.scale}/pretrain/{variant}-{{}}"),
+        "Curve of seed": links(f"reports/curves/{params.scale}/pretrain/{variant}-{{}}.csv") if own else DASH,
     }
 
 
 def spread_cell(row: pd.Series, column: str, seeds: int) -> str:
+    """Return `36.0 (35.0–37.0)`: mean and range over seeds, the mean alone for a single seed."""
     if pd.isna(row[column]):
         return DASH
     mean = f"{row[column]:.1f}"
@@ -172,7 +182,7 @@ def spread_cell(row: pd.Series, column: str, seeds: int) -> str:
 
 
 def published_rows(published: pd.DataFrame, kind: str, source: Callable[[str], str]) -> list[dict[str, str]]:
-    """Cells of one kind's table; source(text with URLs) spells where a row comes from."""
+    """Return the rows of one kind as {title: cell}; source(text with URLs) writes the cell of sources."""
 
     def cell(value, spec: str = "") -> str:
         return DASH if pd.isna(value) else format(value, spec)
@@ -191,75 +201,82 @@ def published_rows(published: pd.DataFrame, kind: str, source: Callable[[str], s
     ]
 
 
-# ---------------------------------------------------------------------------------------------------------------- writers
+# Writers.
 
 
-def markdown(r: Results) -> str:
-    """reports/table.md, its links relative to that file."""
-    parts = [f"# Results at scale {r.params.scale}", f"## {heading(r)}", measured(r), markdown_table(our_rows(r, markdown_link))]
-    parts += ["\n".join(f"- {sentence}" for sentence in [*order_said(r), *notes(r)])]
+def markdown(results: Results) -> str:
+    """Return reports/table.md, with links relative to that file."""
+    parts = [f"# Results at scale {results.params.scale}", f"## {heading(results)}", measured_on(results)]
+    parts += [markdown_table(our_rows(results, markdown_link))]
+    parts += ["\n".join(f"- {sentence}" for sentence in [*order_sentences(results), *notes(results)])]
     parts += [
         "![Bars of linear evaluation, fine-tuning and segmentation by variant](plots/bars.png)",
         "![Loss curves](plots/curves.png)",
-        *claims_section(r),
+        *claims_section(results),
     ]
     for kind, title in KINDS.items():
-        parts += [f"## {title}: {ELSEWHERE}, 224 px", markdown_table(published_rows(r.published, kind, markdown_source))]
+        parts += [f"## {title}: {ELSEWHERE}, 224 px", markdown_table(published_rows(results.published, kind, markdown_source))]
     return "\n\n".join(parts) + "\n"
 
 
-def claims_section(r: Results) -> list[str]:
-    """Paragraphs; none where no claim's two variants were run."""
-    said, rows = claims.notes(r), claims.rows(r)
+def claims_section(results: Results) -> list[str]:
+    """Return the paragraphs on the paper's claims; none without a claim's two variants."""
+    notes, rows = claims.notes(results), claims.rows(results)
     table = [markdown_table(rows)] if rows else []
-    return [f"### {claims.heading(r)}", *said[:1], *table, *said[1:]] if said else []
+    return [f"### {claims.heading(results)}", *notes[:1], *table, *notes[1:]] if notes else []
 
 
 def markdown_table(rows: list[dict[str, str]]) -> str:
+    """Return rows {title: cell} as a table in Markdown."""
     lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def markdown_link(text: str, path: str) -> str:
+    """Return a link in reports/table.md to a path from the repository's root."""
     return f"[{text}]({path.removeprefix('reports/') if path.startswith('reports/') else f'../{path}'})"
 
 
 def markdown_source(text: str) -> str:
+    """Return a text with its URLs as links in Markdown."""
     return URL.sub(lambda url: f"[{url[0].split('/')[2]}]({url[0]})", text)
 
 
-def frame(r: Results) -> pd.DataFrame:
-    """All rows as numbers: ours first; `kind` and `data` say which is which."""
+def all_rows(results: Results) -> pd.DataFrame:
+    """Return our rows, then published ones and re-runs, as numbers; the columns `kind` and `data` tell them apart."""
     titles = {"Algorithm": "method", "Backbone": "backbone", "Epochs": "epochs", "Batch size": "batch_size"}
     paths = {"Recipe": "recipe", "Weights of seed": "weights", "Curve of seed": "curve"}
-    rows = pd.DataFrame(our_rows(r, lambda text, path: path)).rename(columns={**titles, **paths})[
+    rows = pd.DataFrame(our_rows(results, lambda text, path: path)).rename(columns={**titles, **paths})[
         [*titles.values(), *paths.values()]
     ]
-    ours = pd.concat([rows.replace(DASH, ""), r.ours.reset_index()], axis=1)
-    ours = ours.assign(kind="ours", data=r.data.name, seeds=len(r.params.seeds))
-    theirs = r.published.assign(data=ELSEWHERE)
+    ours = pd.concat([rows.replace(DASH, ""), results.ours.reset_index()], axis=1)
+    ours = ours.assign(kind="ours", data=results.data.name, seeds=len(results.params.seeds))
+    theirs = results.published.assign(data=ELSEWHERE)
     both = pd.concat([ours.astype(object), theirs.astype(object)], ignore_index=True)
     first = ["kind", "data", "method", "variant", "backbone", "epochs", "batch_size", "teacher", *TITLES]
     return both[[*first, *(name for name in both.columns if name not in first)]]
 
 
-def csv(r: Results) -> str:
+def csv(results: Results) -> str:
+    """Return reports/table.csv."""
     buffer = io.StringIO()
-    frame(r).to_csv(buffer, index=False, lineterminator="\n")
+    all_rows(results).to_csv(buffer, index=False, lineterminator="\n")
     return buffer.getvalue()
 
 
-def latex(r: Results) -> str:
-    """Two or three floats for a paper (booktabs), without links."""
+def latex(results: Results) -> str:
+    """Return reports/table.tex: a float for each table (booktabs), without links."""
     without = ("Recipe", "Weights of seed", "Curve of seed", "Source")
-    tables = [(f"{heading(r)}. {measured(r)}", our_rows(r, lambda text, path: text))]
-    tables += [(f"{title}: {ELSEWHERE}, 224 px", published_rows(r.published, kind, str)) for kind, title in KINDS.items()]
+    tables = [(f"{heading(results)}. {measured_on(results)}", our_rows(results, lambda text, path: text))]
+    tables += [(f"{title}: {ELSEWHERE}, 224 px", published_rows(results.published, kind, str)) for kind, title in KINDS.items()]
     return "\n".join(
-        latex_table(title, [{k: v for k, v in row.items() if k not in without} for row in rows]) for title, rows in tables
+        latex_table(caption, [{title: cell for title, cell in row.items() if title not in without} for row in rows])
+        for caption, rows in tables
     )
 
 
 def latex_table(caption: str, rows: list[dict[str, str]]) -> str:
+    """Return one float of rows {title: cell}."""
     titles = list(rows[0])
     columns = "".join(
         "r" if title in (*TITLES.values(), "Epochs", "Batch size") or title.endswith("mIoU") else "l" for title in titles
@@ -270,4 +287,5 @@ def latex_table(caption: str, rows: list[dict[str, str]]) -> str:
 
 
 def escaped(text: str) -> str:
+    """Escape a text for LaTeX."""
     return re.sub(r"([%&_#$])", r"\\\1", text).replace(DASH, "--")

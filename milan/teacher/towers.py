@@ -13,6 +13,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from milan.core.errors import UserError
+from milan.data.patches import PatchConvolution
 from milan.training.device import DTYPES
 
 
@@ -45,6 +46,8 @@ class ClipTower(Tower):
         if fault := clip_fault(visual):
             raise UserError(f"The teacher must be a CLIP vision transformer with a class token (such as ViT-B-16): {fault}.")
         super().__init__(visual, visual.image_size, visual.grid_size, visual.proj.shape[1])
+        if type(visual.conv1) is nn.Conv2d:  # and not the small CLIP's stem
+            visual.conv1.__class__ = PatchConvolution
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         tokens = self.visual._embeds(images)

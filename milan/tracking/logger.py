@@ -83,7 +83,8 @@ def deliver(spool: Path) -> bool:
     except Exception as error:  # no error of the store may lose events
         mark.touch()
         print(
-            f"{spool.name}: MLflow cannot be reached ({type(error).__name__}: {redact(str(error)[:500])}); kept for the next logger.",
+            f"{spool.name}: MLflow cannot be reached ({type(error).__name__}: {redact(str(error)[:500])}); "
+            "kept for the next logger.",
             flush=True,
         )
         return False

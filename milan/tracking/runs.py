@@ -79,7 +79,8 @@ def title(stage: str) -> str:
 def find_stage_run(client, experiment: str, name: str, in_lock: dict[str, str]):
     """Return the newest finished run of a stage whose hashes agree with dvc.lock, or None."""
     named = f"attributes.run_name = '{name}' and attributes.status = 'FINISHED'"
-    return next((run for run in client.search_runs([experiment], named, max_results=20) if hashes_agree(run.data.tags, in_lock)), None)
+    newest = client.search_runs([experiment], named, max_results=20)
+    return next((run for run in newest if hashes_agree(run.data.tags, in_lock)), None)
 
 
 def hashes_agree(tags: dict[str, str], in_lock: dict[str, str]) -> bool:
@@ -89,7 +90,7 @@ def hashes_agree(tags: dict[str, str], in_lock: dict[str, str]) -> bool:
 
 
 def open_store() -> MlflowClient:
-    """Return a client of the store. Raises OSError when its server or its file is not there; mlflow would create an empty file."""
+    """Return a client of the store. Raises OSError when its server or file is not there; mlflow would create an empty file."""
     uri = store_uri()
     parts = urlsplit(uri)
     path = {"sqlite": parts.path[1:], "file": parts.path, "": uri}.get(parts.scheme)
@@ -110,8 +111,8 @@ def find_runs(path: str) -> list:
         matches = [run for digest in digests for run in client.search_runs(experiments, f"tags.`dvc:{path}` = '{digest}'")]
     except Exception as error:  # the store's server, address or file may be at fault
         raise UserError(
-            f"MLflow's store cannot be read ({first_line(error)}). It is mlflow.db in the repository's root, or where the variable "
-            "MLFLOW_TRACKING_URI says: mend that, or start its server."
+            f"MLflow's store cannot be read ({first_line(error)}). It is mlflow.db in the repository's root, or where the "
+            "variable MLFLOW_TRACKING_URI says: mend that, or start its server."
         ) from None
     if not matches:
         raise UserError(f"MLflow has no run that made or read {path} as {LOCK} has it: it was made elsewhere, or not yet sent.")

@@ -88,7 +88,7 @@ class LoggerProcess:
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
 
     def finish(self, status: str, wait: bool = False) -> None:
-        """Say the end; wait: until all is delivered, for the last stage, so that a finished pipeline is a finished record.
+        """Append the end event. wait: wait until all is delivered, as the last stage does, so that MLflow has the whole pipeline.
 
         In a temporary workspace, which DVC deletes after its last stage, every stage waits, and events that MLflow could not
         take move to the project's own spools."""

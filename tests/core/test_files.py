@@ -4,6 +4,8 @@ import errno
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from milan.core import files
 from milan.core.errors import UserError
 from milan.params import TransformerSize
+from tests.conftest import ROOT
 
 
 def names(folder: Path) -> list[str]:
@@ -22,6 +25,15 @@ def raising(error: OSError):
         raise error
 
     return fail
+
+
+def test_a_temporary_workspace_uses_the_scratch_folder_of_the_project(tmp_path):
+    """States saved there outlive the workspace, which DVC deletes."""
+    for folder, scratch in ((tmp_path, ".scratch"), (tmp_path / ".dvc/tmp/exps/standalone/tmp1", "../../../../../.scratch")):
+        folder.mkdir(parents=True, exist_ok=True)
+        asked = [sys.executable, "-c", "from milan.core.files import SCRATCH; print(SCRATCH)"]
+        said = subprocess.run(asked, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+        assert said.stdout == f"{scratch}\n"
 
 
 def test_write_whole_makes_folders_and_replaces(tmp_path):

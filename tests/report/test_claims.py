@@ -11,16 +11,16 @@ from scipy import stats
 
 from milan.params import read_params
 from milan.report import claims, table
-from milan.report.results import MEASURES, TITLES, Data, Results, read_published, summary
+from milan.report.results import MEASURES, TITLES, EvaluationData, Results, read_published, summarise
 from tests.conftest import ROOT
 
-RATIO = {"linear": 1.0, "knn": -1.0, "finetune": 10.0, "miou": 0.0}  # of each measure to the number given
+RATIO = {"linear": 1.0, "knn": -1.0, "finetune": 10.0, "miou": 0.0}  # of each measure to the given number
 
 
 def results(**values: list[float]) -> Results:
-    """A number a variant and seed."""
+    """Make results from one number for each variant and seed; RATIO gives the measures."""
     seeds = list(range(len(next(iter(values.values())))))
-    p = dataclasses.replace(read_params("params.yaml"), variants=list(values), seeds=seeds)
+    params = dataclasses.replace(read_params("params.yaml"), variants=list(values), seeds=seeds)
     runs = pd.DataFrame(
         [
             {"variant": variant, "seed": seed, **{column: RATIO.get(column, math.nan) * numbers[seed] for column in TITLES}}
@@ -28,8 +28,8 @@ def results(**values: list[float]) -> Results:
             for seed in seeds
         ]
     )
-    data = Data("the built-in world", 20, 2000, 11, 400, "Segmentation")
-    return Results(p, data, runs, summary(runs), read_published(Path("reports/published.csv")), {}, {})
+    data = EvaluationData("the built-in world", 20, 2000, 11, 400, "Segmentation")
+    return Results(params, data, runs, summarise(runs), read_published(Path("reports/published.csv")), {}, {})
 
 
 @pytest.mark.parametrize(
@@ -43,35 +43,35 @@ def results(**values: list[float]) -> Results:
     ],
 )
 def test_intervals_and_verdicts_by_hand(differences, mean, low, high, verdict):
-    found = claims.judge(differences)
-    assert found[:3] == pytest.approx((mean, low, high), abs=1e-4)
-    assert found[3:] == (len(differences), verdict)
+    judgement = claims.judge(differences)
+    assert judgement[:3] == pytest.approx((mean, low, high), abs=1e-4)
+    assert judgement[3:] == (len(differences), verdict)
 
 
-@pytest.mark.parametrize("differences, words", [([5.0], "inconclusive: 1 seed"), ([5.0, 5.0], "inconclusive: 2 seeds")])
-def test_fewer_than_three_seeds_judge_nothing(differences, words):
-    assert claims.judge(differences) == (5.0, None, None, len(differences), words)
+@pytest.mark.parametrize("differences, verdict", [([5.0], "inconclusive: 1 seed"), ([5.0, 5.0], "inconclusive: 2 seeds")])
+def test_fewer_than_three_seeds_are_inconclusive(differences, verdict):
+    assert claims.judge(differences) == (5.0, None, None, len(differences), verdict)
 
 
 def test_differences_are_paired_by_seed_and_each_measure_is_judged():
-    """The variants range over 100 points and overlap; seed by seed MILAN is 2, 3, 4 above."""
-    found = claims.judged(results(prompt_decoder=[0, 50, 100], milan=[2, 53, 104])).set_index("measure")
-    assert list(found.index) == list(MEASURES) and set(found["claim"]) == {"The semantic aware mask improves on the random mask"}
-    assert found["verdict"].to_dict() == {
+    """The variants' ranges of 100 points overlap, but seed by seed MILAN is 2, 3 and 4 points above."""
+    judged = claims.judge_claims(results(prompt_decoder=[0, 50, 100], milan=[2, 53, 104])).set_index("measure")
+    assert list(judged.index) == list(MEASURES) and set(judged["claim"]) == {"The semantic aware mask improves on the random mask"}
+    assert judged["verdict"].to_dict() == {
         "linear": "supported",
         "knn": "not supported",
         "finetune": "supported",
         "miou": "inconclusive",
     }
-    assert found.loc["finetune", ["difference", "low", "high"]].tolist() == pytest.approx([30, 5.159, 54.841], abs=1e-3)
+    assert judged.loc["finetune", ["difference", "low", "high"]].tolist() == pytest.approx([30, 5.159, 54.841], abs=1e-3)
 
 
 def test_every_claim_whose_variants_were_run_has_its_own_pair():
     values = {"scratch": 1.0, "mae": 3.0, "clip_target": 7.0, "prompt_decoder": 15.0, "milan": 31.0}
-    found = claims.judged(results(**{variant: [value] * 3 for variant, value in values.items()}))
-    linear = found[found["measure"] == "linear"].set_index("claim")["difference"]
+    judged = claims.judge_claims(results(**{variant: [value] * 3 for variant, value in values.items()}))
+    linear = judged[judged["measure"] == "linear"].set_index("claim")["difference"]
     assert linear.tolist() == [4.0, 8.0, 16.0, 28.0, 30.0] and list(linear.index) == list(claims.CLAIMS.values())
-    assert claims.judged(results(scratch=[1.0], mae=[2.0])).empty
+    assert claims.judge_claims(results(scratch=[1.0], mae=[2.0])).empty
 
 
 def test_the_report_shows_rule_table_and_scope():
@@ -87,7 +87,7 @@ def test_the_report_shows_rule_table_and_scope():
     ]
 
 
-def test_one_seed_names_the_command_and_two_have_no_interval():
+def test_one_seed_names_the_command_for_three_and_two_seeds_have_no_interval():
     text = table.markdown(results(mae=[10.0], milan=[20.0]))
     assert "One seed carries no spread, so nothing is judged here. Three seeds are: `dvc exp run -S 'seeds=[0,1,2]'`." in text
     assert "MILAN is above MAE" not in text
@@ -95,15 +95,15 @@ def test_one_seed_names_the_command_and_two_have_no_interval():
     assert "| MILAN is above MAE | MILAN – MAE | Linear eval | +9.50 | – | 2 | inconclusive: 2 seeds |" in two
 
 
-def test_without_a_pair_there_is_no_section_and_the_csv_has_its_header():
+def test_without_a_claim_s_variants_there_is_no_section_and_the_csv_has_only_its_header():
     alone = results(milan=[1.0, 2.0, 3.0])
     assert "claims" not in table.markdown(alone)
     assert claims.csv(alone) == ",".join(claims.COLUMNS) + "\n"
 
 
 def test_the_csv_has_the_numbers():
-    found = pd.read_csv(io.StringIO(claims.csv(results(mae=[0, 0, 0], milan=[2, 3, 4])))).set_index("measure")
-    assert found.loc["linear", ["above", "below", "difference", "low", "high", "seeds", "verdict"]].tolist() == [
+    rows = pd.read_csv(io.StringIO(claims.csv(results(mae=[0, 0, 0], milan=[2, 3, 4])))).set_index("measure")
+    assert rows.loc["linear", ["above", "below", "difference", "low", "high", "seeds", "verdict"]].tolist() == [
         "milan",
         "mae",
         3.0,
@@ -119,7 +119,7 @@ COMMITTED = sorted((ROOT / "reports/evidence").glob("**/claims.csv"))
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.parent.relative_to(ROOT / "reports/evidence").as_posix())
 def test_the_committed_verdicts_follow_from_the_committed_numbers(path):
-    """By another road: each interval from the table of the runs, and Student's t from scipy.stats."""
+    """Compute each interval independently: from the table of runs, with Student's t from scipy.stats."""
     runs = pd.read_csv(path.parent / "table.csv").set_index(["variant", "seed"])
     for row in pd.read_csv(path).itertuples():
         differences = runs.loc[row.above, row.measure] - runs.loc[row.below, row.measure]

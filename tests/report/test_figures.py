@@ -1,4 +1,4 @@
-"""The notebooks as committed, how they are executed, and the figures' own arithmetic."""
+"""The committed notebooks, their execution by the figures stage, and what they compute and draw."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from milan.core.errors import UserError
-from milan.report import figures, plots
+from milan.report import analysis, drawing, plots
+from milan.report.project import FOLDERS, FigureImages, Project, spread
 from stages import figures as stage
 
 NOTEBOOKS = sorted(Path("notebooks").glob("*.ipynb"))
@@ -44,77 +45,77 @@ def test_notebooks_run_in_order_each_in_an_empty_namespace(tmp_path, capfd):
     assert "1.ipynb (1 of 3)" in printed and "2.ipynb (2 of 3)" in printed and "3.ipynb (3" not in printed
 
 
-def test_stage_and_notebooks_agree_where_folders_are_told():
-    assert stage.FOLDERS == figures.FOLDERS
+def test_stage_and_notebooks_use_the_same_variable():
+    assert stage.FOLDERS == FOLDERS
 
 
-def test_figures_follow_the_stages_folders(monkeypatch, tmp_path):
-    monkeypatch.setenv(figures.FOLDERS, json.dumps({"outs": "elsewhere", "figures": str(tmp_path)}))
-    project = figures.Project.open()
+def test_notebooks_use_the_stage_s_folders(monkeypatch, tmp_path):
+    monkeypatch.setenv(FOLDERS, json.dumps({"outs": "elsewhere", "figures": str(tmp_path)}))
+    project = Project.open()
     assert project.folders["outs"] == Path("elsewhere") and project.folders["metrics"] == Path("reports/metrics", project.params.scale)
     with pytest.raises(UserError, match="elsewhere/targets"):
         project.path("targets")
 
 
 def test_equal_figures_give_equal_bytes(tmp_path):
-    def drawn(name: str) -> bytes:
-        figure, axes = figures.grid_of(["a", "b"], 3)
+    def draw(name: str) -> bytes:
+        figure, axes = drawing.picture_grid(["a", "b"], 3)
         for k, axis in enumerate(axes.flat):
-            figures.show(axis, np.arange(4).reshape(2, 2) * (k + 1))
-        figures.legend(figure, dict(zip("abcde", figures.class_colours(5), strict=False)))
+            drawing.show(axis, np.arange(4).reshape(2, 2) * (k + 1))
+        drawing.add_legend(figure, dict(zip("abcde", drawing.class_colours(5), strict=False)))
         return plots.save(figure, tmp_path / name).read_bytes()
 
-    data = drawn("one.png")
-    assert data == drawn("two.png") and b"Software" not in data and b"tIME" not in data
+    data = draw("one.png")
+    assert data == draw("two.png") and b"Software" not in data and b"tIME" not in data
 
 
 def test_class_colours_differ():
-    colours = figures.class_colours(150)
+    colours = drawing.class_colours(150)
     assert colours.shape == (151, 3) and len(np.unique(colours.round(3), axis=0)) == 151
 
 
-def test_keep_probability_is_one_where_all_importance_is():
+def test_keep_probability_is_one_for_the_only_important_patches():
     importance = torch.tensor([[0.5, 0.5, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
-    kept = figures.keep_probability(importance, 2)
+    kept = analysis.keep_probability(importance, 2)
     assert kept[0].tolist() == [1, 1, 0, 0]
     assert kept[1].sub(0.5).abs().max() < 0.08 and kept.sum(dim=1).tolist() == pytest.approx([2, 2])
 
 
-def test_principal_components_have_a_fixed_sign_and_tell_groups_apart():
+def test_principal_components_have_a_fixed_sign_and_separate_groups():
     features = torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(0)) * 0.05
     features[:, :8, 0] += 1
     features[:, 8:, 1] += 1
-    picture = figures.Colours(features)(features[0])
+    picture = drawing.PrincipalColours(features)(features[0])
     assert picture.shape == (4, 4, 3) and picture.min() >= 0 and picture.max() <= 1
     assert abs(picture[:2, :, 0].mean() - picture[2:, :, 0].mean()) > 0.7
-    assert np.array_equal(picture, figures.Colours(features.clone())(features[0]))
+    assert np.array_equal(picture, drawing.PrincipalColours(features.clone())(features[0]))
 
 
 def test_nearest_neighbours_leave_out_the_query():
     features = torch.tensor([[1.0, 0.0], [2.0, 0.1], [0.0, 1.0], [0.1, 3.0]])
-    assert figures.neighbours(features, 1).flatten().tolist() == [1, 0, 3, 2]
+    assert analysis.nearest_neighbours(features, 1).flatten().tolist() == [1, 0, 3, 2]
 
 
 def test_masked_patches_are_grey():
     image = torch.full((3, 4, 4), 255, dtype=torch.uint8)
-    picture = figures.masked(image, torch.tensor([3]), 4)
-    assert picture[2:, 2:].min() == 1 and np.allclose(picture[:2], figures.UNKNOWN)
+    picture = drawing.masked_image(image, torch.tensor([3]), 4)
+    assert picture[2:, 2:].min() == 1 and np.allclose(picture[:2], drawing.HIDDEN_GREY)
 
 
 def test_class_iou_by_hand():
     truth = torch.tensor([[0, 0], [1, 255]], dtype=torch.uint8)
     predicted = torch.tensor([[0, 1], [1, 0]])
     scene = (torch.zeros(3, 2, 2), truth)
-    iou = figures.class_iou([predicted], [scene], 3)
+    iou = analysis.class_iou([predicted], [scene], 3)
     assert iou[:2] == [50, 50] and np.isnan(iou[2])
 
 
-def test_spread_is_even_and_never_repeats():
-    assert figures.spread(256, 4).tolist() == [0, 85, 170, 255] and figures.spread(3, 10).tolist() == [0, 1, 2]
+def test_spread_is_even_and_has_no_repeats():
+    assert spread(256, 4).tolist() == [0, 85, 170, 255] and spread(3, 10).tolist() == [0, 1, 2]
 
 
-def test_a_released_student_has_no_teacher_s_notebooks(tmp_path, monkeypatch, capsys):
-    """They are left out with a line, and by hand they say why."""
+def test_without_a_teacher_its_notebooks_are_left_out(tmp_path, monkeypatch, capsys):
+    """The stage prints a line; a notebook run by hand raises an error that says why."""
     for name in ("1_results", "2_masking", "3_features"):
         notebook(tmp_path / f"{name}.ipynb")
     executed = []
@@ -127,4 +128,4 @@ def test_a_released_student_has_no_teacher_s_notebooks(tmp_path, monkeypatch, ca
     assert executed == ["1_results.ipynb"]
     assert "without 2_masking.ipynb, 3_features.ipynb" in capsys.readouterr().out
     with pytest.raises(UserError, match="needs the teacher"):
-        figures.FigureImages.read(SimpleNamespace(params=params))
+        FigureImages.read(SimpleNamespace(params=params))

@@ -1,4 +1,4 @@
-"""The page and its trail: which run made a result, by hand; nothing from a file gets out of its cell."""
+"""The page: which run made a result, pictures and captions, and escaping of everything that comes from files."""
 
 import dataclasses
 import json
@@ -17,22 +17,21 @@ from PIL import Image
 from milan.core.errors import UserError
 from milan.params import read_params
 from milan.report import page, provenance
-from milan.report.provenance import Data, Origin, Run
-from milan.report.results import TITLES, Results, read_published, summary
-from milan.report.results import Data as Measured
+from milan.report.provenance import Origin, PackedData, StageRun
+from milan.report.results import TITLES, EvaluationData, Results, read_published, summarise
 from milan.tracking import machine
 from stages import page as stage
 
 EVIL = "<script>alert(1)</script>\"'&"
 
 
-def a_run(name: str, started: float, seconds: float = 1.0, **hashes: str) -> Run:
+def a_run(name: str, started: float, seconds: float = 1.0, **hashes: str) -> StageRun:
     kind, _, variation = name.partition("@")
     tags = {"stage": kind, "git_revision": "0123456789abcdef+changes", "hardware": "a small machine"}
     if variation:
         tags["variant"], tags["seed"] = variation.rsplit("-", 1)
     tags |= {f"dvc:{path}": digest for path, digest in hashes.items()}
-    return Run(f"id{started:g}", started, seconds, tags)
+    return StageRun(f"id{started:g}", started, seconds, tags)
 
 
 LOCK = """
@@ -57,13 +56,13 @@ def lock(tmp_path) -> dict:
     return provenance.read_lock(tmp_path / "dvc.lock", read_params("params.yaml"))
 
 
-def test_the_lock_has_the_active_recipe_s_stages(lock):
+def test_read_lock_returns_the_active_recipe_s_stages(lock):
     assert list(lock) == ["teacher", "pretrain@milan-0", "page"]
     assert lock["pretrain@milan-0"]["outs"] == {"outs/milan-0": "w1.dir", "milan-0.json": "m1"}
 
 
 def test_a_result_comes_from_the_newest_run_that_made_it(lock):
-    """The third wrote other weights, the fourth read another teacher, the fifth is of another stage."""
+    """The third run wrote other weights, the fourth read another teacher, the fifth is of another stage, the sixth has no hash."""
     runs = [
         a_run("pretrain@milan-0", 1, **{"outs/teacher": "t1.dir", "outs/milan-0": "w1.dir"}),
         a_run("pretrain@milan-0", 2, **{"outs/teacher": "t1.dir", "outs/milan-0": "w1.dir", "elsewhere": "x"}),
@@ -78,25 +77,25 @@ def test_a_result_comes_from_the_newest_run_that_made_it(lock):
     assert trail["teacher"].outs == {"outs/teacher": "t1.dir"}
 
 
-@pytest.mark.parametrize("text, words", [(None, "is missing"), ("stages: [", "no lock file"), ("- 1", "no lock file")])
-def test_a_missing_or_broken_lock_is_named(tmp_path, text, words):
+@pytest.mark.parametrize("text, message", [(None, "is missing"), ("stages: [", "no lock file"), ("- 1", "no lock file")])
+def test_a_missing_or_broken_lock_is_named(tmp_path, text, message):
     path = tmp_path / "dvc.lock"
     if text:
         path.write_text(text)
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=message):
         provenance.read_lock(path, read_params("params.yaml"))
 
 
-def test_the_page_waits_for_its_logger_s_turn(tmp_path):
+def test_the_page_waits_until_its_logger_sends(tmp_path):
     spool = tmp_path / "1-2.jsonl"
-    assert not provenance.turn_came(spool, patience=0)
+    assert not provenance.wait_for_turn(spool, timeout=0)
     spool.with_suffix(".failed").touch()
-    assert not provenance.turn_came(spool, patience=60)
+    assert not provenance.wait_for_turn(spool, timeout=60)
     spool.with_suffix(".place").touch()
-    assert provenance.turn_came(spool, patience=0)
+    assert provenance.wait_for_turn(spool, timeout=0)
 
 
-def test_a_store_that_fails_leaves_hours_out(tmp_path, monkeypatch, capsys):
+def test_without_a_store_the_page_leaves_out_hours(tmp_path, monkeypatch, capsys):
     (tmp_path / "1.place").touch()
 
     def fail(_):
@@ -108,22 +107,22 @@ def test_a_store_that_fails_leaves_hours_out(tmp_path, monkeypatch, capsys):
     assert "ConnectionError: gone" in (said := capsys.readouterr().out) and "MLflow is out of reach" in said
 
 
-@pytest.mark.parametrize("seconds, words", [(0.4, "0 s"), (99, "99 s"), (150, "2.5 min"), (5940, "99.0 min"), (9000, "2.5 h")])
-def test_durations(seconds, words):
-    assert page.duration(seconds) == words
+@pytest.mark.parametrize("seconds, text", [(0.4, "0 s"), (99, "99 s"), (150, "2.5 min"), (5940, "99.0 min"), (9000, "2.5 h")])
+def test_durations(seconds, text):
+    assert page.duration(seconds) == text
 
 
-def test_a_revision_is_short_and_keeps_its_warning():
+def test_a_revision_is_short_and_still_says_that_code_was_changed():
     assert provenance.revision(a_run("teacher", 1)) == "0123456789+changes"
 
 
-def test_the_machine_has_no_name():
+def test_the_hardware_does_not_name_the_machine():
     said = machine.hardware("cpu")
     assert machine.cpu_name() in said and f"{machine.cores()} cores" in said
     assert platform.node() not in said
 
 
-# ----------------------------------------------------------------------------------------------------------- the pictures
+# The pictures.
 
 
 def save_picture(path: Path, pixels: np.ndarray) -> None:
@@ -136,7 +135,7 @@ def notebook(path: Path, *cells: tuple[str, str]) -> None:
     path.write_text(json.dumps({"cells": [{"cell_type": kind, "source": [text]} for kind, text in cells]}))
 
 
-def test_pictures_come_in_the_notebooks_order_under_their_words(tmp_path):
+def test_pictures_have_the_notebooks_order_and_captions(tmp_path):
     for name in ("a", "b", "c"):
         save_picture(tmp_path / f"figures/{name}.png", np.full((4, 6, 3), 200, np.uint8))
     text = ("markdown", "## Title of b\n\nSees *much* of `x < y`.")
@@ -144,31 +143,31 @@ def test_pictures_come_in_the_notebooks_order_under_their_words(tmp_path):
     notebook(
         tmp_path / "notebooks/2.ipynb", ("markdown", "# A"), ("code", "project.save(f, 'a')\nproject.save(f, 'never drawn')")
     )
-    found = page.read_pictures(tmp_path / "figures", tmp_path / "notebooks")
-    assert [picture.title for picture in found] == ["Title of b", "A", "c"]
-    assert found[0].caption == "Sees <em>much</em> of <code>x &lt; y</code>." and (found[0].width, found[0].height) == (6, 4)
+    pictures = page.read_pictures(tmp_path / "figures", tmp_path / "notebooks")
+    assert [picture.title for picture in pictures] == ["Title of b", "A", "c"]
+    assert pictures[0].caption == "Sees <em>much</em> of <code>x &lt; y</code>." and (pictures[0].width, pictures[0].height) == (6, 4)
 
 
-def test_a_picture_is_without_loss_where_that_is_smaller(tmp_path):
+def test_a_picture_is_lossless_when_that_is_smaller(tmp_path):
     flat, noise = np.zeros((64, 64, 3), np.uint8), np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
     flat[:, 32:] = (213, 94, 0)
     for name, pixels, exact in (("flat", flat, True), ("noise", noise, False)):
         save_picture(tmp_path / f"{name}.png", pixels)
-        found = page.picture(tmp_path / f"{name}.png", "t", "").source
-        assert found.startswith("data:image/webp;base64,")
-        with Image.open(urllib.request.urlopen(found)) as image:
+        source = page.picture(tmp_path / f"{name}.png", "t", "").source
+        assert source.startswith("data:image/webp;base64,")
+        with Image.open(urllib.request.urlopen(source)) as image:
             assert np.array_equal(np.asarray(image.convert("RGB")), pixels) == exact
 
 
-# --------------------------------------------------------------------------------------------------------------- the page
+# The page.
 
 
 class Cells(HTMLParser):
-    """Texts by tag; refuses what may not be in the page."""
+    """Collect texts by tag; assert that the page has no scripts, no event handlers and no links to other sources."""
 
     def __init__(self, text: str):
         super().__init__()
-        self.open, self.found = None, []
+        self.open, self.cells = None, []
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
@@ -178,7 +177,7 @@ class Cells(HTMLParser):
         assert (given.get("src") or "data:").startswith("data:"), given
         if tag in ("td", "th", "li", "dd", "pre", "h1", "h2", "figcaption"):
             self.open = tag
-            self.found.append((tag, ""))
+            self.cells.append((tag, ""))
 
     def handle_endtag(self, tag):
         if tag == self.open:
@@ -186,11 +185,11 @@ class Cells(HTMLParser):
 
     def handle_data(self, data):
         if self.open:
-            tag, text = self.found[-1]
-            self.found[-1] = (tag, text + data)
+            tag, text = self.cells[-1]
+            self.cells[-1] = (tag, text + data)
 
     def texts(self, *tags: str) -> list[str]:
-        return [" ".join(text.split()) for tag, text in self.found if tag in tags]
+        return [" ".join(text.split()) for tag, text in self.cells if tag in tags]
 
 
 def results(**changes) -> Results:
@@ -198,84 +197,84 @@ def results(**changes) -> Results:
     runs = pd.DataFrame(
         [{"variant": v, "seed": 0, **dict.fromkeys(TITLES, value)} for v, value in (("mae", 10.0), ("milan", 31.44))]
     )
-    measured = Measured("the built-in world", 20, 2000, 11, 400, "Segmentation")
+    measured = EvaluationData("the built-in world", 20, 2000, 11, 400, "Segmentation")
     given = {
         "params": p,
         "data": measured,
         "runs": runs,
-        "ours": summary(runs),
+        "ours": summarise(runs),
         "published": read_published(Path("reports/published.csv")),
     }
     return Results(**{**given, "teacher": {}, "importance": {}, **changes})
 
 
-def rendered(r: Results, trail: list[Origin], data: list[Data] = (), recipe: str = "scale: demo\n") -> Cells:
+def rendered(r: Results, trail: list[Origin], data: list[PackedData] = (), recipe: str = "scale: demo\n") -> Cells:
     dot = page.Picture("Bars", page.emphasised("of *all*"), "data:image/webp;base64,", 2, 1)
     return Cells(page.render(r, [dot], dot, trail, list(data), {"revision": "r0", "hardware": "h0"}, recipe))
 
 
-def whole(r: Results) -> str:
-    """The page without pictures and trail."""
+def page_text(r: Results) -> str:
+    """Render the page without pictures and runs."""
     dot = page.Picture("", page.emphasised(""), "data:,", 1, 1)
     return page.render(r, [], dot, [], [], {"revision": "", "hardware": ""}, "")
 
 
-def test_table_sentences_recipe_and_trail_are_on_the_page():
+def test_the_page_shows_table_sentences_recipe_and_runs():
     trail = [
         Origin("teacher", {"outs/teacher": "t1.dir"}, a_run("teacher", 0, 90)),
         Origin("pretrain@milan-0", {"outs/m": "w1.dir"}, a_run("pretrain@milan-0", 3600, 3510)),
         Origin("report", {"reports/table.md": "r1"}, None),
     ]
-    found = rendered(results(), trail, [Data(Path("outs/demo/imagenet"), {"train": 6000, "val": 20}, "drawn", "ab12")])
-    cells = found.texts("td", "th")
+    rendered_cells = rendered(results(), trail, [PackedData(Path("outs/demo/imagenet"), {"train": 6000, "val": 20}, "drawn", "ab12")])
+    cells = rendered_cells.texts("td", "th")
     at = cells.index("MILAN")
     assert cells[at + 4 : at + 10] == ["31.4"] * 6
-    assert "MILAN: linear eval 31.4, 21.4 above MAE." in found.texts("li")
-    assert "85.4" in cells and "scale: demo" in found.texts("pre")
+    assert "MILAN: linear eval 31.4, 21.4 above MAE." in rendered_cells.texts("li")
+    assert "85.4" in cells and "scale: demo" in rendered_cells.texts("pre")
     at = cells.index("pretrain@milan-0")
     assert cells[at + 1 : at + 6] == ["1970-01-01 01:00", "58.5 min", "0123456789+changes", "id3600", "w1.dir outs/m"]
     assert cells[cells.index("report") + 1 :][:5] == ["–", "–", "–", "not found", "r1 reports/table.md"]
     at = cells.index("outs/demo/imagenet")
     assert cells[at + 1 : at + 4] == ["train 6,000, val 20", "drawn", "ab12"]
-    assert found.texts("dd") == [
+    assert rendered_cells.texts("dd") == [
         "git revision 0123456789+changes (2 stages)",
         "a small machine (2 stages)",
         "60.0 min (1.00 hours) for 2 of 3 stages, 1970-01-01 00:00 to 1970-01-01 01:00 UTC",
     ]
 
 
-def test_ours_and_others_are_in_tables_of_their_own():
-    ours, published, again = (part.split("</section>")[0] for part in whole(results()).split("<section ")[1:4])
+def test_our_numbers_and_others_are_in_separate_tables():
+    ours, published, again = (part.split("</section>")[0] for part in page_text(results()).split("<section ")[1:4])
     assert "ViT-tiny/8" in ours and "ViT-B/16" not in ours
     assert "<h2>Published</h2>" in published and "<h2>Re-run by others</h2>" in again
     assert "ViT-tiny/8" not in published + again
 
 
 def test_claims_are_judged_from_three_seeds_on():
-    """MILAN - MAE is 1, 2, 3: 2 ± 4.303 / √3."""
-    (said,) = [text for text in re.findall("<p>(.*?)</p>", whole(results())) if "spread" in text]
+    """MILAN - MAE is 1, 2 and 3, so the interval is 2 ± 4.303 / √3."""
+    (said,) = [text for text in re.findall("<p>(.*?)</p>", page_text(results())) if "spread" in text]
     assert "<code>dvc exp run -S &#39;seeds=[0,1,2]&#39;</code>" in said
     p = dataclasses.replace(results().params, seeds=[0, 1, 2])
     runs = [("mae", seed, 10.0) for seed in range(3)] + [("milan", seed, 11.0 + seed) for seed in range(3)]
     runs = pd.DataFrame([{"variant": v, "seed": seed, **dict.fromkeys(TITLES, value)} for v, seed, value in runs])
-    cells = rendered(results(params=p, runs=runs, ours=summary(runs)), []).texts("td", "th")
+    cells = rendered(results(params=p, runs=runs, ours=summarise(runs)), []).texts("td", "th")
     at = cells.index("MILAN is above MAE")
     assert cells[at + 1 : at + 7] == ["MILAN – MAE", "Linear eval", "+2.00", "-0.48 to +4.48", "3", "inconclusive"]
 
 
-def test_without_mlflow_the_page_says_so_and_names_where_it_was_written():
+def test_without_mlflow_the_page_names_its_own_revision_and_hardware():
     (said,) = rendered(results(), [Origin("report", {"reports/table.md": "r1"}, None)]).texts("dd")
     assert said.startswith("No MLflow run") and "r0" in said and "h0" in said
 
 
 def test_everything_from_files_is_escaped():
-    """Cells refuses a script wherever it comes from; and the words are there to be read."""
+    """Cells asserts that there is no script; the texts themselves must still be readable."""
     published = read_published(Path("reports/published.csv"))
     published.loc[0, ["method", "source", "teacher"]] = [EVIL, f"{EVIL} https://example.org/{EVIL}", EVIL]
     wicked = a_run(f"{EVIL}@milan-0", 1)
     wicked.tags.update(hardware=EVIL, git_revision=EVIL)
-    r = results(published=published, data=Measured(EVIL, 20, 2000, 11, 400, EVIL))
+    r = results(published=published, data=EvaluationData(EVIL, 20, 2000, 11, 400, EVIL))
     trail = [Origin(EVIL, {EVIL: EVIL}, wicked), Origin(EVIL, {EVIL: EVIL}, None)]
-    found = rendered(r, trail, [Data(Path(EVIL), {EVIL: 1}, EVIL, EVIL)], recipe=EVIL)
-    texts = " ".join(found.texts("td", "th", "dd", "pre", "h2"))
+    rendered_cells = rendered(r, trail, [PackedData(Path(EVIL), {EVIL: 1}, EVIL, EVIL)], recipe=EVIL)
+    texts = " ".join(rendered_cells.texts("td", "th", "dd", "pre", "h2"))
     assert texts.count(EVIL) >= 15

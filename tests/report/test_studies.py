@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from milan.core.errors import UserError
+from milan.core.identity import flatten
 from milan.report import studies, sweep
 from milan.report.results import MEASURES
 from tests.conftest import ROOT, change, forked
@@ -53,7 +54,7 @@ def asked(monkeypatch, tree, workplace) -> list[tuple[str, ...]]:
 
 def test_every_study_varies_a_key_of_the_recipe(tree):
     for study in studies.STUDIES.values():
-        assert study.key in sweep.flattened(tree)
+        assert study.key in flatten(tree)
 
 
 def test_which_studies():

@@ -11,7 +11,7 @@ import yaml
 
 from milan.core.errors import UserError
 from milan.report import costs, sweep
-from milan.report.provenance import Run
+from milan.report.provenance import StageRun
 from milan.report.results import MEASURES
 from tests.conftest import change
 
@@ -22,9 +22,9 @@ LOCK = {
 }
 
 
-def known(stage: str, seconds: float, hardware: str = "a small machine", **tags: str) -> Run:
+def known(stage: str, seconds: float, hardware: str = "a small machine", **tags: str) -> StageRun:
     digests = {"dvc:outs/demo/targets": "t.dir", **({} if stage == "extract_targets" else {"dvc:w": "w.dir"})}
-    return Run("id", 0, seconds, {"stage": stage, "git_revision": "0123456789abcdef", "hardware": hardware, **digests, **tags})
+    return StageRun("id", 0, seconds, {"stage": stage, "git_revision": "0123456789abcdef", "hardware": hardware, **digests, **tags})
 
 
 RUNS = [known("extract_targets", 20.4), known("pretrain", 90.0, variant="milan", seed="0")]
@@ -112,6 +112,16 @@ def test_files_by_hand(experiment, tmp_path):
     picture = (tmp_path / "figure.png").read_bytes()
     sweep.write(KEY, some, RUNS, tmp_path)
     assert picture == (tmp_path / "figure.png").read_bytes()
+
+
+def test_costs_are_those_of_the_sweep_s_scale(experiment, tmp_path, monkeypatch):
+    """The commit's own results may be of another scale."""
+    points = [experiment(name, ratio, metrics("milan", 1.0), scale="smoke") for name, ratio in (("a", 0.5), ("b", 0.9))]
+    monkeypatch.setattr(sweep, "read_experiments", lambda: [experiment(sweep.HERE, 0.5, {}), *points])
+    monkeypatch.setattr(costs, "known_runs", lambda scale: RUNS if scale == "smoke" else [])
+    monkeypatch.setattr("sys.argv", ["sweep", KEY, "--out", str(tmp_path)])
+    sweep.main()
+    assert "| 0.5 | 1.0 | 2.0 | 3.0 | 4.0 | 13 | 20 | 90 | a |" in (tmp_path / KEY / "table.md").read_text()
 
 
 def test_zero_shot_stands_in_the_table_where_somebody_has_it(experiment, tmp_path):

@@ -1,4 +1,4 @@
-"""The table: values worked out by hand, what it says of the order, and published numbers that never mix with ours."""
+"""The table: values worked out by hand, sentences on the order, and published numbers apart from ours."""
 
 import csv
 import dataclasses
@@ -16,7 +16,7 @@ from milan.report import table
 from milan.report.results import read_published, read_results
 
 PUBLISHED = Path("reports/published.csv")
-ZERO_SHOT = {"linear_eval/zero_shot_top1": 30.0, "linear_eval/zero_shot_masked_top1": 20.04}  # of MILAN, with both seeds
+ZERO_SHOT = {"linear_eval/zero_shot_top1": 30.0, "linear_eval/zero_shot_masked_top1": 20.04}  # of MILAN, for both seeds
 LINEAR = {"scratch": (11.0, 12.0), "mae": (10.0, 11.4), "milan": (35.0, 37.04)}
 
 
@@ -31,7 +31,7 @@ def write(path: Path, **metrics) -> None:
 
 @pytest.fixture
 def metrics(tmp_path) -> Path:
-    """Two seeds of three variants: fine-tuning is linear + 1, mIoU is 50 - linear."""
+    """Write metrics of three variants with two seeds: fine-tuning is linear + 1, mIoU is 50 - linear."""
     for variant, values in LINEAR.items():
         for seed, value in enumerate(values):
             name = f"{variant}-{seed}.json"
@@ -78,7 +78,7 @@ def test_no_pretraining_has_no_epochs_and_no_curve(metrics):
     assert row[2:4] == ["–", "–"] and row[12] == "–"
 
 
-def test_zero_shot_stands_where_there_is_one_and_is_explained(metrics):
+def test_zero_shot_columns_and_their_explanation(metrics):
     r = read_results(metrics, PUBLISHED, recipe())
     text = table.markdown(r)
     head = cells(text, "Algorithm")
@@ -90,9 +90,10 @@ def test_zero_shot_stands_where_there_is_one_and_is_explained(metrics):
     assert r"30.0 (30.0--30.0) & 20.0 (20.0--20.0)" in table.latex(r) and "nan" not in text + table.csv(r) + table.latex(r)
 
 
-def test_without_any_zero_shot_it_is_not_spoken_of(metrics):
+def test_without_zero_shot_results_there_is_no_explanation(metrics):
     text = table.markdown(read_results(metrics, PUBLISHED, recipe(["scratch", "mae"])))
     assert cells(text, "MAE")[6:8] == ["–", "–"] and "- Zero-shot:" not in text
+
 
 def test_one_seed_has_no_range_and_says_so(metrics):
     text = table.markdown(read_results(metrics, PUBLISHED, recipe(seeds=[1])))
@@ -100,8 +101,8 @@ def test_one_seed_has_no_range_and_says_so(metrics):
     assert "One seed, so the spread over seeds is not known; the sampling error of a top-1 over 2,500 images is up to 1.0 points" in text
 
 
-def test_order_is_said_by_rule(metrics):
-    assert table.order_said(read_results(metrics, PUBLISHED, recipe())) == [
+def test_sentences_on_the_order_follow_from_the_numbers(metrics):
+    assert table.order_sentences(read_results(metrics, PUBLISHED, recipe())) == [
         "MILAN: linear eval 36.0, 24.5 above no pretraining, 25.3 above MAE.",
         "MILAN: fine-tuning 37.0, 24.5 above no pretraining, 25.3 above MAE.",
         "MILAN: segmentation mIoU 14.0, 24.5 below no pretraining, 25.3 below MAE.",
@@ -112,32 +113,32 @@ def test_order_is_said_by_rule(metrics):
     ]
 
 
-def test_a_tie_is_no_order(metrics):
+def test_means_that_print_alike_are_level(metrics):
     """11.5 and 11.52 are both printed as 11.5."""
     write(metrics / "linear_eval/mae-0.json", **{"linear_eval/top1": 11.5, "linear_eval/knn_top1": 10})
     write(metrics / "linear_eval/mae-1.json", **{"linear_eval/top1": 11.54, "linear_eval/knn_top1": 10})
-    said = table.order_said(read_results(metrics, PUBLISHED, recipe()))
+    said = table.order_sentences(read_results(metrics, PUBLISHED, recipe()))
     assert "Linear eval: not that order, MAE (11.5) is level with no pretraining." in said
 
 
-def test_a_released_checkpoint_is_called_by_its_file(metrics):
+def test_a_released_checkpoint_is_named_by_its_file(metrics):
     pretrain = dataclasses.replace(read_params("params.yaml").pretrain, weights="/models/mae_vit_base.pth")
     text = table.markdown(read_results(metrics, PUBLISHED, recipe(["milan"], pretrain=pretrain)))
     assert cells(text, "mae_vit_base.pth")[2:6] == ["–", "–", "36.0 (35.0–37.0)", "35.0 (34.0–36.0)"]
     assert "MILAN: linear eval" not in text
 
 
-def test_own_images_have_the_built_in_scenes_and_perhaps_a_teacher_that_saw_labels(metrics):
+def test_own_images_name_the_built_in_scenes_and_warn_that_the_teacher_may_have_seen_labels(metrics):
     own = dataclasses.replace(read_params("params.yaml").data, imagenet="/my/images")
     results = read_results(metrics, PUBLISHED, recipe(data=own))
-    assert table.measured(results).endswith("500 scenes with 11 classes of the built-in world.")
+    assert table.measured_on(results).endswith("500 scenes with 11 classes of the built-in world.")
     assert table.NAMES_CAVEAT in table.notes(results)
-    assert "built-in" not in table.measured(read_results(metrics, PUBLISHED, recipe()))
+    assert "built-in" not in table.measured_on(read_results(metrics, PUBLISHED, recipe()))
 
 
-def test_order_as_expected_and_one_variant(metrics):
-    assert "Linear eval: this order." in table.order_said(read_results(metrics, PUBLISHED, recipe(["mae", "milan"])))
-    alone = table.order_said(read_results(metrics, PUBLISHED, recipe(["milan"])))
+def test_the_expected_order_and_a_single_variant(metrics):
+    assert "Linear eval: this order." in table.order_sentences(read_results(metrics, PUBLISHED, recipe(["mae", "milan"])))
+    alone = table.order_sentences(read_results(metrics, PUBLISHED, recipe(["milan"])))
     assert alone == ["MILAN: linear eval 36.0.", "MILAN: fine-tuning 37.0.", "MILAN: segmentation mIoU 14.0."]
 
 
@@ -151,7 +152,7 @@ def test_notes_name_the_teacher_and_the_captions(metrics):
     assert said[-1] == table.CAPTIONS_CAVEAT and "extra information" in said[-1]
 
 
-def test_a_released_teacher_has_no_numbers_here(metrics):
+def test_a_released_teacher_has_no_numbers_in_the_notes(metrics):
     write(metrics / "teacher.json")
     write(metrics / "extract_targets.json")
     assert [said[:9] for said in table.notes(read_results(metrics, PUBLISHED, recipe()))] == ["Means ove", "Zero-shot", "The CLIP "]
@@ -191,7 +192,7 @@ def test_markdown_keeps_ours_published_and_reruns_apart(metrics):
     assert cells(again, "MILAN (OpenMMLab, own code)")[5:8] == ["78.9", "85.3", "–"]
 
 
-def test_csv_says_of_each_row_what_it_is(metrics):
+def test_csv_marks_the_kind_and_data_of_each_row(metrics):
     rows = list(csv.DictReader(io.StringIO(table.csv(read_results(metrics, PUBLISHED, recipe())))))
     kinds = [row["kind"] for row in rows]
     assert kinds == sorted(kinds, key=["ours", "published", "re-run"].index)
@@ -201,13 +202,13 @@ def test_csv_says_of_each_row_what_it_is(metrics):
     assert (rows[2]["linear"], rows[2]["linear_low"], rows[2]["seeds"], rows[0]["epochs"]) == ("36.02", "35.0", "2", "")
 
 
-def test_real_data_is_called_by_its_name(metrics):
+def test_real_data_is_named(metrics):
     data = dataclasses.replace(read_params("params.yaml").data, imagenet="/data/imagenet", ade20k="/data/ade20k")
     text = table.markdown(read_results(metrics, PUBLISHED, recipe(data=data))).split("\n## ")[1]
     assert "built-in world" not in text and "ADE20K mIoU" in text and "not comparable" not in text
 
 
-def test_latex_has_a_table_a_kind_and_escapes(metrics):
+def test_latex_has_a_table_for_each_kind_and_escapes(metrics):
     text = table.latex(read_results(metrics, PUBLISHED, recipe()))
     assert text.count(r"\begin{table}") == text.count(r"\bottomrule") == 3
     assert r"MILAN & ViT-B/16 & 400 & 4096 & CLIP ViT-B & 79.9 & 85.4 & 52.7 \\" in text
@@ -225,7 +226,7 @@ def test_report_stage_starts_without_torch():
     subprocess.run([sys.executable, "-c", "import sys, stages.report; sys.exit('torch' in sys.modules)"], check=True)
 
 
-def test_a_table_of_published_numbers_lacks_a_column(tmp_path):
+def test_a_missing_column_of_published_numbers_is_named(tmp_path):
     (tmp_path / "published.csv").write_text("method,source\nMAE,here\n")
     with pytest.raises(UserError, match="published.csv lacks the column backbone; it must have method"):
         read_published(tmp_path / "published.csv")

@@ -45,7 +45,7 @@ def test_the_closure_sees_what_is_imported():
     assert "milan/teacher/frozen.py" in near  # inside a function
     assert "milan/method/decoder.py" in files_of("stages/pretrain.py")
     assert not any(file.startswith("milan/ingest") for file in files_of("stages/pretrain.py"))
-    assert "milan/report/figures.py" in files_of("notebooks/2_masking.ipynb")
+    assert "milan/report/project.py" in files_of("notebooks/2_masking.ipynb")
 
 
 @pytest.mark.parametrize("stage", STAGES)

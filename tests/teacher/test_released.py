@@ -272,7 +272,7 @@ def test_a_model_that_cannot_be_the_teacher_is_refused_before_any_download(words
 def test_vits_of_any_size_can_be_the_teacher(name, size, grid, width):
     config = released.describe(Pretrained("open_clip", name, "x", None, None))
     with FakeTensorMode(allow_non_fake_inputs=True):
-        tower = plan.unmade(lambda: build_tower(config))
+        tower = plan.build_fake(lambda: build_tower(config))
         features, importance = tower(torch.empty(2, 3, size, size))
     assert (tower.size, tower.grid, tower.feature_dim) == (size, grid, width)
     assert features.shape == (2, 1 + grid**2, width) and importance.shape == (2, grid**2)
