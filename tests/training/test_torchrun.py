@@ -152,8 +152,8 @@ def free_port() -> int:
 
 
 @pytest.fixture(autouse=True)
-def place(workplace, monkeypatch) -> None:
-    """An empty folder, the project's on all nodes."""
+def project_folder(workplace, monkeypatch) -> None:
+    """Work in an empty folder, the project's on all nodes."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     distributed.torchrun_store.cache_clear()
 
@@ -203,9 +203,9 @@ def test_a_silent_rank_is_lost_after_torch_s_timeout(monkeypatch):
     assert ranks.said(0).count(LOST) == 1 and "imed out" in ranks.said(0)
 
 
-@pytest.mark.parametrize("place", [0, 1])
-def test_a_user_error_is_rank_0_s_to_say(place):
-    with Ranks(mistaken, place) as ranks:
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_user_error_is_rank_0_s_to_say(rank):
+    with Ranks(mistaken, rank) as ranks:
         assert ranks.statuses() == [1, 1]
     assert ranks.said(0) == "error: the moon is full: wait a week"
     assert "error" not in ranks.said(1)
