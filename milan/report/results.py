@@ -64,13 +64,20 @@ class Results(NamedTuple):
     published: pd.DataFrame
     teacher: dict  # metrics of the stage teacher
     importance: dict  # metrics of the stage extract_targets
+    edited: tuple[str, ...] = ()  # runs whose training went on over an edit of code
 
 
 def read_results(metrics: Path, published: Path, params: Params) -> Results:
     """Read metrics (the folder of one scale) and published numbers. Raises UserError naming a missing file or entry."""
     runs = read_runs(metrics, params)
     reports = [read_metrics(metrics / f"{name}.json") for name in ("teacher", "extract_targets")]
-    return Results(params, read_data(metrics, params), runs, summarise(runs), read_published(published), *reports)
+    return Results(params, read_data(metrics, params), runs, summarise(runs), read_published(published), *reports, edited_runs(metrics))
+
+
+def edited_runs(metrics: Path) -> tuple[str, ...]:
+    """Return "stage variant-seed (files)" for each run whose training went on although its code had been edited."""
+    files = {path: read_metrics(path).get("edited_while_training") for path in sorted(metrics.glob("**/*.json"))}
+    return tuple(f"{path.parent.name} {path.stem} ({names})" for path, names in files.items() if names)
 
 
 def read_metrics(path: Path) -> dict:

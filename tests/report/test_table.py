@@ -52,6 +52,13 @@ def cells(text: str, algorithm: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
+def test_a_training_over_an_edit_of_code_is_named_below_the_table(metrics):
+    assert "edit of the code" not in table.markdown(read_results(metrics, PUBLISHED, recipe()))
+    write(metrics / "pretrain" / "milan-1.json", **{"pretrain/loss": 0.5, "edited_while_training": "milan/method/masking.py"})
+    said = table.markdown(read_results(metrics, PUBLISHED, recipe()))
+    assert "not by one piece of code: pretrain milan-1 (milan/method/masking.py)." in said
+
+
 def test_means_and_ranges_by_hand(metrics):
     ours = read_results(metrics, PUBLISHED, recipe()).ours
     assert list(ours.index) == ["scratch", "mae", "milan"]
