@@ -25,8 +25,8 @@ COLUMNS = ("claim", "above", "below", "measure", "difference", "low", "high", "s
 THREE_SEEDS_COMMAND = "dvc exp run -S 'seeds=[0,1,2]'"
 SCOPE = (
     "A seed is an initialisation, an order of the images, their masks and the draws of the evaluations. The teacher, its "
-    "bank and the images are the same for all seeds: nothing here speaks for another teacher or other images. Every "
-    "interval is one at 95 % by itself; of twenty such, one misses by chance."
+    "bank and the images are the same for all seeds: the verdicts do not cover other teachers or images. Each "
+    "interval covers the true difference in 95 % of cases; of twenty, one misses by chance."
 )
 
 
@@ -93,7 +93,7 @@ def notes(results: Results) -> list[str]:
     if judge_claims(results).empty:
         return []
     if len(results.params.seeds) < 2:
-        return [f"One seed carries no spread, so nothing is judged here. Three seeds are: `{THREE_SEEDS_COMMAND}`."]
+        return [f"One seed has no spread, so no claim is judged. To run three seeds: `{THREE_SEEDS_COMMAND}`."]
     rule = (
         "Differences in points, paired by seed. Supported: their 95 % interval (Student's t) lies above 0; not supported: "
         f"below 0; inconclusive: 0 is inside, or there are fewer than {MIN_SEEDS} seeds."

@@ -77,7 +77,7 @@ def bars_beside_published(results: Results) -> Figure:
     figure = plt.figure(figsize=(WIDTH, 8.0))
     ours, theirs = figure.subfigures(2, 1, height_ratios=[3.4, 4.6])
     draw_ours(ours.subplots(1, 3), results)
-    ours.suptitle(f"Ours, on {results.data.name}", weight="bold", fontsize=12)
+    ours.suptitle(f"Our results on {results.data.name}", weight="bold", fontsize=12)
     draw_published(theirs.subplots(1, 3, sharey=True), results.published)
     theirs.suptitle("Others: ImageNet-1K and ADE20K, ViT-B/16 (sources in reports/table.md)", weight="bold", fontsize=12)
     return figure

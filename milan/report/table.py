@@ -17,12 +17,12 @@ from milan.report import claims
 from milan.report.results import KINDS, METHOD_NAMES, TITLES, ZERO_SHOT, Results, method_name, name_in_sentence
 
 CAPTIONS_CAVEAT = (
-    "The CLIP teacher was trained on captions, which speak of the very things to be recognised. MILAN and every variant "
-    "with a CLIP target draw on that extra information; MAE and no pretraining do not."
+    "The CLIP teacher was trained on captions, which name the classes. MILAN and every variant "
+    "with a CLIP target use this extra information; MAE and no pretraining do not."
 )
 NAMES_CAVEAT = (
-    "Where the images came without pairs/captions.csv, the teacher learned from the class names of the training images: "
-    "every variant with a CLIP target has then seen their labels."
+    "Without pairs/captions.csv the teacher learned from the class names of the training images: "
+    "every variant with a CLIP target has then used their labels."
 )
 TEACHER_SCORES = {"zero-shot": "zero_shot_top1", "linear": "linear_top1", "k-NN": "knn_top1"}
 ELSEWHERE = "ImageNet-1K and ADE20K"
@@ -69,11 +69,11 @@ def expected_order_sentences(results: Results) -> list[str]:
     if len(chain) < 2:
         return []
     order = " < ".join(map(name_in_sentence, chain))
-    words = [f"The order to expect, each ingredient of the paper adding to the one before: {order}."]
+    words = [f"Expected order, as each ingredient of the paper adds to the one before: {order}."]
     for column in ("linear", "finetune", "miou"):
         value = rounded_means(results, column)
         exceptions = [not_above(results, column, a, b) for a, b in pairwise(chain) if value[b] <= value[a]]
-        finding = f"not that order, {'; '.join(exceptions)}." if exceptions else "this order."
+        finding = f"not in this order, {'; '.join(exceptions)}." if exceptions else "in this order."
         words.append(f"{results.data.titles[column]}: {finding}")
     return words
 
@@ -106,15 +106,15 @@ def notes(results: Results) -> list[str]:
     words = [f"{spread}; the sampling error of a top-1 over {n:,} images is up to {50 / n**0.5:.1f} points (one standard error)."]
     if "teacher/linear_top1" in results.teacher:
         scores = [f"{name} {results.teacher[f'teacher/{entry}']:.1f}" for name, entry in TEACHER_SCORES.items()]
-        words.append(f"The teacher itself: {', '.join(scores)}.")
+        words.append(f"The teacher's own accuracy: {', '.join(scores)}.")
     if results.ours[list(ZERO_SHOT)].notna().any(axis=None):
         words.append(zero_shot_note(results))
     if "extract_targets/importance_on_object" in results.importance:
         names = ("importance_on_object", "object_area", "importance_above_area")
         on, area, above = (results.importance[f"extract_targets/{name}"] for name in names)
         words.append(
-            f"{on:.1f} % of the teacher's patch importance falls on the object, which covers {area:.1f} % of the image; the "
-            f"first share is the larger one in {above:.1f} % of the images."
+            f"{on:.1f} % of the teacher's patch importance falls on the object, which covers {area:.1f} % of the image; in "
+            f"{above:.1f} % of the images the first share is larger."
         )
     if results.params.data.imagenet and results.params.teacher.tiny:
         words.append(NAMES_CAVEAT)
@@ -126,15 +126,15 @@ def notes(results: Results) -> list[str]:
 def zero_shot_note(results: Results) -> str:
     """Return the sentence that explains the zero-shot columns."""
     return (
-        "Zero-shot: the pretrained model's own prediction of the teacher's class token, beside the teacher's texts of the class "
-        f"names, of whole images and with {100 * results.params.pretrain.mask_ratio:g} % of the patches masked at random."
+        "Zero-shot: the class whose text is nearest to the class token that the pretrained model predicts, of whole images and "
+        f"with {100 * results.params.pretrain.mask_ratio:g} % of the patches masked at random."
     )
 
 
 def heading(results: Results) -> str:
     """Return the heading of our table."""
     caveat = "" if results.params.data.imagenet else ": not comparable with the published numbers"
-    return f"Ours, on {results.data.name}{caveat}"
+    return f"Our results on {results.data.name}{caveat}"
 
 
 def measured_on(results: Results) -> str:

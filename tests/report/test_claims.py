@@ -89,7 +89,7 @@ def test_the_report_shows_rule_table_and_scope():
 
 def test_one_seed_names_the_command_for_three_and_two_seeds_have_no_interval():
     text = table.markdown(results(mae=[10.0], milan=[20.0]))
-    assert "One seed carries no spread, so nothing is judged here. Three seeds are: `dvc exp run -S 'seeds=[0,1,2]'`." in text
+    assert "One seed has no spread, so no claim is judged. To run three seeds: `dvc exp run -S 'seeds=[0,1,2]'`." in text
     assert "MILAN is above MAE" not in text
     two = table.markdown(results(mae=[10.0, 11.0], milan=[20.0, 20.0]))
     assert "| MILAN is above MAE | MILAN – MAE | Linear eval | +9.50 | – | 2 | inconclusive: 2 seeds |" in two

@@ -113,10 +113,10 @@ def test_sentences_on_the_order_follow_from_the_numbers(metrics):
         "MILAN: linear eval 36.0, 24.5 above no pretraining, 25.3 above MAE.",
         "MILAN: fine-tuning 37.0, 24.5 above no pretraining, 25.3 above MAE.",
         "MILAN: segmentation mIoU 14.0, 24.5 below no pretraining, 25.3 below MAE.",
-        "The order to expect, each ingredient of the paper adding to the one before: no pretraining < MAE < MILAN.",
-        "Linear eval: not that order, MAE (10.7) is below no pretraining (11.5), though their ranges over seeds overlap.",
-        "Fine-tuning: not that order, MAE (11.7) is below no pretraining (12.5), though their ranges over seeds overlap.",
-        "Segmentation mIoU: not that order, MILAN (14.0) is below MAE (39.3).",
+        "Expected order, as each ingredient of the paper adds to the one before: no pretraining < MAE < MILAN.",
+        "Linear eval: not in this order, MAE (10.7) is below no pretraining (11.5), though their ranges over seeds overlap.",
+        "Fine-tuning: not in this order, MAE (11.7) is below no pretraining (12.5), though their ranges over seeds overlap.",
+        "Segmentation mIoU: not in this order, MILAN (14.0) is below MAE (39.3).",
     ]
 
 
@@ -125,7 +125,7 @@ def test_means_that_print_alike_are_level(metrics):
     write(metrics / "linear_eval/mae-0.json", **{"linear_eval/top1": 11.5, "linear_eval/knn_top1": 10})
     write(metrics / "linear_eval/mae-1.json", **{"linear_eval/top1": 11.54, "linear_eval/knn_top1": 10})
     said = table.order_sentences(read_results(metrics, PUBLISHED, recipe()))
-    assert "Linear eval: not that order, MAE (11.5) is level with no pretraining." in said
+    assert "Linear eval: not in this order, MAE (11.5) is level with no pretraining." in said
 
 
 def test_a_released_checkpoint_is_named_by_its_file(metrics):
@@ -144,17 +144,17 @@ def test_own_images_name_the_built_in_scenes_and_warn_that_the_teacher_may_have_
 
 
 def test_the_expected_order_and_a_single_variant(metrics):
-    assert "Linear eval: this order." in table.order_sentences(read_results(metrics, PUBLISHED, recipe(["mae", "milan"])))
+    assert "Linear eval: in this order." in table.order_sentences(read_results(metrics, PUBLISHED, recipe(["mae", "milan"])))
     alone = table.order_sentences(read_results(metrics, PUBLISHED, recipe(["milan"])))
     assert alone == ["MILAN: linear eval 36.0.", "MILAN: fine-tuning 37.0.", "MILAN: segmentation mIoU 14.0."]
 
 
 def test_notes_name_the_teacher_and_the_captions(metrics):
     said = table.notes(read_results(metrics, PUBLISHED, recipe()))
-    assert "The teacher itself: zero-shot 75.6, linear 79.2, k-NN 77.5." in said
+    assert "The teacher's own accuracy: zero-shot 75.6, linear 79.2, k-NN 77.5." in said
     assert (
-        "40.6 % of the teacher's patch importance falls on the object, which covers 14.9 % of the image; the first share is "
-        "the larger one in 97.2 % of the images."
+        "40.6 % of the teacher's patch importance falls on the object, which covers 14.9 % of the image; in 97.2 % of "
+        "the images the first share is larger."
     ) in said
     assert said[-1] == table.CAPTIONS_CAVEAT and "extra information" in said[-1]
 
@@ -188,7 +188,7 @@ def test_missing_published_file_is_named(metrics, tmp_path):
 
 def test_markdown_keeps_ours_published_and_reruns_apart(metrics):
     ours, published, again = table.markdown(read_results(metrics, PUBLISHED, recipe())).split("\n## ")[1:]
-    assert ours.startswith("Ours, on the built-in world: not comparable with the published numbers")
+    assert ours.startswith("Our results on the built-in world: not comparable with the published numbers")
     assert published.startswith("Published: ImageNet-1K and ADE20K") and again.startswith("Re-run by others: ImageNet-1K and ADE20K")
     assert "ViT-B/16" not in ours and "Segmentation mIoU" in ours and "ADE20K" not in ours
     for block in (published, again):
