@@ -172,24 +172,24 @@ def preempt(*_) -> None:
     raise Preempted
 
 
-def refuse_what_is_not_there(p: Params) -> None:
+def refuse_what_is_not_there(params: Params) -> None:
     """Name at the first stage what only a later one would miss."""
     given = {
-        "pretrain.weights": p.pretrain.weights,
-        "teacher.pretrained.file": p.teacher.pretrained and p.teacher.pretrained.file,
+        "pretrain.weights": params.pretrain.weights,
+        "teacher.pretrained.file": params.teacher.pretrained and params.teacher.pretrained.file,
     }
     for key, path in given.items():
         if path and not Path(path).is_file():
             raise UserError(f"{key}: {path} is missing, or no file. Mend the path, or set it to null.")
-    if not Path(p.report.published).is_file():
+    if not Path(params.report.published).is_file():
         raise UserError(
-            f"report.published: {p.report.published} is missing, or no file. Mend the path; reports/published.csv is in git."
+            f"report.published: {params.report.published} is missing, or no file. Mend the path; reports/published.csv is in git."
         )
-    sections = {"imagenet": p.prepare_imagenet, "ade20k": p.prepare_ade20k}
+    sections = {"imagenet": params.prepare_imagenet, "ade20k": params.prepare_ade20k}
     for name, section in sections.items():
-        if section.size is None and not getattr(p.data, name):
+        if section.size is None and not getattr(params.data, name):
             raise UserError(
-                f"data.{name}: the recipe {p.scale} needs real data. Give its folder (-S data.{name}=/path), or set "
+                f"data.{name}: the recipe {params.scale} needs real data. Give its folder (-S data.{name}=/path), or set "
                 f"prepare_{name}.size and the built-in world is drawn in that size."
             )
 

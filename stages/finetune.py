@@ -89,11 +89,11 @@ def assess(params: Params, vit: torch.nn.Module, val: Records, device: torch.dev
             return vit(images)
 
     centre = CentreSamples(val, params.finetune.resize, params.model.image_size)
-    found, labels = inference.model_outputs(logits, centre, 256, device, "fine-tuned", params.runtime.workers)
-    pairs = scores.confusion_pairs(found.argmax(dim=1), labels)
+    outputs, labels = inference.model_outputs(logits, centre, 256, device, "fine-tuned", params.runtime.workers)
+    pairs = scores.confusion_pairs(outputs.argmax(dim=1), labels)
     names = val.manifest["classes"]
     return {
-        "metrics": dict(scores.accuracy(found, labels, "finetune")),
+        "metrics": dict(scores.accuracy(outputs, labels, "finetune")),
         "confusion": [(names[actual], names[predicted]) for actual, predicted in pairs.tolist()],
     }
 

@@ -61,10 +61,10 @@ def train(params: Params, args: Namespace, saved: SavedState, stage: Stage) -> d
     if distributed.rank() == 0:
         save_weights(args.out / "head.safetensors", head.state_dict())
     val = Records(args.records, "val")
-    found = zero_shot.accuracies(params, args.variant, args.seed, args.weights, args.teacher, val, device)
+    zero_shot_top1 = zero_shot.accuracies(params, args.variant, args.seed, args.weights, args.teacher, val, device)
     metrics = {
         **assess(params, records, val, encode, head, device),
-        **{f"linear_eval/{name}": top for name, top in found.items()},
+        **{f"linear_eval/{name}": top for name, top in zero_shot_top1.items()},
     }
     return {"curve": curve, "metrics": metrics}
 
@@ -119,8 +119,8 @@ def assess(params: Params, train: Records, val: Records, encode: Callable, head:
         for records in (train, val)
     ]
     logits = torch.cat([head(part.to(device)).cpu() for part in features[1][0].split(section.micro_batch)])
-    found = scores.accuracy(logits, features[1][1], "linear_eval")
-    return {**dict(found), "linear_eval/knn_top1": scores.knn_top1(*features[0], *features[1], device)}
+    accuracies = scores.accuracy(logits, features[1][1], "linear_eval")
+    return {**dict(accuracies), "linear_eval/knn_top1": scores.knn_top1(*features[0], *features[1], device)}
 
 
 if __name__ == "__main__":
