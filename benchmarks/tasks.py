@@ -24,18 +24,10 @@ from milan.params import Model
 from milan.segmentation import upernet
 from milan.training import optim
 from milan.training.device import DTYPES, autocast, choose_attention
+from stages.segment import SegmentLoss
 
 FINETUNE = SimpleNamespace(pooling="mean", drop_path=0.1, label_smoothing=0.1, mixup=0.8, cutmix=1.0)
 CLASSES, SCENE_CLASSES = 1000, 150
-
-
-class UPerNetLoss(nn.Module):
-    def __init__(self, model: upernet.Segmenter):
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        return upernet.segmentation_loss(*self.model(images), labels)
 
 
 class Task:
@@ -85,7 +77,7 @@ def segmentation(model: Model, scenes: int, side: int, precision: str, device: t
     groups = optim.layer_decay_groups(net, 0.05, 0.65, layer, e.depth)
     images = torch.randn(scenes, 3, side, side, device=device)
     labels = torch.randint(0, SCENE_CLASSES, (scenes, side, side), device=device)
-    return Task(UPerNetLoss(net), optim.adamw(groups, (0.9, 0.999)), (images, labels), precision)
+    return Task(SegmentLoss(net), optim.adamw(groups, (0.9, 0.999)), (images, labels), precision)
 
 
 def rows_of(tasks: dict[str, Task], flops: dict[str, float], peak: float, args, device: torch.device) -> list[dict]:

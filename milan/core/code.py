@@ -56,12 +56,12 @@ def imported(file: Path) -> set[Path]:
             if node.level:
                 raise UserError(f"{file}, line {node.lineno}: write the import out in full; a relative one is not followed.")
             names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    root = project_root(file)
+    root = source_root(file)
     paths = {root.joinpath(*name.split(".")).with_suffix(".py") for name in names if name.split(".")[0] in PACKAGES}
     return {path for path in paths if path.exists()}
 
 
-def project_root(file: Path) -> Path:
+def source_root(file: Path) -> Path:
     """Return the folder that holds the package, or the notebooks, in which the file lies."""
     return next(parent.parent for parent in file.parents if parent.name in (*PACKAGES, "notebooks"))
 
