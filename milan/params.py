@@ -193,16 +193,22 @@ class TinyClip(Section):
 
 @dataclass(frozen=True)
 class Pretrained(Section):
-    """A released teacher: a model of open_clip or timm, with the tag of its weights or a local file."""
+    """A released teacher: a model of open_clip or timm, with the tag of its weights or a local file, or the file of a small
+    CLIP that this pipeline trained (library milan), which describes its own model."""
 
-    library: Literal["open_clip", "timm"]
-    model: Text
+    library: Literal["open_clip", "timm", "milan"]
+    model: Text | None  # null with library milan
     tag: Text | None
     file: Text | None
     sha256: Sha256 | None  # of the weights, in hex; null: not checked
 
     def conflicts(self) -> Iterator[str]:
-        if not (self.tag or self.file or (self.library == "timm" and "." in self.model)):
+        if self.library == "milan":
+            if not self.file or self.model or self.tag:
+                yield "library milan takes a file, which describes its own model; set model and tag to null"
+        elif not self.model:
+            yield f"give the model, by {self.library}'s name for it"
+        elif not (self.tag or self.file or (self.library == "timm" and "." in self.model)):
             yield "give the tag of the weights (such as openai), or their file"
 
 

@@ -163,7 +163,7 @@ def fake_teacher(params: Params) -> Tower:
     """Build the teacher without values."""
     tiny, pretrained = params.teacher.tiny, params.teacher.pretrained
     with unset_fake_temporarily():
-        config = tiny_config(tiny, params.model, list(range(VOCABULARY))) if tiny else describe(pretrained)
+        config = tiny_config(tiny, params.model, list(range(VOCABULARY)), None) if tiny else describe(pretrained)
     return build_fake(lambda: build_tower(config))
 
 

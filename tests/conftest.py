@@ -19,6 +19,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # `make test` runs three processe
 
 import torch  # noqa: E402
 import yaml  # noqa: E402
+from hydra import compose, initialize_config_dir  # noqa: E402
+from omegaconf import OmegaConf  # noqa: E402
 
 from milan.core.identity import Identity  # noqa: E402
 from milan.data import records  # noqa: E402
@@ -79,10 +81,21 @@ def committed_tree() -> dict:
     return yaml.safe_load((ROOT / "params.yaml").read_text())
 
 
+def composed(scale: str) -> dict:
+    """Return the recipe that DVC writes into params.yaml for this scale."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+        return OmegaConf.to_container(compose("config", overrides=[f"scale={scale}"]), resolve=True)
+
+
+@pytest.fixture(scope="session")
+def demo_teacher_tree() -> dict:
+    return composed("demo_teacher")
+
+
 @pytest.fixture
-def tree(committed_tree) -> dict:
-    """Return a copy of the committed recipe, to be changed."""
-    return copy.deepcopy(committed_tree)
+def tree(demo_teacher_tree) -> dict:
+    """Return a copy of the recipe demo_teacher, the demo with its teacher trained here, to be changed."""
+    return copy.deepcopy(demo_teacher_tree)
 
 
 def change(tree: dict, key: str, value) -> None:

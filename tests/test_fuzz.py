@@ -218,7 +218,7 @@ SMALL = st.recursive(  # without sizes that are valid and take all memory
 def test_teachers(tmp_path, committed_tree):
     sizes = {"embed_dim": 8, "width": 32, "layers": 1, "head_width": 16, "conv_stem": False}
     tiny = TinyClip(**sizes, text_width=16, text_heads=1, text_layers=1, context_length=5)
-    clip.save_teacher(tmp_path, clip.build_tiny(tiny, 16, 8, 3), clip.tiny_config(tiny, MODEL, [1, 2, 3]))
+    clip.save_teacher(tmp_path, clip.build_tiny(tiny, 16, 8, 3), clip.tiny_config(tiny, MODEL, [1, 2, 3], None))
     about = json.loads((tmp_path / "teacher.json").read_text())
     compute = validate(Params, committed_tree, "params.yaml").compute
 

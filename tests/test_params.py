@@ -5,22 +5,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from timm.data.auto_augment import rand_augment_transform
 
 from milan.core.errors import UserError
 from milan.core.validation import arithmetic, validate
 from milan.params import Model, Params, read_params
-from tests.conftest import ROOT, change
+from tests.conftest import ROOT, change, composed
 
 SCALES = sorted(path.stem for path in (ROOT / "conf" / "scale").glob("*.yaml"))
-
-
-def composed(scale: str) -> dict:
-    """What DVC writes into params.yaml for this scale."""
-    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
-        return OmegaConf.to_container(compose("config", overrides=[f"scale={scale}"]), resolve=True)
 
 
 def refusal(tree) -> str:
@@ -143,6 +135,8 @@ WRONG = {
     "a world of one pixel": ("prepare_imagenet.size", 1, ["prepare_imagenet.size", "at least 16"]),
     "two teachers": ("teacher.pretrained", PRETRAINED, ["teacher", "not both"]),
     "neither tag nor file": ("teacher.pretrained", {**PRETRAINED, "tag": None}, ["teacher.pretrained", "give the tag"]),
+    "no model": ("teacher.pretrained", {**PRETRAINED, "model": None}, ["teacher.pretrained", "give the model", "open_clip"]),
+    "a small CLIP without its file": ("teacher.pretrained", {**PRETRAINED, "library": "milan"}, ["library milan takes a file", "set model and tag to null"]),
     "a digest that is none": ("teacher.pretrained", {**PRETRAINED, "sha256": "5806"}, ["teacher.pretrained.sha256: '5806'", "64 hexadecimal"]),
     "unknown library": ("teacher.pretrained", {**PRETRAINED, "library": "tim"}, ["library", "did you mean 'timm'"]),
     "expectation of less than one image": ("prepare_imagenet.expect", {"train": 0, "val": 1, "classes": 2}, ["expect.train", "above 0"]),

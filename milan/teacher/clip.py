@@ -97,10 +97,14 @@ def save_no_teacher(folder: Path) -> None:
 
 
 def save_teacher(folder: Path, model: nn.Module, config: dict) -> None:
-    """Write teacher.safetensors (the image tower under `visual.`, and the text tower of a teacher that is trained here) and
-    teacher.json, from which the model is built again."""
+    """Write teacher.safetensors (the image tower under `visual.`, and the text tower of a small CLIP) and teacher.json, from
+    which the model is built again.
+
+    A small CLIP's teacher.safetensors holds teacher.json too, so this one file can be given to others: another recipe takes
+    it as its teacher.pretrained.file, with library milan."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_weights(folder / "teacher.safetensors", model.state_dict())
+    about = {"teacher": config} if config["kind"] == "tiny" else {}
+    save_weights(folder / "teacher.safetensors", model.state_dict(), **about)
     write_checked(folder / "teacher.json", config)
 
 
@@ -128,30 +132,37 @@ def explain_misfits(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def tiny_config(tiny: TinyClip, model: Model, token_ids: list[int]) -> dict:
-    """Return the teacher.json of a teacher that is trained here for students of this size."""
+def tiny_config(tiny: TinyClip, model: Model, token_ids: list[int], world: str | None) -> dict:
+    """Return the teacher.json of a small CLIP for students of this size. world: the built-in world of its captions; None for
+    captions of other images."""
     return {
         "kind": "tiny",
         "tiny": vars(tiny),
         "image_size": model.image_size,
         "patch_size": model.patch_size,
         "token_ids": token_ids,
+        "world": world,
     }
 
 
 def load_teacher(folder: Path) -> tuple[CLIP, Tokenizer, dict]:
-    """Load both towers of a teacher that was trained here, frozen and in evaluation mode, with tokenizer and teacher.json.
+    """Load both towers of a small CLIP, frozen and in evaluation mode, with tokenizer and teacher.json.
 
-    Raises UserError for a released teacher, which has no text tower, and for files that do not fit each other."""
+    Raises UserError for other teachers, whose text tower is not kept, and for files that do not fit each other."""
     config = read_config(folder)
     if config["kind"] != "tiny":
-        raise UserError(f"{folder} holds an image tower and no text tower: a released teacher gives features of images alone.")
+        raise UserError(f"{folder} holds an image tower and no text tower: it gives features of images alone.")
     weights = load_weights(Path(folder) / "teacher.safetensors")
     with explain_misfits(folder):
-        tokenizer = Tokenizer(config["tiny"]["context_length"], config["token_ids"])
-        model = build_tiny(TinyClip(**config["tiny"]), config["image_size"], config["patch_size"], len(tokenizer))
+        model, tokenizer = build_towers(config)
     load_state(model, weights, Path(folder) / "teacher.safetensors", OTHER_TEACHER)
     return model.eval().requires_grad_(False), tokenizer, config
+
+
+def build_towers(config: dict) -> tuple[CLIP, Tokenizer]:
+    """Build the small CLIP that a teacher.json describes, without its weights, and its tokenizer."""
+    tokenizer = Tokenizer(config["tiny"]["context_length"], config["token_ids"])
+    return build_tiny(TinyClip(**config["tiny"]), config["image_size"], config["patch_size"], len(tokenizer)), tokenizer
 
 
 def embed_classes(model: CLIP, tokenizer: Tokenizer, wording: Wording, shown: bool = False) -> Tensor:

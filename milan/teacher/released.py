@@ -1,4 +1,5 @@
-"""Fetch a released teacher, by name and tag of open_clip or timm or from a local file, and verify its digest.
+"""Fetch a released teacher, by name and tag of open_clip or timm or from a local file, and verify its digest. A small CLIP
+that this pipeline trained is a released teacher, too, whose file describes its own model (library milan).
 
 A model that cannot be MILAN's teacher is refused before any download. Files in the library's own cache are used without a
 network. A file's code runs only if the recipe names the file by its digest: pickles are read with weights_only, and a
@@ -24,13 +25,14 @@ from torch import Tensor, nn
 
 from milan.core.errors import UserError, nearest
 from milan.core.files import file_digest
-from milan.params import Pretrained
+from milan.core.validation import validate
+from milan.params import Pretrained, TinyClip
 from milan.teacher.class_text import Wording, save_class_text
-from milan.teacher.clip import NO_VISION, Tokenizer, embed_classes, save_teacher
+from milan.teacher.clip import NO_VISION, Tokenizer, build_towers, embed_classes, explain_misfits, save_teacher
 from milan.teacher.frozen import build_tower
 from milan.teacher.towers import Tower
 from milan.training.foreign import check_weights, is_torchscript, read_foreign, require_file
-from milan.training.weights import load_state
+from milan.training.weights import load_described, load_state
 
 State = dict[str, Tensor]
 TEXT_SIZES = {"context_length", "vocab_size", "width", "heads", "layers"}  # the only settings that OpenAI's text towers have
@@ -48,10 +50,12 @@ class Release:
 
 def fetch_teacher(source: Pretrained, folder: Path, wording: Wording | None = None, device: str | torch.device = "cpu") -> None:
     """Write a released image tower into folder as teacher.safetensors and teacher.json, and the class texts (class_text.py)
-    where it has a text tower, which computes them on this device and is not kept.
+    where it has a text tower, which computes them on this device and, but for a small CLIP's, is not kept.
 
     wording: None for images without labels. Raises UserError for a model or a file that cannot be the teacher, weights that
     cannot be fetched and a digest that differs."""
+    if source.library == "milan":
+        return fetch_small(source, folder, wording)
     config = describe(source)
     path = Path(source.file) if source.file else locate(source)
     verify(path, source)
@@ -66,6 +70,20 @@ def fetch_teacher(source: Pretrained, folder: Path, wording: Wording | None = No
     if text_tower:
         embeddings = embed_classes(text_tower.to(device), Tokenizer(text_tower.context_length), wording, shown=True)
         save_class_text(folder, wording, embeddings)
+
+
+def fetch_small(source: Pretrained, folder: Path, wording: Wording | None) -> None:
+    """Write a small CLIP that this pipeline trained into folder, as the stage that trained it did, with the class texts."""
+    path = Path(source.file)
+    verify(path, source)
+    print(f"teacher: {path}", flush=True)
+    state, config = load_described(path)[0], describe(source)
+    with explain_misfits(path):
+        model, tokenizer = build_towers(config)
+    load_as_float32(model, state, path)
+    save_teacher(folder, model, config)
+    if wording and wording.names:
+        save_class_text(folder, wording, embed_classes(model.eval().requires_grad_(False), tokenizer, wording))
 
 
 def build_text_tower(source: Pretrained, state: State, path: Path, wording: Wording) -> nn.Module | None:
@@ -99,6 +117,8 @@ def longest_text(wording: Wording, limit: int) -> int:
 def describe(source: Pretrained) -> dict:
     """Return the teacher.json of a released model, without any download. Raises UserError when its library does not know it
     or it cannot be the teacher."""
+    if source.library == "milan":
+        return small_config(Path(source.file))
     config = timm_config(source) if source.library == "timm" else open_clip_config(source)
     try:
         refuse_timm_wrapper(config)
@@ -106,6 +126,16 @@ def describe(source: Pretrained) -> dict:
             build_tower(config)
     except UserError as error:
         raise UserError(f"teacher.pretrained.model {source.model!r} cannot be the teacher. {error}") from None
+    return config
+
+
+def small_config(path: Path) -> dict:
+    """Return the teacher.json that the file of a small CLIP holds. Raises UserError for any other file."""
+    require_file(path)
+    config = load_described(path)[1].get("teacher")
+    if not isinstance(config, dict) or config.get("kind") != "tiny":
+        raise UserError(f"{path} describes no small CLIP: with library milan give a teacher.safetensors of the stage teacher.")
+    validate(TinyClip, config.get("tiny"), f"{path}, tiny")
     return config
 
 

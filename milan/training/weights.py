@@ -40,6 +40,11 @@ def weights_digest(weights: dict[str, torch.Tensor]) -> str:
 
 def load_weights(path: Path) -> dict[str, torch.Tensor]:
     """Load a file that a stage wrote, on the CPU. Raises UserError when it is missing or when even one bit has changed."""
+    return load_described(path)[0]
+
+
+def load_described(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """Load a file that a stage wrote, as load_weights does, and what its metadata says about it (save_weights, about)."""
     try:
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {}).get("milan", "{}"))
@@ -50,7 +55,7 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
         raise damaged(path, f"it cannot be read ({error})") from None
     if not isinstance(about, dict) or about.get("sha256") != weights_digest(weights):
         raise damaged(path, OTHER_DIGEST)
-    return weights
+    return weights, about
 
 
 def load_into(module: nn.Module, path: Path) -> None:
