@@ -14,7 +14,7 @@ from milan import plan
 from milan.core.errors import UserError
 from milan.core.validation import validate
 from milan.method.model import MaskedPretraining
-from milan.params import Params, Pretrained, read_params
+from milan.params import Params, Pretrained
 from milan.teacher.clip import build_tiny
 from milan.teacher.towers import ClipTower
 from tests.conftest import change
@@ -81,9 +81,9 @@ def test_parameters_are_those_of_the_models(stages):
     assert stages["pretrain milan"].cost.parameters == encoder + decoder
 
 
-def test_real_models_count_the_same():
+def test_real_models_count_the_same(tree):
     """Build and run the demo's real models under torch's counter."""
-    params = read_params()
+    params = validate(Params, tree, "params.yaml")
     with FakeTensorMode(allow_non_fake_inputs=True):
         flops, pretrain = plan.component_flops(params), plan.pretrain_cost(params, "milan")
     images = torch.randn(1, 3, 48, 48)
