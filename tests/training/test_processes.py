@@ -16,7 +16,7 @@ from milan.method.encoder import Encoder
 from milan.params import Params
 from milan.teacher import contrast
 from milan.teacher.clip import build_tiny
-from milan.training import distributed, optim
+from milan.training import batch_norm, distributed, optim
 from milan.training.batch_norm import RunningStatistics
 from milan.training.device import set_up
 from milan.training.loop import fit
@@ -89,7 +89,7 @@ def test_running_statistics_by_hand():
     (32, "sees 16 x 1 images at a time, as published the whole batch of 32: for that, -S segment.micro_batch=32."),
 ])  # fmt: skip
 def test_what_segmentation_s_batch_norm_sees_is_said(capfd, batch_size, said):
-    segment.say_what_batch_norm_sees(batch_size, micro_batch=16)
+    batch_norm.say_what_it_sees("segment", batch_size, micro_batch=16)
     out = capfd.readouterr().out
     assert said in out and bool(out) == bool(said)
 
