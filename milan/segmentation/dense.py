@@ -46,9 +46,7 @@ class DenseLoss(nn.Module):
         return pixel_loss(self.head(features.float()), labels)
 
 
-def frozen_encoder(
-    path: Path, model: Model, crop_size: int, precision: str, device: torch.device
-) -> Callable[[Tensor], Tensor]:
+def frozen_encoder(path: Path, model: Model, crop_size: int, precision: str, device: torch.device) -> Callable[[Tensor], Tensor]:
     """Return a function from normalised crops (B, 3, S, S) to patch features (B, D, G, G), G = S / patch_size, without gradient.
 
     path: the encoder that the pretrain stage wrote; its position embedding is interpolated to the crop's grid. Raises UserError
