@@ -152,7 +152,8 @@ class Model(Section):
 
 @dataclass(frozen=True)
 class Training(Section):
-    """The keys that all training stages share. Schedule: linear warm-up, then cosine decay (segment: linear decay)."""
+    """The keys that all training stages share. Schedule: linear warm-up, then cosine decay (segment, dense_probe:
+    linear decay)."""
 
     epochs: Above0  # passes over the training images
     warmup_epochs: AtLeast0
@@ -297,8 +298,8 @@ class Finetune(Training):
 
 
 @dataclass(frozen=True)
-class Segment(Training):
-    """UPerNet on the encoder (mmsegmentation, configs/mae)."""
+class SceneTraining(Training):
+    """The keys that the stages on scenes share: crops as mmsegmentation's ADE20K pipeline draws them, and AdamW."""
 
     crop_size: Positive
     stride: Positive  # of the sliding window, in evaluation
@@ -307,11 +308,24 @@ class Segment(Training):
     max_class_share: Share  # of a crop: crops with more of one class are drawn again
     photometric: Bool  # distortion of brightness, contrast, saturation and hue
     betas: Betas
+
+
+@dataclass(frozen=True)
+class Segment(SceneTraining):
+    """UPerNet on the encoder (mmsegmentation, configs/mae)."""
+
     layer_decay: ShareAbove0
     drop_path: Share
     channels: Positive  # of UPerNet
     aux_channels: Positive  # of the auxiliary head
     out_blocks: Annotated[list[Int], Strict()]  # the encoder's blocks that UPerNet reads, from 0
+
+
+@dataclass(frozen=True)
+class DenseProbe(SceneTraining):
+    """Batch norm and one linear layer on the frozen encoder's patch features (DINOv2, section 7.4, "linear")."""
+
+    views: Count  # 0, as published: a new crop every epoch; above 0: features of so many fixed crops, extracted once
 
 
 @dataclass(frozen=True)
@@ -338,6 +352,7 @@ class Params(Section):
     linear_eval: LinearEval
     finetune: Finetune
     segment: Segment
+    dense_probe: DenseProbe
     report: Report
 
     @property
@@ -356,10 +371,11 @@ class Params(Section):
         for variant in self.variants:
             if variant not in rows:
                 yield f"variants: {variant!r} is no row of pretrain.ablation{nearest(variant, rows)}; there are {', '.join(rows)}"
-        if segment.crop_size % patch:
-            yield f"segment.crop_size {segment.crop_size} is no multiple of the patch size"
-        if segment.crop_size < 2 * patch:
-            yield f"segment.crop_size {segment.crop_size} must be two patches of {patch} at least"
+        for name, size in {"segment": segment.crop_size, "dense_probe": self.dense_probe.crop_size}.items():
+            if size % patch:
+                yield f"{name}.crop_size {size} is no multiple of the patch size"
+            if size < 2 * patch:
+                yield f"{name}.crop_size {size} must be two patches of {patch} at least"
         patches, ratio = self.model.n_patches, self.pretrain.mask_ratio
         kept = int(patches * (1 - ratio))  # as in milan/method/masking.py
         if not 0 < kept < patches:
@@ -375,7 +391,7 @@ class Params(Section):
         if len(blocks) != 4 or sorted(set(blocks)) != blocks or not 0 <= blocks[0] <= blocks[3] < depth:
             yield f"segment.out_blocks {blocks} must be four increasing blocks of the encoder's {depth}, from 0"
         world_size, batch = self.world_size, self.teacher.batch_size
-        for name in ("pretrain", "linear_eval", "finetune", "segment"):
+        for name in ("pretrain", "linear_eval", "finetune", "segment", "dense_probe"):
             training = getattr(self, name)
             micro_batches = training.batch_size // training.micro_batch
             if micro_batches % world_size:

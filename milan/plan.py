@@ -9,6 +9,7 @@ benchmarks/step.py measures; without --tflops, half the rate of a large matrix p
 """
 
 import argparse
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from milan.method.model import MaskedPretraining
 from milan.method.target_bank import bank_bytes
 from milan.params import AblationRow, Params, Training, read_params
 from milan.segmentation import upernet
+from milan.segmentation.dense import DenseHead
 from milan.teacher.clip import tiny_config
 from milan.teacher.frozen import build_tower
 from milan.teacher.released import describe
@@ -197,6 +199,16 @@ def segment_cost(params: Params) -> Cost:
     return training_cost(model, lambda: model(images), 2)
 
 
+def dense_cost(params: Params) -> Cost:
+    """Return the cost of the dense probe, nearly all of it the frozen encoder's forward pass; fixed views are encoded once."""
+    settings, width = params.dense_probe, params.model.encoder.embed_dim
+    of_crop = dataclasses.replace(params.model, image_size=settings.crop_size)
+    encoder_flops = forward_flops(build_fake(lambda: Encoder(of_crop)), fake_images(1, settings.crop_size))
+    share = 1.0 if settings.views == 0 else min(1.0, settings.views / settings.epochs)
+    head = build_fake(lambda: DenseHead(width, params.prepare_ade20k.classes, "batch")).train()
+    return training_cost(head, lambda: head(torch.randn(2, width, of_crop.grid, of_crop.grid)), 2, encoder_flops * share)
+
+
 def stage_plans(params: Params) -> list[StagePlan]:
     """Return the plan of every training stage; pretraining has one for each variant."""
     train, scenes, seeds = params.prepare_imagenet.train, params.prepare_ade20k.train, len(params.seeds)
@@ -215,6 +227,7 @@ def stage_plans(params: Params) -> list[StagePlan]:
         stage_plan("linear_eval", train, params.linear_eval, linear_cost(params), runs),
         stage_plan("finetune", round(train * params.finetune.labels), params.finetune, finetune_cost(params), runs),
         stage_plan("segment", scenes, params.segment, segment_cost(params), runs),
+        stage_plan("dense_probe", scenes, params.dense_probe, dense_cost(params), runs),
     ]
 
 

@@ -94,7 +94,7 @@ def training_data(
         inference.model_outputs(encode, EpochView(crops, v), section.micro_batch, device, "features", params.runtime.workers)
         for v in range(section.views)
     ]
-    return FeatureViews([features for features, _ in views], views[0][1]), lambda batch: (batch["features"], batch["label"])
+    return FeatureViews(views), lambda batch: (batch["features"], batch["label"])
 
 
 def optimizer_of(params: Params, head: LinearHead) -> torch.optim.Optimizer:

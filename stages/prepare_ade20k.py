@@ -2,6 +2,7 @@
 
 Give data.ade20k the ADEChallengeData2016 folder, its zip (read in place) or the folder that holds either; with null,
 scenes of the built-in world are drawn in that very layout and packed by the very same code. Annotation value 0 stays "unlabelled"; training ignores it.
+The metrics also hold the scores of a constant answer, for comparison.
 Costs: built-in world a few seconds; ADE20K some minutes, 1 GB.
 """
 
@@ -12,11 +13,12 @@ from pathlib import Path
 from milan.core.errors import UserError
 from milan.core.files import SCRATCH, whole_folder
 from milan.core.progress import Progress
-from milan.data import records
+from milan.data import records, transforms
 from milan.ingest import ade20k, imagenet
 from milan.ingest.packing import Packing, has_labels
 from milan.ingest.world import drawing, writing
 from milan.params import Params, PrepareAde20k
+from milan.segmentation import miou
 from milan.stage import Kind, Stage, run
 
 SPLITS = {"train": "training", "val": "validation"}
@@ -33,7 +35,8 @@ def main(stage: Stage) -> None:
     with whole_folder(stage.args.out, made_from) as folder:
         manifest = pack(Path(root or drawn), folder, stage.params, root)
     shutil.rmtree(drawn, ignore_errors=True)
-    stage.write_metrics({f"prepare_ade20k/{name}": split["images"] for name, split in manifest["splits"].items()}, identity)
+    metrics = {name: split["images"] for name, split in manifest["splits"].items()} | constant_answer(stage.args.out, section.classes)
+    stage.write_metrics({f"prepare_ade20k/{name}": value for name, value in metrics.items()}, identity)
 
 
 def draw(root: Path, section: PrepareAde20k) -> None:
@@ -55,7 +58,8 @@ def pack(root: Path, folder: Path, params: Params, given: str | None) -> dict:
     items = {split: ade20k.scene_items(places, name, root) for split, name in SPLITS.items()}
     if given:
         imagenet.refuse_other_counts("prepare_ade20k", {split: len(some) for split, some in items.items()}, section.expect)
-    imagenet.refuse_too_few({"segment": (params.segment.batch_size, len(items["train"]))}, params.world_size)
+    batches = {name: getattr(params, name).batch_size for name in ("segment", "dense_probe")}
+    imagenet.refuse_too_few({name: (size, len(items["train"])) for name, size in batches.items()}, params.world_size)
     classes = ade20k.scene_classes(places, section.classes)
     splits = Packing(folder, section.shard_images, os.cpu_count(), classes=section.classes).pack(items)
     manifest = records.write_manifest(folder, splits=splits, classes=classes)
@@ -72,6 +76,17 @@ def refuse_unlabelled(folder: Path, root: Path) -> None:
             raise UserError(
                 f"{root}: every pixel of every annotation in annotations/{name} is unlabelled (0 or 255), so there is nothing to learn."
             )
+
+
+def constant_answer(folder: Path, classes: int) -> dict[str, float]:
+    """Return mIoU and pixel accuracy, in %, of answering every validation pixel with the class of most training pixels."""
+    pixels = []
+    for split in SPLITS:
+        packed = records.Records(folder, split)
+        annotations = (transforms.decode_annotation(packed[i]["mask"]) for i in range(len(packed)))
+        pixels.append(sum(miou.class_pixels(miou.reduce_zero_label(array, classes), classes) for array in annotations))
+    scores = miou.constant_answer(*pixels)
+    return {f"constant_{name}": scores[name] for name in ("miou", "pixel_accuracy")}
 
 
 if __name__ == "__main__":

@@ -12,14 +12,13 @@ from argparse import Namespace
 import torch
 from torch import Tensor, nn
 
-from milan.core.progress import track
 from milan.data import seeding, transforms
 from milan.data.records import Records
 from milan.params import Params
-from milan.segmentation import inference, miou, scenes, upernet
+from milan.segmentation import inference, scenes, upernet
 from milan.stage import Kind, Stage, run
-from milan.training import distributed, optim
-from milan.training.device import autocast, resolve_precision, set_up
+from milan.training import batch_norm, distributed, optim
+from milan.training.device import resolve_precision, set_up
 from milan.training.loop import FitSettings, fit
 from milan.training.resume import SavedState
 from milan.training.weights import load_weights, save_weights
@@ -53,14 +52,7 @@ def train(params: Params, args: Namespace, saved: SavedState, stage: Stage) -> d
     records = Records(args.scenes, "train")
     seeding.seed_globals(args.seed, "segment init")
     model = build(params, len(records.manifest["classes"]), load_weights(args.weights / "encoder.safetensors"), device)
-    crop = {
-        "crop_size": section.crop_size,
-        "resize": section.resize,
-        "ratio": section.resize_ratio,
-        "max_share": section.max_class_share,
-        "photometric": section.photometric,
-    }
-    data = scenes.SceneSamples(records, args.seed, len(records.manifest["classes"]), **crop)
+    data = scenes.SceneSamples(records, args.seed, section)
     ids = upernet.encoder_layer_ids(model)
     groups = optim.layer_decay_groups(
         model, section.weight_decay, section.layer_decay, ids.__getitem__, params.model.encoder.depth
@@ -78,14 +70,15 @@ def train(params: Params, args: Namespace, saved: SavedState, stage: Stage) -> d
     )
     if distributed.rank() == 0:
         save_weights(args.out / "segmenter.safetensors", model.state_dict())
-    return {"curve": curve, "metrics": assess(params, model, Records(args.scenes, "val"), device)}
+    scores = inference.assess(model, Records(args.scenes, "val"), section, resolve_precision(params.compute, device), device)
+    return {"curve": curve, "metrics": {f"segment/{name}": value for name, value in scores.items()}}
 
 
 def build(params: Params, classes: int, encoder: dict[str, Tensor], device: torch.device) -> upernet.Segmenter:
     section, encoder_size = params.segment, params.model.encoder
     norm = "sync" if device.type == "cuda" else "batch"
     if norm == "sync":
-        say_what_batch_norm_sees(section.batch_size, section.micro_batch)
+        batch_norm.say_what_it_sees("segment", section.batch_size, section.micro_batch)
     model = upernet.Segmenter(
         section.crop_size,
         params.model.patch_size,
@@ -101,43 +94,6 @@ def build(params: Params, classes: int, encoder: dict[str, Tensor], device: torc
     )
     upernet.load_encoder(model, encoder)
     return model.to(device, memory_format=torch.channels_last)  # its convolutions then run a quarter faster
-
-
-def say_what_batch_norm_sees(batch_size: int, micro_batch: int) -> None:
-    """Say over how many images batch norm computes its statistics where that is not the whole batch, as published.
-
-    On GPUs this is the only thing, besides rounding, that depends on the number of processes."""
-    world = distributed.world_size()
-    if distributed.rank() == 0 and micro_batch * world != batch_size:
-        mend = f"-S segment.micro_batch={batch_size // world}" if batch_size % world == 0 else "another number of processes"
-        print(
-            f"segment: batch norm sees {micro_batch} x {world} images at a time, as published the whole batch of {batch_size}: "
-            f"for that, {mend}.",
-            flush=True,
-        )
-
-
-def assess(params: Params, model: upernet.Segmenter, val: Records, device: torch.device) -> dict:
-    """Return mIoU and accuracies in %: sliding-window inference at the recipe's scale, compared at each scene's own size."""
-    classes, precision = len(val.manifest["classes"]), resolve_precision(params.compute, device)
-    counts = torch.zeros(classes, classes, dtype=torch.int64)
-    mine = range(distributed.rank(), len(val), distributed.world_size())
-    for index in track(mine, "segmenting", len(mine)) if distributed.rank() == 0 else mine:
-        image, labels = scenes.decode_scene(val[index], classes)
-        with autocast(precision, device):
-            logits = scene_logits(params, model, image.to(device), classes)
-        predicted = upernet.resize_maps(logits, labels.shape).argmax(dim=1)[0]
-        counts += miou.confusion(predicted.cpu(), labels, classes)
-    scores = miou.scores(distributed.total(counts))
-    return {f"segment/{name}": value for name, value in scores.items() if name != "class_iou"}
-
-
-def scene_logits(params: Params, model: upernet.Segmenter, image: Tensor, classes: int) -> Tensor:
-    """Return logits (1, C, h, w) of an image, uint8 (3, H, W), at the recipe's test scale."""
-    resized, _ = scenes.resize_scene(image, None, params.segment.resize, 1.0)
-    return inference.slide_logits(
-        model, transforms.normalise(resized.unsqueeze(0)), params.segment.crop_size, params.segment.stride, classes
-    )
 
 
 if __name__ == "__main__":

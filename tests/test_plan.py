@@ -71,6 +71,11 @@ def test_steps_and_hours_by_hand(stages):
     assert pretrain.cost.step_flops == pretrain.cost.frozen_flops + 3 * pretrain.cost.trained_flops
     assert pretrain.flops == pytest.approx(124_800 * 4096 * 87.3e9, rel=0.01)
     assert (stages["segment"].steps, stages["finetune"].steps, stages["linear_eval"].steps) == (160_000, 125_100, 7_800)
+    assert stages["dense_probe"].steps == 40_000
+    # Frozen: the embedding of 1,024 patches of 768 values and 12 blocks of 1,025 tokens. Trained: 768 x 150 a patch.
+    assert stages["dense_probe"].cost.frozen_flops == pytest.approx(2 * 1024 * 768**2 + 12 * block(1025, 1025, 768), rel=0.01)
+    assert stages["dense_probe"].cost.trained_flops == 2 * 1024 * 768 * 150
+    assert stages["dense_probe"].cost.parameters == 2 * 768 + 768 * 150 + 150
 
 
 def test_parameters_are_those_of_the_models(stages):

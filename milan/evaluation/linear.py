@@ -35,19 +35,20 @@ class ProbeLoss(nn.Module):
 
 
 class FeatureViews(Dataset):
-    """Features of V fixed views: item (epoch, index) is {"features": (D,), "label"}; epoch e uses view e mod V.
+    """Features of V fixed views: item (epoch, index) is {"features", "label"}; epoch e uses view e mod V.
 
-    views: V tensors (n, D); labels: (n,)."""
+    views: V pairs of features (n, ...) and labels (n, ...)."""
 
-    def __init__(self, views: list[Tensor], labels: Tensor):
-        self.views, self.labels = views, labels
+    def __init__(self, views: list[tuple[Tensor, Tensor]]):
+        self.views = views
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.views[0][1])
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         epoch, index = key
-        return {"features": self.views[epoch % len(self.views)][index], "label": self.labels[index]}
+        features, labels = self.views[epoch % len(self.views)]
+        return {"features": features[index], "label": labels[index]}
 
 
 def probe_top1(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, epochs: int = 40) -> float:

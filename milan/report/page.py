@@ -23,7 +23,7 @@ from milan.report.results import KINDS, Results
 TEMPLATE = Path(__file__).with_name("page.html")
 LINKS = ("Recipe", "Weights of seed", "Curve of seed")  # their links would be dead on a page that is passed on
 SAVE_CALL = re.compile(r"""\.save\(.*["'](\w+)["']\)""")
-BARS = "A bar is the mean over seeds, a whisker their range, a dot a seed. Dashed: chance."
+BARS = "A bar is the mean over seeds, a whisker their range, a dot a seed. Dashed: chance, or the most frequent class everywhere."
 
 
 class Picture(NamedTuple):

@@ -10,7 +10,7 @@ import pandas as pd
 from milan.core.errors import UserError
 from milan.core.files import write_whole
 from milan.params import Params
-from milan.report.results import KINDS, Results, method_name
+from milan.report.results import KINDS, PUBLISHED_MEASURES, SHOWN, Results, method_name
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (after the backend is chosen)
@@ -39,13 +39,13 @@ STYLE = {
 }
 plt.rcParams.update({**matplotlib.rcParamsDefault, **STYLE, "backend": "Agg"})
 
-COLUMNS = ("linear", "finetune", "miou")
 CURVES = {  # panel: (folder under curves, targets of the variants shown)
     "Pretraining, CLIP features: 2 – 2 cos": ("pretrain", ("clip",)),
     "Pretraining, pixels: squared error": ("pretrain", ("pixels",)),
     "Linear evaluation": ("linear_eval", ("none", "pixels", "clip")),
     "Fine-tuning": ("finetune", ("none", "pixels", "clip")),
     "Segmentation": ("segment", ("none", "pixels", "clip")),
+    "Dense probe": ("dense_probe", ("none", "pixels", "clip")),
 }
 
 
@@ -66,17 +66,17 @@ def save(figure: Figure, path: Path) -> Path:
 
 
 def bars(results: Results) -> Figure:
-    """Draw linear evaluation, fine-tuning and segmentation of our variants."""
-    figure, axes = plt.subplots(1, 3, figsize=(WIDTH, 3.4))
-    draw_ours(axes, results)
+    """Draw linear evaluation, fine-tuning, segmentation and dense probe of our variants."""
+    figure, axes = plt.subplots(2, 2, figsize=(WIDTH, 5.6))
+    draw_ours(axes.flat, results)
     return figure
 
 
 def bars_beside_published(results: Results) -> Figure:
     """Draw our variants above, and published numbers and re-runs below on separate axes."""
-    figure = plt.figure(figsize=(WIDTH, 8.0))
-    ours, theirs = figure.subfigures(2, 1, height_ratios=[3.4, 4.6])
-    draw_ours(ours.subplots(1, 3), results)
+    figure = plt.figure(figsize=(WIDTH, 10.2))
+    ours, theirs = figure.subfigures(2, 1, height_ratios=[5.6, 4.6])
+    draw_ours(ours.subplots(2, 2).flat, results)
     ours.suptitle(f"Our results on {results.data.name}", weight="bold", fontsize=12)
     draw_published(theirs.subplots(1, 3, sharey=True), results.published)
     theirs.suptitle("Others: ImageNet-1K and ADE20K, ViT-B/16 (sources in reports/table.md)", weight="bold", fontsize=12)
@@ -84,10 +84,13 @@ def bars_beside_published(results: Results) -> Figure:
 
 
 def draw_ours(axes: Iterable[Axes], results: Results) -> None:
-    """Draw the mean of each variant as a bar, the range over seeds as a whisker, seeds as dots, chance as a dashed line."""
-    variants, chance = list(results.ours.index), 100 / results.data.classes
-    titles = {**results.data.titles, "linear": "Linear eval, top-1 %", "finetune": "Fine-tuning, top-1 %"}
-    for axis, column in zip(axes, COLUMNS, strict=True):
+    """Draw the mean of each variant as a bar, the range over seeds as a whisker, seeds as dots, and as a dashed
+    line chance, or the mIoU of a constant answer."""
+    variants, data = list(results.ours.index), results.data
+    chance, constant = ("chance", 100 / data.classes), ("constant answer", data.constant_miou)
+    lines = {"linear": chance, "finetune": chance, "miou": constant, "dense": constant}
+    titles = {**data.titles, "linear": "Linear eval, top-1", "finetune": "Fine-tuning, top-1"}
+    for axis, column in zip(axes, SHOWN, strict=True):
         means, low, high = (results.ours[f"{column}{end}"] for end in ("", "_low", "_high"))
         axis.bar(range(len(variants)), means, color=[colour(v, variants) for v in variants], width=0.72)
         if len(results.params.seeds) > 1:
@@ -97,12 +100,11 @@ def draw_ours(axes: Iterable[Axes], results: Results) -> None:
                 axis.plot([place] * len(points), points, "o", ms=3.5, mfc="white", mec=BLACK, mew=0.8)
         for place, (mean, top) in enumerate(zip(means, high, strict=True)):
             axis.annotate(f"{mean:.1f}", (place, top), xytext=(0, 3), textcoords="offset points", ha="center", va="bottom")
-        if column != "miou":
-            axis.axhline(chance, color=BLACK, ls="--", lw=1)
+        words, level = lines[column]
+        axis.axhline(level, color=BLACK, ls="--", lw=1)
         axis.set_xticks(range(len(variants)), [SHORT_NAMES.get(v, v) for v in variants], fontsize=8.5)
-        axis.set_title(titles[column] + (" %" if column == "miou" else ""))
+        axis.set_title(f"{titles[column]} %  (dashed: {words}, {level:.3g} %)")
         axis.margins(y=0.16)
-    axes[0].text(0.02, 0.97, f"dashed: chance, {chance:.3g} %", transform=axes[0].transAxes, fontsize=8.5, va="top")
 
 
 def draw_published(axes: Iterable[Axes], published: pd.DataFrame) -> None:
@@ -112,7 +114,7 @@ def draw_published(axes: Iterable[Axes], published: pd.DataFrame) -> None:
     names = rows["method"].str.replace("(OpenMMLab, EVA in MAE style)", "(OpenMMLab)", regex=False)
     looks = [{"hatch": "///" if kind == "re-run" else None, "color": VERMILION if name.startswith("MILAN") else GREY}
              for kind, name in zip(rows["kind"], rows["method"], strict=True)]  # fmt: skip
-    for axis, column in zip(axes, COLUMNS, strict=True):
+    for axis, column in zip(axes, PUBLISHED_MEASURES, strict=True):
         low = rows[column].min() - 0.35 * (rows[column].max() - rows[column].min())
         for place, (value, look) in enumerate(zip(rows[column], looks, strict=True)):
             if pd.notna(value):

@@ -20,7 +20,7 @@ README = Path("README.md")
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 TABLE, PLAN = Path("reports/table.csv"), Path("reports/plan/paper.txt")
 STUDIES = {"demo": Path("reports/evidence/seeds"), "demo_gpu": Path("reports/evidence/demo_gpu/seeds")}
-COLUMNS = {column: TITLES[column] for column in ("linear", "knn", "finetune")} | {"miou": "mIoU"}
+COLUMNS = {column: TITLES[column] for column in ("linear", "knn", "finetune")} | {"miou": "mIoU", "dense": TITLES["dense"]}
 SOURCES = "Top-1 and mIoU in %; a dash: not measured or not published. [All measures and all sources](reports/table.md)."
 
 
@@ -44,7 +44,7 @@ def render() -> str:
     larger = pd.read_csv(present(STUDIES["demo_gpu"] / "table.csv"))
     status = seeds(larger.seed.nunique())
     # A mean counts only with all its seeds.
-    means = larger.groupby("variant", sort=False)[list(COLUMNS)].agg(lambda values: values.mean(skipna=False))
+    means = larger.reindex(columns=["variant", *COLUMNS]).groupby("variant", sort=False).agg(lambda values: values.mean(skipna=False))
     rows += [row(method_name(run.Index), "the built-in world, `demo_gpu`", run, status) for run in means.itertuples()]
     return f"{markdown_table(rows)}\n\n{SOURCES} {verdicts()}"
 
@@ -75,12 +75,13 @@ def seeds(count: int) -> str:
 
 def verdicts() -> str:
     """Return one sentence: how many of the paper's claims each seeds study supports."""
-    counts = []
+    counts, measures = [], 0
     for scale, folder in STUDIES.items():
-        verdict = pd.read_csv(present(folder / "claims.csv")).verdict
+        claims = pd.read_csv(present(folder / "claims.csv"))
+        verdict, measures = claims.verdict, max(measures, claims.measure.nunique())
         supported, refuted = (verdict == "supported").sum(), (verdict == "not supported").sum()
         counts.append(f"`{scale}` supports {supported} of {len(verdict)} and contradicts {refuted} ([table]({folder}/table.md))")
-    return f"The paper makes five claims, each judged in up to four measures by studies over three seeds: {'; '.join(counts)}."
+    return f"The paper makes five claims, each judged in up to {measures} measures by studies over three seeds: {'; '.join(counts)}."
 
 
 def replace(text: str, content: str) -> str:

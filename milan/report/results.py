@@ -14,6 +14,7 @@ MEASURES = {  # column: (stage, name in its metrics file)
     "knn": ("linear_eval", "linear_eval/knn_top1"),
     "finetune": ("finetune", "finetune/top1"),
     "miou": ("segment", "segment/miou"),
+    "dense": ("dense_probe", "dense_probe/miou"),
 }
 ZERO_SHOT = {  # further columns, of variants that predict CLIP features, when the teacher has a text tower
     "zero_shot": ("linear_eval", "linear_eval/zero_shot_top1"),
@@ -26,7 +27,10 @@ TITLES = {
     "zero_shot_masked": "Zero-shot, masked",
     "finetune": "Fine-tuning",
     "miou": "ADE20K mIoU",
+    "dense": "Dense probe mIoU",
 }
+PUBLISHED_MEASURES = ("linear", "finetune", "miou")  # of MEASURES, those that the paper and others publish
+SHOWN = (*PUBLISHED_MEASURES, "dense")  # in charts and sentences on our own numbers
 METHOD_NAMES = {  # {variant: name}, in the order in which the paper adds its ingredients
     "scratch": "No pretraining",
     "mae": "MAE",
@@ -34,7 +38,7 @@ METHOD_NAMES = {  # {variant: name}, in the order in which the paper adds its in
     "prompt_decoder": "CLIP target, prompting decoder",
     "milan": "MILAN",
 }
-PUBLISHED = ("method", "backbone", "epochs", "batch_size", "teacher", "linear", "finetune", "miou", "kind", "source")
+PUBLISHED = ("method", "backbone", "epochs", "batch_size", "teacher", *PUBLISHED_MEASURES, "kind", "source")
 KINDS = {"published": "Published", "re-run": "Re-run by others"}
 
 
@@ -47,6 +51,8 @@ class EvaluationData(NamedTuple):
     scene_classes: int
     scenes: int  # validation scenes
     scenes_name: str
+    constant_miou: float  # of answering every pixel with the most frequent class
+    constant_pixel_accuracy: float
 
     @property
     def titles(self) -> dict[str, str]:
@@ -135,6 +141,8 @@ def read_data(metrics: Path, params: Params) -> EvaluationData:
         params.prepare_ade20k.classes,
         read_value(scenes, "prepare_ade20k/val"),
         "Segmentation" if params.data.ade20k is None else "ADE20K",
+        read_value(scenes, "prepare_ade20k/constant_miou"),
+        read_value(scenes, "prepare_ade20k/constant_pixel_accuracy"),
     )
 
 
@@ -149,7 +157,7 @@ def read_published(path: Path) -> pd.DataFrame:
     missing = [name for name in PUBLISHED if name not in published]
     if missing:
         raise UserError(f"{path} lacks the column {missing[0]}; it must have {', '.join(PUBLISHED)}.")
-    textual = [name for name in ("linear", "finetune", "miou") if not pd.api.types.is_numeric_dtype(published[name])]
+    textual = [name for name in PUBLISHED_MEASURES if not pd.api.types.is_numeric_dtype(published[name])]
     if textual:
         raise UserError(
             f"{path}: the column {textual[0]} has a cell that is no number; leave a cell empty where nothing is published."

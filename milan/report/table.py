@@ -14,7 +14,17 @@ from pathlib import Path
 import pandas as pd
 
 from milan.report import claims
-from milan.report.results import KINDS, METHOD_NAMES, TITLES, ZERO_SHOT, Results, method_name, name_in_sentence
+from milan.report.results import (
+    KINDS,
+    METHOD_NAMES,
+    PUBLISHED_MEASURES,
+    SHOWN,
+    TITLES,
+    ZERO_SHOT,
+    Results,
+    method_name,
+    name_in_sentence,
+)
 
 CAPTIONS_CAVEAT = (
     "The CLIP teacher was trained on captions, which name the classes. MILAN and every variant "
@@ -34,7 +44,7 @@ def order_sentences(results: Results) -> list[str]:
     """Return sentences on MILAN's lead over the other variants, and on where the order of variants is not the expected one."""
     if results.params.pretrain.weights:
         return []  # one checkpoint is no ablation
-    return [*(lead_sentence(results, column) for column in ("linear", "finetune", "miou")), *expected_order_sentences(results)]
+    return [*(lead_sentence(results, column) for column in SHOWN), *expected_order_sentences(results)]
 
 
 def lead_sentence(results: Results, column: str) -> str:
@@ -70,7 +80,7 @@ def expected_order_sentences(results: Results) -> list[str]:
         return []
     order = " < ".join(map(name_in_sentence, chain))
     words = [f"Expected order, as each ingredient of the paper adds to the one before: {order}."]
-    for column in ("linear", "finetune", "miou"):
+    for column in SHOWN:
         value = rounded_means(results, column)
         exceptions = [not_above(results, column, a, b) for a, b in pairwise(chain) if value[b] <= value[a]]
         finding = f"not in this order, {'; '.join(exceptions)}." if exceptions else "in this order."
@@ -143,7 +153,8 @@ def measured_on(results: Results) -> str:
     return (
         f"Top-1 in % over {data.images:,} validation images of {data.classes} classes (chance {100 / data.classes:.1f} %); "
         f"mIoU in % over {data.scenes:,} scenes with {data.scene_classes} classes"
-        f"{' of the built-in world' if results.params.data.imagenet and not results.params.data.ade20k else ''}."
+        f"{' of the built-in world' if results.params.data.imagenet and not results.params.data.ade20k else ''} "
+        f"(the most frequent class everywhere: {data.constant_miou:.1f}, and {data.constant_pixel_accuracy:.1f} % of the pixels)."
     )
 
 
@@ -196,7 +207,7 @@ def published_rows(published: pd.DataFrame, kind: str, source: Callable[[str], s
             "Epochs": cell(row.epochs),
             "Batch size": cell(row.batch_size),
             "Teacher": row.teacher,
-            **{TITLES[column]: cell(getattr(row, column), ".1f") for column in ("linear", "finetune", "miou")},
+            **{TITLES[column]: cell(getattr(row, column), ".1f") for column in PUBLISHED_MEASURES},
             "Source": source(row.source),
         }
         for row in published[published["kind"] == kind].itertuples()
@@ -212,7 +223,7 @@ def markdown(results: Results) -> str:
     parts += [markdown_table(our_rows(results, markdown_link))]
     parts += ["\n".join(f"- {sentence}" for sentence in [*order_sentences(results), *notes(results)])]
     parts += [
-        "![Bars of linear evaluation, fine-tuning and segmentation by variant](plots/bars.png)",
+        "![Bars of linear evaluation, fine-tuning, segmentation and dense probe by variant](plots/bars.png)",
         "![Loss curves](plots/curves.png)",
         *claims_section(results),
     ]

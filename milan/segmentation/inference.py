@@ -1,4 +1,4 @@
-"""Sliding-window inference: segment an image of any size with a model of a fixed window."""
+"""Sliding-window inference: segment an image of any size with a model of a fixed window; the scores of a whole split."""
 
 from collections.abc import Callable
 
@@ -6,12 +6,44 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from milan.core.progress import track
+from milan.data import transforms
+from milan.data.records import Records
+from milan.params import SceneTraining
+from milan.segmentation import miou, scenes
 from milan.segmentation.upernet import resize_maps
+from milan.training import distributed
+from milan.training.device import autocast
+
+Model = Callable[[Tensor], tuple[Tensor, Tensor | None]]  # images (B, 3, S, S) -> logits (B, C, h, w), auxiliary ones or None
+
+
+def assess(model: Model, val: Records, section: SceneTraining, precision: str, device: torch.device) -> dict[str, float]:
+    """Return mIoU and accuracies in %: sliding-window inference at the recipe's scale, compared at each scene's own size.
+
+    model: in eval mode, on the device. The ranks share the scenes, and each gets the scores of all."""
+    classes = len(val.manifest["classes"])
+    counts = torch.zeros(classes, classes, dtype=torch.int64)
+    mine = range(distributed.rank(), len(val), distributed.world_size())
+    for index in track(mine, "segmenting", len(mine)) if distributed.rank() == 0 else mine:
+        image, labels = scenes.decode_scene(val[index], classes)
+        with autocast(precision, device):
+            logits = scene_logits(model, image.to(device), section, classes)
+        predicted = resize_maps(logits, labels.shape).argmax(dim=1)[0]
+        counts += miou.confusion(predicted.cpu(), labels, classes)
+    scores = miou.scores(distributed.total(counts))
+    return {name: value for name, value in scores.items() if name != "class_iou"}
+
+
+def scene_logits(model: Model, image: Tensor, section: SceneTraining, classes: int) -> Tensor:
+    """Return logits (1, C, h, w) of an image, uint8 (3, H, W), at the recipe's test scale."""
+    resized, _ = scenes.resize_scene(image, None, section.resize, 1.0)
+    return slide_logits(model, transforms.normalise(resized.unsqueeze(0)), section.crop_size, section.stride, classes)
 
 
 @torch.no_grad()
 def slide_logits(
-    model: Callable[[Tensor], tuple[Tensor, Tensor]],
+    model: Model,
     image: Tensor,
     window: int,
     stride: int,

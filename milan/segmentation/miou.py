@@ -41,6 +41,20 @@ def confusion(pred: Tensor, label: Tensor, num_classes: int, ignore_index: int =
     return counts.reshape(num_classes, num_classes)
 
 
+def class_pixels(label: Tensor, num_classes: int, ignore_index: int = IGNORE) -> Tensor:
+    """Count the pixels of each class: (num_classes,) int64; pixels whose label is ignore_index are not counted."""
+    return confusion(label, label, num_classes, ignore_index).diagonal()
+
+
+def constant_answer(train_pixels: Tensor, val_pixels: Tensor) -> dict[str, float | list[float | None]]:
+    """Return the scores on the validation pixels of one answer everywhere: the most frequent class of training.
+
+    train_pixels, val_pixels: (num_classes,) counts; of equally frequent classes the first."""
+    counts = torch.zeros(len(val_pixels), len(val_pixels), dtype=torch.int64)
+    counts[:, train_pixels.argmax()] = val_pixels
+    return scores(counts)
+
+
 def scores(confusion: Tensor) -> dict[str, float | list[float | None]]:
     """Return ADE20K's scores in percent, from a confusion matrix whose rows are the true classes.
 

@@ -10,16 +10,22 @@ from torchvision.transforms.v2 import functional as F
 
 from milan.data import seeding, transforms
 from milan.data.records import Records
+from milan.params import SceneTraining
 from milan.segmentation.miou import reduce_zero_label
 
 
 class SceneSamples(Dataset):
-    """Augmented scenes: item (epoch, index) is {"image": uint8 (3, C, C), "label": uint8 (C, C)}.
+    """Augmented scenes: item (epoch, index) is {"image": uint8 (3, C, C), "label": uint8 (C, C)}, where C is crop_size."""
 
-    crop: the keyword arguments of scene_crop; C is its crop_size."""
-
-    def __init__(self, records: Records, seed: int, classes: int, **crop):
-        self.records, self.seed, self.classes, self.crop = records, seed, classes, crop
+    def __init__(self, records: Records, seed: int, section: SceneTraining):
+        self.records, self.seed, self.classes = records, seed, len(records.manifest["classes"])
+        self.crop = {
+            "crop_size": section.crop_size,
+            "resize": section.resize,
+            "ratio": section.resize_ratio,
+            "max_share": section.max_class_share,
+            "photometric": section.photometric,
+        }
 
     def __len__(self) -> int:
         return len(self.records)

@@ -158,7 +158,7 @@ class UPerHead(nn.Module):
         self.smooth = nn.ModuleList(_conv(channels, channels, 3, norm) for _ in finer)
         self.fuse = _conv(len(in_channels) * channels, channels, 3, norm)
         self.dropout = nn.Dropout2d(dropout)
-        self.classifier = _classifier(channels, num_classes)
+        self.classifier = classifier(channels, num_classes)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         *finer, top = maps
@@ -178,7 +178,7 @@ class FCNHead(nn.Sequential):
         super().__init__(
             _conv(in_channels, channels, 3, norm),
             nn.Dropout2d(dropout),
-            _classifier(channels, num_classes),
+            classifier(channels, num_classes),
         )
 
 
@@ -188,7 +188,8 @@ def _conv(in_channels: int, channels: int, kernel: int, norm: Norm) -> nn.Sequen
     return nn.Sequential(conv, norm(channels), nn.ReLU())
 
 
-def _classifier(channels: int, num_classes: int) -> nn.Conv2d:
+def classifier(channels: int, num_classes: int) -> nn.Conv2d:
+    """Return a linear layer on every pixel: weights N(0, 0.01), bias 0 (mmseg's conv_seg)."""
     conv = nn.Conv2d(channels, num_classes, 1)
     nn.init.normal_(conv.weight, std=0.01)
     nn.init.zeros_(conv.bias)
@@ -208,19 +209,21 @@ def segmentation_loss(
     aux_weight: float = 0.4,
     average_over_ignored: bool = True,
 ) -> Tensor:
-    """Return the cross-entropy at the labels' resolution, main + aux_weight * auxiliary, as a scalar.
+    """Return the pixel_loss of the main logits + aux_weight * that of the auxiliary logits (B, C, h', w'), as a scalar."""
+    main, auxiliary = (pixel_loss(maps, labels, ignore_index, average_over_ignored) for maps in (logits, aux_logits))
+    return main + aux_weight * auxiliary
 
-    logits: (B, C, h, w); aux_logits: (B, C, h', w'); labels: (B, H, W) integers. The sum over labelled pixels is divided by
-    the number of all pixels, ignored ones included, as mmseg does by default (avg_non_ignore=False); with
-    average_over_ignored=False it is divided by the number of labelled pixels.
+
+def pixel_loss(logits: Tensor, labels: Tensor, ignore_index: int = 255, average_over_ignored: bool = True) -> Tensor:
+    """Return the cross-entropy of upsampled logits at the labels' resolution, as a scalar.
+
+    logits: (B, C, h, w); labels: (B, H, W) integers. The sum over labelled pixels is divided by the number of all pixels,
+    ignored ones included, as mmseg does by default (avg_non_ignore=False); with average_over_ignored=False it is divided by
+    the number of labelled pixels.
     """
     pixels = labels.numel() if average_over_ignored else (labels != ignore_index).sum().clamp(min=1)
-
-    def loss(coarse: Tensor) -> Tensor:
-        fine = resize_maps(coarse.float(), labels.shape[1:])
-        return F.cross_entropy(fine, labels.long(), ignore_index=ignore_index, reduction="sum") / pixels
-
-    return loss(logits) + aux_weight * loss(aux_logits)
+    fine = resize_maps(logits.float(), labels.shape[1:])
+    return F.cross_entropy(fine, labels.long(), ignore_index=ignore_index, reduction="sum") / pixels
 
 
 def encoder_layer_ids(segmenter: Segmenter) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""The running statistics of batch norms, the same for any number of processes."""
+"""The running statistics of batch norms, the same for any number of processes, and what synchronised ones see."""
 
 import torch
 from torch import nn
@@ -48,3 +48,17 @@ class RunningStatistics:
         for count in self.counts:
             count.add_(1)
         self.begin()
+
+
+def say_what_it_sees(stage: str, batch_size: int, micro_batch: int) -> None:
+    """Say over how many images batch norm computes its statistics where that is not the whole batch, as published.
+
+    On GPUs this is the only thing, besides rounding, that depends on the number of processes."""
+    world = distributed.world_size()
+    if distributed.rank() == 0 and micro_batch * world != batch_size:
+        mend = f"-S {stage}.micro_batch={batch_size // world}" if batch_size % world == 0 else "another number of processes"
+        print(
+            f"{stage}: batch norm sees {micro_batch} x {world} images at a time, as published the whole batch of {batch_size}: "
+            f"for that, {mend}.",
+            flush=True,
+        )

@@ -48,12 +48,12 @@ def test_the_loss_is_the_cross_entropy_of_the_head():
 
 
 def test_epoch_e_uses_view_e_mod_v():
-    views = [torch.arange(4.0)[:, None] + 10 * view for view in range(3)]
-    data = FeatureViews(views, torch.tensor([5, 6, 7, 8]))
+    views = [(torch.arange(4.0)[:, None] + 10 * view, torch.tensor([5, 6, 7, 8]) + 10 * view) for view in range(3)]
+    data = FeatureViews(views)
     assert len(data) == 4
     for epoch, index, expected in ((0, 1, 1), (1, 1, 11), (2, 3, 23), (3, 0, 0), (7, 2, 12)):
         assert data[epoch, index]["features"].item() == expected
-        assert data[epoch, index]["label"] == 5 + index
+        assert data[epoch, index]["label"] == 5 + expected
 
 
 def test_the_quick_probe_learns_informative_features_and_not_noise():

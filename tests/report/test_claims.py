@@ -14,7 +14,7 @@ from milan.report import claims, table
 from milan.report.results import MEASURES, TITLES, EvaluationData, Results, read_published, summarise
 from tests.conftest import ROOT
 
-RATIO = {"linear": 1.0, "knn": -1.0, "finetune": 10.0, "miou": 0.0}  # of each measure to the given number
+RATIO = {"linear": 1.0, "knn": -1.0, "finetune": 10.0, "miou": 0.0, "dense": 2.0}  # of each measure to the given number
 
 
 def results(**values: list[float]) -> Results:
@@ -28,7 +28,7 @@ def results(**values: list[float]) -> Results:
             for seed in seeds
         ]
     )
-    data = EvaluationData("the built-in world", 20, 2000, 11, 400, "Segmentation")
+    data = EvaluationData("the built-in world", 20, 2000, 11, 400, "Segmentation", 2.1, 17.3)
     return Results(params, data, runs, summarise(runs), read_published(Path("reports/published.csv")), {}, {})
 
 
@@ -62,6 +62,7 @@ def test_differences_are_paired_by_seed_and_each_measure_is_judged():
         "knn": "not supported",
         "finetune": "supported",
         "miou": "inconclusive",
+        "dense": "supported",
     }
     assert judged.loc["finetune", ["difference", "low", "high"]].tolist() == pytest.approx([30, 5.159, 54.841], abs=1e-3)
 
@@ -84,6 +85,7 @@ def test_the_report_shows_rule_table_and_scope():
         "| MILAN is above MAE | MILAN – MAE | k-NN | -3.00 | -5.48 to -0.52 | 3 | not supported |",
         "| MILAN is above MAE | MILAN – MAE | Fine-tuning | +30.00 | +5.16 to +54.84 | 3 | supported |",
         "| MILAN is above MAE | MILAN – MAE | Segmentation mIoU | +0.00 | +0.00 to +0.00 | 3 | inconclusive |",
+        "| MILAN is above MAE | MILAN – MAE | Dense probe mIoU | +6.00 | +1.03 to +10.97 | 3 | supported |",
     ]
 
 

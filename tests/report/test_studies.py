@@ -92,12 +92,12 @@ def test_points_without_a_result_are_run_and_settings_come_last(asked):
     studies.run("mask_ratio", study, [], Path("out"), lock=0)
     start = ("exp", "run", "--temp", "--name")
     fixed = ("-S", "variants=[milan]", "-S", "pretrain.mask_ratio=0.9")
-    assert asked[0] == (*start, "mask_ratio-0.9", *fixed, "linear_eval", "finetune", "segment")
+    assert asked[0] == (*start, "mask_ratio-0.9", *fixed, *studies.EVALUATIONS)
     assert asked[1:] == [("pretrain.mask_ratio", "mask_ratio-0.5", "mask_ratio-0.9", "out/mask_ratio")]
     studies.run("mask_ratio", study, ["scale=smoke"], Path("out"), lock=0)
     names = [studies.point_name("mask_ratio", value, ["scale=smoke"]) for value in study.values]
     assert [words[4] for words in asked[2:4]] == names, "other settings are other experiments"
-    assert asked[3][5:] == (*fixed, "-S", "scale=smoke", "linear_eval", "finetune", "segment")
+    assert asked[3][5:] == (*fixed, "-S", "scale=smoke", *studies.EVALUATIONS)
     assert asked[4] == ("pretrain.mask_ratio", *names, "out/mask_ratio")
 
 

@@ -17,6 +17,7 @@ from milan.report.results import read_published, read_results
 
 PUBLISHED = Path("reports/published.csv")
 ZERO_SHOT = {"linear_eval/zero_shot_top1": 30.0, "linear_eval/zero_shot_masked_top1": 20.04}  # of MILAN, for both seeds
+CONSTANT = {"prepare_ade20k/constant_miou": 2.14, "prepare_ade20k/constant_pixel_accuracy": 17.26}
 LINEAR = {"scratch": (11.0, 12.0), "mae": (10.0, 11.4), "milan": (35.0, 37.04)}
 
 
@@ -31,7 +32,8 @@ def write(path: Path, **metrics) -> None:
 
 @pytest.fixture
 def metrics(tmp_path) -> Path:
-    """Write metrics of three variants with two seeds: fine-tuning is linear + 1, mIoU is 50 - linear."""
+    """Write metrics of three variants with two seeds: fine-tuning is linear + 1, mIoU is 50 - linear, the
+    dense probe's is linear / 2."""
     for variant, values in LINEAR.items():
         for seed, value in enumerate(values):
             name = f"{variant}-{seed}.json"
@@ -39,8 +41,9 @@ def metrics(tmp_path) -> Path:
             write(tmp_path / "linear_eval" / name, **{"linear_eval/top1": value, "linear_eval/knn_top1": value - 1, **zero_shot})
             write(tmp_path / "finetune" / name, **{"finetune/top1": value + 1})
             write(tmp_path / "segment" / name, **{"segment/miou": 50 - value})
+            write(tmp_path / "dense_probe" / name, **{"dense_probe/miou": value / 2})
     write(tmp_path / "prepare_imagenet.json", **{"prepare_imagenet/classes": 20, "prepare_imagenet/val": 2500})
-    write(tmp_path / "prepare_ade20k.json", **{"prepare_ade20k/val": 500})
+    write(tmp_path / "prepare_ade20k.json", **{"prepare_ade20k/val": 500, **CONSTANT})
     write(tmp_path / "teacher.json", **{"teacher/zero_shot_top1": 75.6, "teacher/linear_top1": 79.2, "teacher/knn_top1": 77.5})
     shares = {"importance_on_object": 40.6, "object_area": 14.9, "importance_above_area": 97.25}
     write(tmp_path / "extract_targets.json", **{f"extract_targets/{name}": share for name, share in shares.items()})
@@ -67,6 +70,7 @@ def test_means_and_ranges_by_hand(metrics):
         | {"zero_shot": 30.0, "zero_shot_low": 30.0, "zero_shot_high": 30.0}
         | {"zero_shot_masked": 20.04, "zero_shot_masked_low": 20.04, "zero_shot_masked_high": 20.04}
         | {"finetune": 37.02, "finetune_low": 36.0, "finetune_high": 38.04, "miou": 13.98, "miou_low": 12.96, "miou_high": 15.0}
+        | {"dense": 18.01, "dense_low": 17.5, "dense_high": 18.52}
     )
 
 
@@ -75,14 +79,14 @@ def test_row_shows_mean_range_recipe_weights_and_curves(metrics):
     p = recipe()
     assert row[1:4] == [p.model.name, f"{p.pretrain.epochs:g}", str(p.pretrain.batch_size)]
     assert row[4:6] == ["36.0 (35.0–37.0)", "35.0 (34.0–36.0)"] and row[8:10] == ["37.0 (36.0–38.0)", "14.0 (13.0–15.0)"]
-    assert row[10] == "[demo](../conf/scale/demo.yaml)"
-    assert row[11] == "[0](../outs/demo/pretrain/milan-0), [1](../outs/demo/pretrain/milan-1)"
-    assert row[12] == "[0](curves/demo/pretrain/milan-0.csv), [1](curves/demo/pretrain/milan-1.csv)"
+    assert row[10] == "18.0 (17.5–18.5)" and row[11] == "[demo](../conf/scale/demo.yaml)"
+    assert row[12] == "[0](../outs/demo/pretrain/milan-0), [1](../outs/demo/pretrain/milan-1)"
+    assert row[13] == "[0](curves/demo/pretrain/milan-0.csv), [1](curves/demo/pretrain/milan-1.csv)"
 
 
 def test_no_pretraining_has_no_epochs_and_no_curve(metrics):
     row = cells(table.markdown(read_results(metrics, PUBLISHED, recipe())), "No pretraining")
-    assert row[2:4] == ["–", "–"] and row[12] == "–"
+    assert row[2:4] == ["–", "–"] and row[13] == "–"
 
 
 def test_zero_shot_columns_and_their_explanation(metrics):
@@ -104,7 +108,7 @@ def test_without_zero_shot_results_there_is_no_explanation(metrics):
 
 def test_one_seed_has_no_range_and_says_so(metrics):
     text = table.markdown(read_results(metrics, PUBLISHED, recipe(seeds=[1])))
-    assert cells(text, "MILAN")[4:10] == ["37.0", "36.0", "30.0", "20.0", "38.0", "13.0"]
+    assert cells(text, "MILAN")[4:11] == ["37.0", "36.0", "30.0", "20.0", "38.0", "13.0", "18.5"]
     assert "One seed, so the spread over seeds is not known; the sampling error of a top-1 over 2,500 images is up to 1.0 points" in text
 
 
@@ -113,10 +117,12 @@ def test_sentences_on_the_order_follow_from_the_numbers(metrics):
         "MILAN: linear eval 36.0, 24.5 above no pretraining, 25.3 above MAE.",
         "MILAN: fine-tuning 37.0, 24.5 above no pretraining, 25.3 above MAE.",
         "MILAN: segmentation mIoU 14.0, 24.5 below no pretraining, 25.3 below MAE.",
+        "MILAN: dense probe mIoU 18.0, 12.2 above no pretraining, 12.7 above MAE.",
         "Expected order, as each ingredient of the paper adds to the one before: no pretraining < MAE < MILAN.",
         "Linear eval: not in this order, MAE (10.7) is below no pretraining (11.5), though their ranges over seeds overlap.",
         "Fine-tuning: not in this order, MAE (11.7) is below no pretraining (12.5), though their ranges over seeds overlap.",
         "Segmentation mIoU: not in this order, MILAN (14.0) is below MAE (39.3).",
+        "Dense probe mIoU: not in this order, MAE (5.3) is below no pretraining (5.8), though their ranges over seeds overlap.",
     ]
 
 
@@ -138,7 +144,9 @@ def test_a_released_checkpoint_is_named_by_its_file(metrics):
 def test_own_images_name_the_built_in_scenes_and_warn_that_the_teacher_may_have_seen_labels(metrics):
     own = dataclasses.replace(read_params("params.yaml").data, imagenet="/my/images")
     results = read_results(metrics, PUBLISHED, recipe(data=own))
-    assert table.measured_on(results).endswith("500 scenes with 11 classes of the built-in world.")
+    assert table.measured_on(results).endswith(
+        "500 scenes with 11 classes of the built-in world (the most frequent class everywhere: 2.1, and 17.3 % of the pixels)."
+    )
     assert table.NAMES_CAVEAT in table.notes(results)
     assert "built-in" not in table.measured_on(read_results(metrics, PUBLISHED, recipe()))
 
@@ -146,7 +154,7 @@ def test_own_images_name_the_built_in_scenes_and_warn_that_the_teacher_may_have_
 def test_the_expected_order_and_a_single_variant(metrics):
     assert "Linear eval: in this order." in table.order_sentences(read_results(metrics, PUBLISHED, recipe(["mae", "milan"])))
     alone = table.order_sentences(read_results(metrics, PUBLISHED, recipe(["milan"])))
-    assert alone == ["MILAN: linear eval 36.0.", "MILAN: fine-tuning 37.0.", "MILAN: segmentation mIoU 14.0."]
+    assert alone == ["MILAN: linear eval 36.0.", "MILAN: fine-tuning 37.0.", "MILAN: segmentation mIoU 14.0.", "MILAN: dense probe mIoU 18.0."]
 
 
 def test_notes_name_the_teacher_and_the_captions(metrics):

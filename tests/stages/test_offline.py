@@ -46,7 +46,7 @@ from milan.evaluation.classifier import build_classifier
 from milan.method.encoder import Encoder
 from milan.method.model import MaskedPretraining
 from milan.ingest.world import drawing
-import stages.teacher, stages.extract_targets, stages.pretrain, stages.linear_eval, stages.finetune, stages.segment
+import stages.teacher, stages.extract_targets, stages.pretrain, stages.linear_eval, stages.finetune, stages.segment, stages.dense_probe
 import torch
 
 p = read_params()
@@ -61,6 +61,7 @@ MaskedPretraining(p.model, p.pretrain.ablation["milan"], p.pretrain.mask_ratio, 
     images, torch.zeros(2, p.model.n_patches), features, importance
 )
 stages.segment.build(p, p.prepare_ade20k.classes, encoder.vit.state_dict(), torch.device("cpu"))
+stages.dense_probe.build(p, p.prepare_ade20k.classes, torch.device("cpu"))
 """
 
 

@@ -49,9 +49,10 @@ def changes(data, teacher) -> dict:
         **sizes("linear_eval", epochs=2, warmup=1, batch=8, micro=4),
         **sizes("finetune", epochs=1, warmup=0.5, batch=8, micro=4),
         **sizes("segment", epochs=1, warmup=0.5, batch=4, micro=2),
-        "segment.crop_size": 256,
-        "segment.stride": 170,
-        "segment.resize": "[1024,256]",
+        **sizes("dense_probe", epochs=1, warmup=0.5, batch=4, micro=2),
+        **{f"{stage}.crop_size": 256 for stage in ("segment", "dense_probe")},
+        **{f"{stage}.stride": 170 for stage in ("segment", "dense_probe")},
+        **{f"{stage}.resize": "[1024,256]" for stage in ("segment", "dense_probe")},
         "segment.channels": 32,
         "segment.aux_channels": 16,
     }

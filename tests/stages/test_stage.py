@@ -45,7 +45,7 @@ def desk(workplace, monkeypatch, tree) -> Path:
     monkeypatch.setenv("PYTHONPATH", f"{workplace / 'broken'}{os.pathsep}{ROOT}")
     tree["compute"]["precision"] = "fp32"
     tree["runtime"]["processes"] = 1
-    for name in ("teacher", "pretrain", "linear_eval", "finetune", "segment"):
+    for name in ("teacher", "pretrain", "linear_eval", "finetune", "segment", "dense_probe"):
         tree[name] |= {"batch_size": 2, "micro_batch": 2}
     tree["finetune"]["labels"] = 1.0
     write_recipe(tree)
@@ -213,6 +213,7 @@ HEAVY = {
     "linear_eval": ["records", "weights", "teacher"],
     "finetune": ["records", "weights"],
     "segment": ["scenes", "weights"],
+    "dense_probe": ["scenes", "weights"],
 }
 
 
@@ -328,7 +329,7 @@ def test_a_preemption_outside_training(desk, tree, monkeypatch, processes, place
     arguments = pretrained_folder(desk)
     save_weights(desk / "weights" / "encoder.safetensors", Encoder(validate(Params, tree, "p").model).vit.state_dict())
     tree["runtime"]["processes"] = processes
-    for name in ("pretrain", "linear_eval", "finetune", "segment"):
+    for name in ("pretrain", "linear_eval", "finetune", "segment", "dense_probe"):
         tree[name]["batch_size"] = 4
     tree["linear_eval"] |= {"epochs": 3, "views": 0}
     write_recipe(tree)

@@ -8,7 +8,18 @@ from safetensors.torch import load_file
 
 from milan.core.validation import validate
 from milan.params import Params
-from stages import extract_targets, finetune, linear_eval, prepare_ade20k, prepare_imagenet, pretrain, report, segment, teacher
+from stages import (
+    dense_probe,
+    extract_targets,
+    finetune,
+    linear_eval,
+    prepare_ade20k,
+    prepare_imagenet,
+    pretrain,
+    report,
+    segment,
+    teacher,
+)
 from tests.conftest import ROOT, change, run_main
 
 SETTINGS = {
@@ -29,8 +40,9 @@ SETTINGS = {
     "segment.epochs": 1,
     **{f"{stage}.batch_size": 20 for stage in ("teacher", "pretrain", "linear_eval", "finetune")},
     **{f"{stage}.micro_batch": 20 for stage in ("teacher", "pretrain", "linear_eval", "finetune")},
-    "segment.batch_size": 4,
-    "segment.micro_batch": 4,
+    **{f"{stage}.{size}": 4 for stage in ("segment", "dense_probe") for size in ("batch_size", "micro_batch")},
+    "dense_probe.epochs": 2,
+    "dense_probe.views": 1,
 }
 METRICS, CURVES = Path("metrics"), Path("curves")
 
@@ -62,6 +74,7 @@ def test_every_variant_gets_its_row(params, workplace):
         confusion = Path("confusion.csv")
         metrics[variant] |= run(finetune, params, f"finetune/{variant}-0", records=records, confusion=confusion, **own)
         metrics[variant] |= run(segment, params, f"segment/{variant}-0", scenes=scenes, **own)
+        metrics[variant] |= run(dense_probe, params, f"dense_probe/{variant}-0", scenes=scenes, **own)
         encoders[variant] = load_file(own["weights"] / "encoder.safetensors")
 
     # The variants predict nothing, the pixels of a patch, or the teacher's features.

@@ -14,13 +14,14 @@ from milan.evaluation.classifier import FinetuneLoss, build_classifier
 from milan.evaluation.linear import LinearHead, ProbeLoss
 from milan.method.encoder import Encoder
 from milan.params import Params
+from milan.segmentation import dense
 from milan.teacher import contrast
 from milan.teacher.clip import build_tiny
-from milan.training import distributed, optim
+from milan.training import batch_norm, distributed, optim
 from milan.training.batch_norm import RunningStatistics
 from milan.training.device import set_up
 from milan.training.loop import fit
-from stages import finetune, linear_eval, segment
+from stages import dense_probe, finetune, linear_eval, segment
 from tests.training.test_loop import (
     BATCH,
     COMPUTE,
@@ -89,7 +90,7 @@ def test_running_statistics_by_hand():
     (32, "sees 16 x 1 images at a time, as published the whole batch of 32: for that, -S segment.micro_batch=32."),
 ])  # fmt: skip
 def test_what_segmentation_s_batch_norm_sees_is_said(capfd, batch_size, said):
-    segment.say_what_batch_norm_sees(batch_size, micro_batch=16)
+    batch_norm.say_what_it_sees("segment", batch_size, micro_batch=16)
     out = capfd.readouterr().out
     assert said in out and bool(out) == bool(said)
 
@@ -131,6 +132,12 @@ def of_segment(p: Params) -> tuple:
     return segment.SegmentLoss(model), optim.adamw(optim.decay_groups(model, 0.05), (0.9, 0.999)), inputs
 
 
+def of_dense_probe(p: Params) -> tuple:
+    head = dense_probe.build(p, 5, torch.device("cpu"))
+    as_features = lambda images: nn.functional.pixel_unshuffle(images[:, :1].float() / 255, 4)  # noqa: E731
+    return dense.DenseLoss(head), dense_probe.optimizer_of(p, head), lambda b: (as_features(b["image"]), b["labels"])
+
+
 def of_teacher(p: Params) -> tuple:
     loss = contrast.Contrast(build_tiny(p.teacher.tiny, 16, 8, 9))
     optimizer = optim.adamw(contrast.decay_groups(loss.model, 0.05), (0.9, 0.98))
@@ -162,7 +169,7 @@ def small(tree) -> Params:
     return validate(Params, tree, "params.yaml")
 
 
-@pytest.mark.parametrize("made", [of_linear_eval, of_finetune, of_segment, of_teacher])
+@pytest.mark.parametrize("made", [of_linear_eval, of_finetune, of_segment, of_dense_probe, of_teacher])
 def test_the_stages_models_agree_over_processes(workplace, small, made):
     alone, two = few_steps(made, small), launched(2, few_steps, made, small)
     assert len(alone["loss"]) == 3
