@@ -6,11 +6,12 @@
 reports/evidence/, which no run of the pipeline writes: table.csv has the numbers of each seed, dvc.lock the digests of results.
 
 A number is within the spread if it lies in the prediction interval of one more seed: mean ± t s √(1 + 1/n) over the n committed
-seeds. s is the standard deviation over seeds, pooled over the variants of a column: the seeds of one variant are too few, and
-may agree by luck. Student's t makes all numbers together lie within in 95 % of the runs (Bonferroni). Two variants have a
-clear order if their mean difference exceeds the 95 % prediction interval of one more seed's difference; others may change places.
+seeds. s is the standard deviation over the seeds of the variant, or over those of all variants of the column (pooled) where that is
+larger: few seeds may agree by luck. With Student's t, all numbers of a run together lie within in about 95 % of the runs
+(Bonferroni). Two variants have a clear order if, by the same t, one more seed is not expected to swap them.
 """
 
+import math
 import subprocess
 from itertools import permutations
 from pathlib import Path
@@ -90,12 +91,11 @@ def judge(results: Results, recipe: Path, lock: Path, evidence: Path) -> Reprodu
         differences = redact(given.differences(committed.values))
         return Reproduction(f"No verdict: the recipe is not that of {study}: {differences}.")
     reference = pd.read_csv(study / "table.csv")
-    spread = spread_over_seeds(reference)
-    numbers = compare(results.runs, reference, spread)
+    numbers = compare(results.runs, reference)
     if numbers.empty:
         return Reproduction(f"No verdict: {study} has none of the variants {', '.join(params.variants)}.")
     return Reproduction(
-        sentence(numbers, swapped(numbers, spread), list(reference["variant"].unique()), results.data.titles),
+        sentence(numbers, swapped(numbers), list(reference["variant"].unique()), results.data.titles),
         (*rules(study, reference, numbers), *identical(lock, study / "dvc.lock", params)),
         tuple(row(number, results.data.titles) for number in numbers.itertuples()),
     )
@@ -116,26 +116,28 @@ def values_of(recipe: Path) -> dict[str, str]:
 
 
 def spread_over_seeds(reference: pd.DataFrame) -> pd.DataFrame:
-    """Return mean and number of seeds of each column and variant (the index) that the study measured, with the column's standard
-    deviation over seeds, pooled over variants, and its degrees of freedom."""
+    """Return mean and number of seeds of each column and variant (the index) that the study measured, the standard deviation over
+    seeds (the variant's or the column's pooled one, whichever is larger), and the degrees of freedom of the pooled one."""
     groups = melt(reference).groupby(NUMBER, sort=False)["value"]
-    spread = groups.agg(mean="mean", seeds="count", squares=lambda values: ((values - values.mean()) ** 2).sum())
+    spread = groups.agg(mean="mean", seeds="count", own="std", squares=lambda values: ((values - values.mean()) ** 2).sum())
     spread = spread[spread["seeds"] > 0]
     columns = spread.groupby("column")
     freedom = columns["seeds"].transform(lambda seeds: (seeds - 1).sum())
-    deviation = (columns["squares"].transform("sum") / freedom) ** 0.5
-    return spread.assign(freedom=freedom, deviation=deviation).drop(columns="squares")
+    pooled = (columns["squares"].transform("sum") / freedom) ** 0.5
+    return spread.assign(freedom=freedom, deviation=spread["own"].clip(lower=pooled))[["mean", "seeds", "freedom", "deviation"]]
 
 
-def compare(runs: pd.DataFrame, reference: pd.DataFrame, spread: pd.DataFrame) -> pd.DataFrame:
+def compare(runs: pd.DataFrame, reference: pd.DataFrame) -> pd.DataFrame:
     """Return a row per number that the study has: column, variant, seed, value (NaN where the run lacks it), committed (NaN where
-    the study lacks the seed), low, high and within, besides the columns of the spread."""
+    the study lacks the seed), mean over the study's seeds, error (the standard error of one more seed), t, low, high, within."""
+    spread = spread_over_seeds(reference).reset_index()
     committed = melt(reference).rename(columns={"value": "committed"})
-    numbers = melt(runs).merge(spread.reset_index(), on=NUMBER).merge(committed, on=[*NUMBER, "seed"], how="left")
-    t = quantile(numbers["freedom"], (1 - CONFIDENCE) / max(len(numbers), 1))
-    half_width = t * numbers["deviation"] * (1 + 1 / numbers["seeds"]) ** 0.5 + ROUNDING
-    numbers = numbers.assign(low=numbers["mean"] - half_width, high=numbers["mean"] + half_width)
-    return numbers.assign(within=numbers["value"].between(numbers["low"], numbers["high"]))
+    numbers = melt(runs).merge(spread, on=NUMBER).merge(committed, on=[*NUMBER, "seed"], how="left")
+    outside = (1 - CONFIDENCE) / max(len(numbers), 1)
+    t = stdtrit(numbers["freedom"], 1 - outside / 2)
+    error = numbers["deviation"] * (1 + 1 / numbers["seeds"]) ** 0.5
+    low, high = numbers["mean"] - t * error - ROUNDING, numbers["mean"] + t * error + ROUNDING
+    return numbers.assign(error=error, t=t, low=low, high=high, within=numbers["value"].between(low, high))
 
 
 def melt(runs: pd.DataFrame) -> pd.DataFrame:
@@ -143,24 +145,15 @@ def melt(runs: pd.DataFrame) -> pd.DataFrame:
     return runs.melt(["variant", "seed"], [column for column in TITLES if column in runs], "column", "value")
 
 
-def quantile(freedom: pd.Series | float, outside: float) -> pd.Series | float:
-    """Return the t that a share `outside` of Student's distribution exceeds in size."""
-    return stdtrit(freedom, 1 - outside / 2)
-
-
-def swapped(numbers: pd.DataFrame, spread: pd.DataFrame) -> dict[str, list[str]]:
-    """Return {column: pairs of variants in another order than in the study, in words} for each column in which the study orders
-    a pair of the variants that were run."""
-    means = numbers.groupby(NUMBER, sort=False)["value"].mean()
+def swapped(numbers: pd.DataFrame) -> dict[str, list[str]]:
+    """Return {column: pairs of variants that are not in the study's order, in words} for each column with a clear order."""
     pairs: dict[str, list[str]] = {}
+    means = numbers.groupby(NUMBER, sort=False)[["value", "mean", "error", "t"]].mean()  # value: over the run's seeds
     for column in means.index.unique("column"):
-        for above, below in permutations(means[column].index, 2):
-            first, second = spread.loc[(column, above)], spread.loc[(column, below)]
-            width = first["deviation"] * (2 + 1 / first["seeds"] + 1 / second["seeds"]) ** 0.5
-            if first["mean"] - second["mean"] > quantile(first["freedom"], 1 - CONFIDENCE) * width + ROUNDING:
-                pairs.setdefault(column, [])
-                if means[column, above] <= means[column, below]:
-                    pairs[column].append(f"{name_in_sentence(above)} is not above {name_in_sentence(below)}")
+        for above, below in permutations(means.loc[column].itertuples(), 2):
+            if above.mean - below.mean > above.t * math.hypot(above.error, below.error) + ROUNDING:
+                words = f"{name_in_sentence(above.Index)} is not above {name_in_sentence(below.Index)}"
+                pairs.setdefault(column, []).extend([words] if above.value <= below.value else [])
     return pairs
 
 
@@ -175,8 +168,8 @@ def identical(lock: Path, committed_lock: Path, params: Params) -> list[str]:
     others = [path for path, digest in committed.items() if own.get(path) != digest]
     if not others:
         return [f"All {len(committed)} results in {committed_lock} are byte-identical in {lock}."]
-    same = len(committed) - len(others)
-    return [f"{same} of {len(committed)} results in {committed_lock} are byte-identical in {lock}; the first other is {others[0]}."]
+    same = f"{len(committed) - len(others)} of {len(committed)} results"
+    return [f"{same} in {committed_lock} are byte-identical in {lock}; the first other is {others[0]}."]
 
 
 # The words.
@@ -208,11 +201,11 @@ def rules(study: Path, reference: pd.DataFrame, numbers: pd.DataFrame) -> list[s
     seeds, percent = ", ".join(map(str, sorted(reference["seed"].unique()))), f"{100 * CONFIDENCE:.0f} %"
     return [
         f"Compared with the committed seeds {seeds} of {study}, made by the same recipe. Spread over seeds: the interval in which "
-        "one more seed is to be expected, from the standard deviation over seeds, pooled over the variants of a column; so wide "
-        f"that in {percent} of faithful runs all {len(numbers)} numbers lie inside (Student's t, Bonferroni), and widened by "
-        f"{ROUNDING} for rounding.",
-        "Clear order: two variants have one if their mean difference over the committed seeds is larger than one more seed is "
-        f"expected to change it ({percent} prediction interval). Other pairs may change places.",
+        "one more seed is to be expected, from the variant's standard deviation over seeds or the one pooled over the column, "
+        f"whichever is larger; so wide that in about {percent} of faithful runs all {len(numbers)} numbers lie inside (Student's t, "
+        f"Bonferroni), and widened by {ROUNDING} for rounding.",
+        "Clear order: two variants have one if, by the same rule, one more seed is not expected to swap them. Other pairs do not "
+        "count.",
     ]
 
 

@@ -62,7 +62,7 @@ def test_identical_bytes_and_the_spread_by_hand(study):
         "Reproduced: 2 of 2 numbers within the spread over seeds; same order in 1 of 1 columns with a clear order."
     )
     assert made.notes[RULES:] == ("All 3 results in evidence/seeds/dvc.lock are byte-identical in dvc.lock.",)
-    assert "seeds 0, 1, 2 of evidence/seeds" in made.notes[0] and "95 % of faithful runs all 2 numbers" in made.notes[0]
+    assert "seeds 0, 1, 2 of evidence/seeds" in made.notes[0] and "about 95 % of faithful runs all 2 numbers" in made.notes[0]
     assert list(made.rows[1].values()) == ["MILAN", "0", "Linear eval", "16.00", "16.00", "+0.00", "12.91 to 21.09", "yes"]
     assert made.rows[0]["Spread over seeds"] == f"{11 - HALF_WIDTH:.2f} to {11 + HALF_WIDTH:.2f}"
 
@@ -94,18 +94,19 @@ def test_a_swapped_order_is_named_though_every_number_is_within(study):
     )
 
 
-@pytest.mark.parametrize("gap, clear", [(4.5, False), (4.65, True)])
+@pytest.mark.parametrize("gap, clear", [(5.75, False), (5.77, True)])
 def test_a_pair_that_one_more_seed_may_swap_has_no_order(study, gap, clear):
-    """t(0.975; 4) = 2.776, times √(2 + 2/3), and 0.05: a difference of 4.58 is needed."""
+    """3.4954, times √(4/3 + 4/3), and 0.05: a difference of 5.758 is needed."""
     frame({"mae": STUDY["mae"], "milan": tuple(value + gap for value in STUDY["mae"])}).to_csv(study / "table.csv", index=False)
     made = verdict(frame({"mae": (13.0,), "milan": (12.9,)}))
     assert made.sentence.startswith("Not reproduced" if clear else "Reproduced: 2 of 2 numbers within the spread over seeds.")
 
 
-def test_seeds_that_agree_by_luck_take_the_spread_of_the_other_variants(study):
-    """Deviations 0 and 1, pooled √(1/2): the half width is 3.4954 √(1/2) √(4/3) + 0.05."""
+def test_seeds_that_agree_by_luck_take_the_pooled_spread_and_others_keep_their_own(study):
+    """Deviations 1 and 0, pooled √(1/2): half widths 4.086, and 3.4954 √(1/2) √(4/3) + 0.05 = 2.904."""
     frame({**STUDY, "milan": (17.0, 17.0, 17.0)}).to_csv(study / "table.csv", index=False)
-    assert verdict(frame({"mae": (10.0,), "milan": (19.0,)})).rows[1]["Spread over seeds"] == "14.10 to 19.90"
+    rows = verdict(frame({"mae": (10.0,), "milan": (19.0,)})).rows
+    assert [row["Spread over seeds"] for row in rows] == ["6.91 to 15.09", "14.10 to 19.90"]
 
 
 def test_a_column_has_its_own_spread_and_all_numbers_share_the_confidence(study):
@@ -115,7 +116,7 @@ def test_a_column_has_its_own_spread_and_all_numbers_share_the_confidence(study)
     made = verdict(frame({"mae": (10.0,), "milan": (16.0,)}, knn={"mae": (20.0,), "milan": (60.0,)}))
     spreads = {(row["Algorithm"], row["Measure"]): row["Spread over seeds"] for row in made.rows}
     assert spreads["MILAN", "Linear eval"] == "11.97 to 22.03" and spreads["MILAN", "k-NN"] == "23.99 to 44.01"
-    assert "3 of 4 numbers" in made.sentence and "same order in 2 of 2" in made.sentence
+    assert "3 of 4 numbers" in made.sentence
 
 
 def test_a_number_that_the_run_lacks_is_not_reproduced_and_one_that_the_study_lacks_is_not_counted(study):
