@@ -5,13 +5,15 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_WAIT_POLICY := PASSIVE
 
 .PHONY: repro test test-fast torture plan evidence setup lock audit
-repro: setup ## run the whole pipeline and print the table
+repro: setup ## run the whole pipeline, print the table, and compare it with the committed numbers
 	@dvc repro
 	@cat reports/table.md
 	@echo
 	@echo "All results on one page, with their provenance: reports/index.html. The notebooks that draw the figures are in notebooks/."
 	@echo "Compare runs:      .venv/bin/mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1"
 	@echo "Change a setting:  .venv/bin/dvc exp run -S pretrain.mask_ratio=0.5"
+	@echo
+	@python -m milan.report.reproduction
 
 test: setup ## run all tests, in three processes
 	@python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder

@@ -2,7 +2,7 @@
 
     python -m stages.page --metrics reports/metrics/demo --published reports/published.csv --plots reports/plots \
         --figures reports/figures --notebooks notebooks --imagenet outs/demo/imagenet --ade20k outs/demo/ade20k \
-        --lock dvc.lock --out reports/index.html
+        --lock dvc.lock --evidence reports/evidence --out reports/index.html
 
 Hours, hardware and git revision come from MLflow, from the runs that made what dvc.lock names, so they change from run
 to run: the page is in git and no out of DVC's, and dvc.lock stays as it is. Costs a few seconds. Expect a page of about 1 MB.
@@ -10,13 +10,15 @@ to run: the page is in git and no out of DVC's, and dvc.lock stays as it is. Cos
 
 from milan.core.files import write_whole
 from milan.core.redaction import redact
-from milan.report import page, provenance
+from milan.report import page, provenance, reproduction
 from milan.report.results import read_results
 from milan.stage import Kind, Stage, git_revision, present, run
 from milan.tracking import machine
 
 KIND = Kind(
-    reads=("metrics", "published", "plots", "figures", "notebooks", "imagenet", "ade20k", "lock"), files=("out",), last=True
+    reads=("metrics", "published", "plots", "figures", "notebooks", "imagenet", "ade20k", "lock", "evidence"),
+    files=("out",),
+    last=True,
 )
 
 
@@ -28,9 +30,9 @@ def main(stage: Stage) -> None:
     trail = provenance.origins(lock, runs_known(stage))
     bars = page.picture(present(args.plots / "bars.png"), "Our variants", page.BARS)
     here = {"revision": git_revision(), "hardware": machine.hardware(params.compute.device)}
-    text = page.render(
-        results, page.read_pictures(args.figures, args.notebooks), bars, trail, data, here, redact(args.params.read_text())
-    )
+    verdict = reproduction.judge(results, args.params, args.lock, args.evidence)
+    pictures = page.read_pictures(args.figures, args.notebooks)
+    text = page.render(results, verdict, pictures, bars, trail, data, here, redact(args.params.read_text()))
     write_whole(args.out, text.encode())
     stage.tracker.artifact(args.out, "report")
     known = sum(origin.run is not None for origin in trail)

@@ -18,6 +18,7 @@ from PIL import Image
 from milan.core.files import read_json
 from milan.report import claims, table
 from milan.report.provenance import Origin, PackedData, revision
+from milan.report.reproduction import Reproduction
 from milan.report.results import KINDS, Results
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -37,7 +38,14 @@ class Picture(NamedTuple):
 
 
 def render(
-    results: Results, pictures: list[Picture], bars: Picture, trail: list[Origin], data: list[PackedData], here: dict, recipe: str
+    results: Results,
+    reproduction: Reproduction,
+    pictures: list[Picture],
+    bars: Picture,
+    trail: list[Origin],
+    data: list[PackedData],
+    here: dict,
+    recipe: str,
 ) -> str:
     """Return the page as HTML.
 
@@ -53,6 +61,7 @@ def render(
         measured=table.measured_on(results),
         ours=ours,
         sentences=[*table.order_sentences(results), *table.notes(results)],
+        reproduction=reproduction,
         bars=bars,
         claims={"heading": claims.heading(results), "notes": claims.notes(results), "rows": claims.rows(results)},
         others={title: table.published_rows(results.published, kind, linked) for kind, title in KINDS.items()},
@@ -63,6 +72,8 @@ def render(
         runs=runs,
         revisions=Counter(revision(run) for run in runs),
         machines=Counter(run.tags["hardware"] for run in runs if "hardware" in run.tags),
+        precisions=Counter(f"{run.tags['precision']} on {run.tags['device']}" for run in runs if "precision" in run.tags),
+        precision=results.params.compute.precision,
         seconds=sum(run.seconds for run in runs),
         data=data,
         here=here,

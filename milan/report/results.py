@@ -38,6 +38,7 @@ METHOD_NAMES = {  # {variant: name}, in the order in which the paper adds its in
     "prompt_decoder": "CLIP target, prompting decoder",
     "milan": "MILAN",
 }
+FREE = ("variants", "seeds", "runtime")  # of a recipe: they leave the numbers of a variant and seed as they are
 PUBLISHED = ("method", "backbone", "epochs", "batch_size", "teacher", *PUBLISHED_MEASURES, "kind", "source")
 KINDS = {"published": "Published", "re-run": "Re-run by others"}
 

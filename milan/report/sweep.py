@@ -29,12 +29,11 @@ from milan.report import costs, plots
 from milan.report.costs import COSTS
 from milan.report.plots import Figure, plt
 from milan.report.provenance import StageRun
-from milan.report.results import MEASURES, TITLES, ZERO_SHOT, method_name
+from milan.report.results import FREE, MEASURES, TITLES, ZERO_SHOT, method_name
 from milan.report.table import DASH, markdown_table
 from milan.tracking.runs import parse_yaml, recipe_stages
 
 DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-FREE = ("variants", "seeds", "runtime")  # what may differ within a sweep besides its key
 HERE = "this commit"
 AFTER = ("report", "figures", "page")  # the evaluations: an experiment may have left these as its commit had them
 TITLES = {**TITLES, "miou": "mIoU"}

@@ -18,11 +18,13 @@ from milan.core.errors import UserError
 from milan.params import read_params
 from milan.report import page, provenance
 from milan.report.provenance import Origin, PackedData, StageRun
+from milan.report.reproduction import Reproduction
 from milan.report.results import TITLES, EvaluationData, Results, read_published, summarise
 from milan.tracking import machine
 from stages import page as stage
 
 EVIL = "<script>alert(1)</script>\"'&"
+NO_VERDICT = Reproduction("No verdict.")
 
 
 def a_run(name: str, started: float, seconds: float = 1.0, **hashes: str) -> StageRun:
@@ -208,20 +210,28 @@ def results(**changes) -> Results:
     return Results(**{**given, "teacher": {}, "importance": {}, **changes})
 
 
-def rendered(r: Results, trail: list[Origin], data: list[PackedData] = (), recipe: str = "scale: demo\n") -> Cells:
+def rendered(
+    r: Results,
+    trail: list[Origin],
+    data: list[PackedData] = (),
+    recipe: str = "scale: demo\n",
+    reproduction: Reproduction = NO_VERDICT,
+) -> Cells:
     dot = page.Picture("Bars", page.emphasised("of *all*"), "data:image/webp;base64,", 2, 1)
-    return Cells(page.render(r, [dot], dot, trail, list(data), {"revision": "r0", "hardware": "h0"}, recipe))
+    return Cells(page.render(r, reproduction, [dot], dot, trail, list(data), {"revision": "r0", "hardware": "h0"}, recipe))
 
 
-def page_text(r: Results) -> str:
+def page_text(r: Results, reproduction: Reproduction = NO_VERDICT) -> str:
     """Render the page without pictures and runs."""
     dot = page.Picture("", page.emphasised(""), "data:,", 1, 1)
-    return page.render(r, [], dot, [], [], {"revision": "", "hardware": ""}, "")
+    return page.render(r, reproduction, [], dot, [], [], {"revision": "", "hardware": ""}, "")
 
 
 def test_the_page_shows_table_sentences_recipe_and_runs():
+    trained = a_run("teacher", 0, 90)
+    trained.tags.update(precision="bf16", device="cpu")
     trail = [
-        Origin("teacher", {"outs/teacher": "t1.dir"}, a_run("teacher", 0, 90)),
+        Origin("teacher", {"outs/teacher": "t1.dir"}, trained),
         Origin("pretrain@milan-0", {"outs/m": "w1.dir"}, a_run("pretrain@milan-0", 3600, 3510)),
         Origin("report", {"reports/table.md": "r1"}, None),
     ]
@@ -239,6 +249,7 @@ def test_the_page_shows_table_sentences_recipe_and_runs():
     assert rendered_cells.texts("dd") == [
         "git revision 0123456789+changes (2 stages)",
         "a small machine (2 stages)",
+        "bf16 on cpu (1 stage)",
         "60.0 min (1.00 hours) for 2 of 3 stages, 1970-01-01 00:00 to 1970-01-01 01:00 UTC",
     ]
 
@@ -248,6 +259,20 @@ def test_our_numbers_and_others_are_in_separate_tables():
     assert "ViT-tiny/8" in ours and "ViT-B/16" not in ours
     assert "<h2>Published</h2>" in published and "<h2>Re-run by others</h2>" in again
     assert "ViT-tiny/8" not in published + again
+
+
+def test_the_page_shows_the_verdict_and_every_number():
+    plain = page_text(results())
+    assert "<strong>No verdict.</strong>" in plain and "Every number" not in plain
+    made = Reproduction("Reproduced: 1 of 1.", ("The <rule>.",), ({"Algorithm": "MILAN", "Yours": "31.44", "Within": "yes"},))
+    cells = rendered(results(), [], reproduction=made).texts("td", "th")
+    at = cells.index("31.44")
+    assert cells[at - 1 : at + 2] == ["MILAN", "31.44", "yes"] and "The &lt;rule&gt;." in page_text(results(), made)
+
+
+def test_without_a_record_the_precision_is_the_recipe_s():
+    precision = results().params.compute.precision
+    assert f"{precision}, as in the recipe" in rendered(results(), [Origin("teacher", {}, a_run("teacher", 0))]).texts("dd")
 
 
 def test_claims_are_judged_from_three_seeds_on():
