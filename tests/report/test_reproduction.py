@@ -52,7 +52,7 @@ def study(tree, workplace) -> Path:
 def verdict(runs: pd.DataFrame) -> reproduction.Reproduction:
     variants, seeds = list(runs["variant"].unique()), [int(seed) for seed in runs["seed"].unique()]
     params = dataclasses.replace(read_params(RECIPE), variants=variants, seeds=seeds)
-    data = EvaluationData("the built-in world", 20, 2000, 11, 400, "Segmentation")
+    data = EvaluationData("the built-in world", 20, 2000, 11, 400, "Segmentation", 2.1, 17.3)
     return judge(Results(params, data, runs, None, None, {}, {}), RECIPE, LOCK, EVIDENCE)
 
 
@@ -160,11 +160,11 @@ def test_a_scale_without_a_study_has_no_verdict(study, tree):
     assert made.sentence == "No verdict: evidence has no study over seeds at scale mine to compare with."
 
 
-def test_a_missing_run_is_an_error_that_names_its_file(study, monkeypatch, capsys):
+def test_a_missing_run_is_an_error_that_names_its_file(study, tree, capsys):
     with pytest.raises(SystemExit) as stopped:
         reproduction.main()
     assert stopped.value.code == 1
-    assert "reports/metrics/demo/linear_eval/scratch-0.json is missing" in " ".join(capsys.readouterr().err.split())
+    assert f"reports/metrics/{tree['scale']}/linear_eval/scratch-0.json is missing" in " ".join(capsys.readouterr().err.split())
 
 
 def test_git_s_changes_are_explained_and_without_git_nothing_is_said(study, monkeypatch, capsys):
