@@ -19,7 +19,7 @@ from milan.params import Params
 from milan.segmentation import inference, miou, scenes, upernet
 from milan.stage import Kind, Stage, run
 from milan.training import distributed, optim
-from milan.training.device import autocast, resolve_precision, set_up
+from milan.training.device import autocast, resolve_params, set_up
 from milan.training.loop import FitSettings, fit
 from milan.training.resume import SavedState
 from milan.training.weights import load_weights, save_weights
@@ -42,7 +42,7 @@ def main(stage: Stage) -> None:
     inputs = {"scenes": args.scenes / "manifest.json", "encoder": args.weights / "encoder.safetensors"}
     identity = stage.identify({"segment": params.segment, "model": params.model, "compute": params.compute}, **inputs)
     saved = stage.keep(SavedState(stage.slug, identity, stage.code))
-    result = distributed.launch(train, params, args, saved, stage)
+    result = distributed.launch(train, resolve_params(params, stage.tracker), args, saved, stage)
     stage.write_curve(result["curve"])
     stage.write_metrics(result["metrics"], identity)
     stage.tracker.model(args.out, f"segmenter-{args.variant}-{args.seed}")
@@ -119,7 +119,7 @@ def say_what_batch_norm_sees(batch_size: int, micro_batch: int) -> None:
 
 def assess(params: Params, model: upernet.Segmenter, val: Records, device: torch.device) -> dict:
     """Return mIoU and accuracies in %: sliding-window inference at the recipe's scale, compared at each scene's own size."""
-    classes, precision = len(val.manifest["classes"]), resolve_precision(params.compute, device)
+    classes, precision = len(val.manifest["classes"]), params.compute.precision
     counts = torch.zeros(classes, classes, dtype=torch.int64)
     mine = range(distributed.rank(), len(val), distributed.world_size())
     for index in track(mine, "segmenting", len(mine)) if distributed.rank() == 0 else mine:

@@ -27,7 +27,7 @@ from milan.teacher.clip import Tokenizer, build_tiny, embed_classes, save_no_tea
 from milan.teacher.released import fetch_teacher
 from milan.teacher.wording import wording_of
 from milan.training import distributed, optim
-from milan.training.device import set_up
+from milan.training.device import resolve_params, set_up
 from milan.training.loop import FitSettings, fit
 from milan.training.resume import SavedState
 
@@ -44,12 +44,13 @@ def main(stage: Stage) -> None:
         if params.teacher.tiny:
             stage.tracker.reads(*(Records(args.records, split) for split in ("pairs", "train", "val")))
             saved = stage.keep(SavedState(stage.slug, identity, stage.code))
-            result = distributed.launch(train, params, args.records, folder, saved, stage.tracker)
+            result = distributed.launch(train, resolve_params(params, stage.tracker), args.records, folder, saved, stage.tracker)
         elif params.no_teacher:
             print("pretrain.weights is set: no teacher is needed.", flush=True)
             save_no_teacher(folder)
         else:
-            fetch_teacher(params.teacher.pretrained, folder, wording_of(read_manifest(args.records)), set_up(params.compute))
+            device = set_up(resolve_params(params, stage.tracker).compute)
+            fetch_teacher(params.teacher.pretrained, folder, wording_of(read_manifest(args.records)), device)
     stage.write_curve(result["curve"])
     stage.write_metrics(result["metrics"], identity)
     if not params.no_teacher:
