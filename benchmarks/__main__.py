@@ -31,6 +31,7 @@ FULL = {  # name: script, options, seconds at most; compiled only where that is 
     "scaling": ("scaling", [], 200),
     "bank": ("bank", ["--no-compile"], 100),
     "cost": ("cost", ["--no-compile"], 100),
+    "cpu": ("cpu", [], 100),
 }
 USUAL = list(FULL)[:7]  # on a GPU; the others by name
 LEAST = 5  # seconds, under which none is started
@@ -46,6 +47,7 @@ QUICK = {
     "scaling": ("scaling", ["--model", "tiny", "--processes", "1", "2"], 100),
     "bank": ("bank", ["--model", "tiny", "--images", "32", "--batch", "8", "--repeats", "3"], 100),
     "cost": ("cost", ["--model", "tiny", "--batches", "4", "16", "--sizes", "64", "--repeats", "3"], 100),
+    "cpu": ("cpu", ["--model", "tiny", "--repeats", "3"], 100),
 }
 
 

@@ -18,7 +18,7 @@ import torch
 from milan.core.progress import Progress
 from milan.params import Compute, Model, TransformerSize
 from milan.tracking.machine import cpu_name
-from milan.training.device import resolve_precision
+from milan.training.device import resolve_compute
 
 VIT_B = Model("ViT-B/16", 224, 16, TransformerSize(768, 12, 12), TransformerSize(512, 8, 16))
 TINY = Model("ViT-tiny/8", 48, 8, TransformerSize(128, 4, 4), TransformerSize(96, 2, 4))
@@ -49,7 +49,7 @@ def compute(args: argparse.Namespace) -> Compute:
 
 
 def precision(args: argparse.Namespace) -> str:
-    return resolve_precision(compute(args), torch.device(args.device))
+    return resolve_compute(compute(args), MODELS[args.model]).precision
 
 
 def wait(device: torch.device) -> None:

@@ -24,7 +24,7 @@ from milan.data import transforms
 from milan.method.model import MaskedPretraining
 from milan.params import Compute, Model, Runtime, Training
 from milan.training import distributed, loop, optim
-from milan.training.device import autocast, resolve_precision, set_up
+from milan.training.device import autocast, resolve_compute, set_up
 from milan.training.resume import SavedState
 
 WARM = 3  # steps before the clock starts
@@ -84,7 +84,7 @@ class Place:
 def train(p: Place, model: Model, batch: int, steps: int, banked: bool, saved: SavedState) -> dict:
     """Images a second of all processes together."""
     device = set_up(p.compute)
-    precision, whole = resolve_precision(p.compute, device), batch * p.world_size
+    precision, whole = p.compute.precision, batch * p.world_size
     student = MaskedPretraining(model, MILAN, 0.75, FEATURES).to(device)
     optimizer = optim.adamw(optim.decay_groups(student, 0.05), (0.9, 0.95))
     clock = Clock(None if banked else our_teacher(model, precision, device), precision, device)
@@ -123,7 +123,7 @@ def main() -> None:
         for n in args.processes:
             workers = 4 if args.device != "cpu" else 0
             saved = SavedState("benchmark", Identity({"started": str(time.time_ns())}), {})
-            place = Place(measure.compute(args), Runtime(processes=n, workers=workers, save_seconds=1e9))
+            place = Place(resolve_compute(measure.compute(args), measure.MODELS[args.model]), Runtime(processes=n, workers=workers, save_seconds=1e9))
             arguments = measure.MODELS[args.model], args.batch, args.steps, args.banked, saved
             rates[n].append(distributed.launch(train, place, *arguments)["rate"])
     first, rows = args.processes[0], []

@@ -46,7 +46,7 @@ class Compute(Section):
 
     device: Literal["auto", "cpu", "cuda"]
     threads: Few  # of each process
-    precision: Literal["auto", "fp32", "bf16", "fp16"]  # auto: bf16 where the hardware computes in it; published: fp16
+    precision: Literal["auto", "fp32", "bf16", "fp16"]  # auto: the faster (milan/training/device.py); published: fp16
     deterministic: Bool
     compile: Bool  # torch.compile
 

@@ -37,7 +37,7 @@ from milan.teacher.clip import tiny_config
 from milan.teacher.frozen import build_tower
 from milan.teacher.released import describe
 from milan.teacher.towers import Tower
-from milan.training.device import DTYPES, resolve_device, resolve_precision
+from milan.training.device import DTYPES, resolve_compute, resolve_device
 
 IMAGE_BYTES = 110_000  # mean size of an ImageNet JPEG
 SCENE_BYTES = 45_000  # mean size of an ADE20K scene with its annotation
@@ -261,7 +261,7 @@ def milan_row(params: Params) -> AblationRow:
 def measure_rate(params: Params) -> float:
     """Measure half the FLOP/s of a large matrix product in the recipe's precision on this machine."""
     device = resolve_device(params.compute)
-    dtype = DTYPES[resolve_precision(params.compute, device)]
+    dtype = DTYPES[resolve_compute(params.compute, params.model).precision]
     side = 8192 if device.type == "cuda" else 1024
     matrix = torch.ones(side, side, device=device, dtype=dtype)
     times = []

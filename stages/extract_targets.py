@@ -24,7 +24,7 @@ from milan.stage import Kind, Stage, run
 from milan.teacher.frozen import compute_targets, load_tower
 from milan.teacher.towers import Tower
 from milan.training import distributed
-from milan.training.device import set_up
+from milan.training.device import resolve_params, set_up
 from milan.training.weights import save_weights
 
 KIND = Kind(reads=("records", "teacher"), folders=("out",), files=("metrics",))
@@ -43,7 +43,7 @@ def main(stage: Stage) -> None:
         result = (
             nothing(params, folder)
             if params.no_teacher
-            else distributed.launch(extract, params, args.records, args.teacher, folder)
+            else distributed.launch(extract, resolve_params(params, stage.tracker), args.records, args.teacher, folder)
         )
     stage.write_metrics(result, identity)
 

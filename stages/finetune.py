@@ -19,7 +19,7 @@ from milan.evaluation.samples import LabelledSamples, balanced_subset
 from milan.params import Params
 from milan.stage import Kind, Stage, run
 from milan.training import distributed, optim
-from milan.training.device import autocast, resolve_precision, set_up
+from milan.training.device import autocast, resolve_params, set_up
 from milan.training.loop import FitSettings, fit
 from milan.training.resume import SavedState
 from milan.training.weights import load_weights
@@ -35,7 +35,7 @@ def main(stage: Stage) -> None:
     inputs = {"records": args.records / "manifest.json", "encoder": args.weights / "encoder.safetensors"}
     identity = stage.identify({"finetune": params.finetune, "model": params.model, "compute": params.compute}, **inputs)
     saved = stage.keep(SavedState(stage.slug, identity, stage.code))
-    result = distributed.launch(train, params, args, saved, stage)
+    result = distributed.launch(train, resolve_params(params, stage.tracker), args, saved, stage)
     stage.write_curve(result["curve"])
     stage.write_confusion(result["confusion"])
     stage.write_metrics(result["metrics"], identity)
@@ -82,7 +82,7 @@ def inputs(erasing: float, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def assess(params: Params, vit: torch.nn.Module, val: Records, device: torch.device) -> dict:
-    precision = resolve_precision(params.compute, device)
+    precision = params.compute.precision
 
     def logits(images: torch.Tensor) -> torch.Tensor:
         with autocast(precision, device):

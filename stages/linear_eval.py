@@ -24,7 +24,7 @@ from milan.method.encoder import load_encoder
 from milan.params import Params
 from milan.stage import Kind, Stage, run
 from milan.training import distributed, optim
-from milan.training.device import autocast, resolve_precision, set_up
+from milan.training.device import autocast, resolve_params, set_up
 from milan.training.loop import FitSettings, fit
 from milan.training.resume import SavedState
 from milan.training.weights import save_weights
@@ -43,7 +43,7 @@ def main(stage: Stage) -> None:
     inputs |= {"records": args.records / "manifest.json", "encoder": args.weights / "encoder.safetensors"}
     identity = stage.identify(sections, **inputs)
     saved = stage.keep(SavedState(stage.slug, identity, stage.code))
-    result = distributed.launch(train, params, args, saved, stage)
+    result = distributed.launch(train, resolve_params(params, stage.tracker), args, saved, stage)
     stage.write_curve(result["curve"])
     stage.write_metrics(result["metrics"], identity)
     stage.tracker.model(args.out, f"head-{args.variant}-{args.seed}")
@@ -72,7 +72,7 @@ def train(params: Params, args: Namespace, saved: SavedState, stage: Stage) -> d
 def frozen_encoder(params: Params, weights: Path, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return a function from normalised images (B, 3, S, S) to class-token features (B, D), without gradient."""
     encoder = load_encoder(weights / "encoder.safetensors", params.model).to(device).eval()
-    precision = resolve_precision(params.compute, device)
+    precision = params.compute.precision
 
     @torch.no_grad()
     def encode(images: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ from milan.method.target_bank import Bank
 from milan.params import Params
 from milan.stage import Kind, Stage, run
 from milan.training import distributed, optim
-from milan.training.device import set_up
+from milan.training.device import resolve_params, set_up
 from milan.training.foreign import require_file
 from milan.training.loop import FitSettings, fit
 from milan.training.resume import SavedState
@@ -43,7 +43,7 @@ def main(stage: Stage) -> None:
     else:
         stage.tracker.reads(Records(args.records, "train"))
         saved = stage.keep(SavedState(stage.slug, identity, stage.code))
-        curve = distributed.launch(train, params, args, saved, stage, about)["curve"]
+        curve = distributed.launch(train, resolve_params(params, stage.tracker), args, saved, stage, about)["curve"]
     stage.write_curve(curve)
     stage.write_metrics({"pretrain/loss": curve[-1]["loss"]} if curve else {}, identity)
     stage.tracker.model(args.out, f"{args.variant}-{args.seed}")

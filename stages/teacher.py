@@ -30,7 +30,7 @@ from milan.teacher.frozen import compute_targets, load_tower
 from milan.teacher.released import fetch_teacher
 from milan.teacher.wording import wording_of
 from milan.training import distributed, optim
-from milan.training.device import set_up
+from milan.training.device import resolve_params, set_up
 from milan.training.loop import FitSettings, fit
 from milan.training.resume import SavedState
 
@@ -42,6 +42,8 @@ def main(stage: Stage) -> None:
     sizes = {"image_size": params.model.image_size, "patch_size": params.model.patch_size}
     sections = {"teacher": params.teacher, "model": sizes, "compute": params.compute, "no_teacher": params.no_teacher}
     identity = stage.identify(sections, records=args.records / "manifest.json")
+    if not params.no_teacher:
+        params = resolve_params(params, stage.tracker)
     curve, metrics = [], {}
     with whole_folder(args.out, stage.folder_digest(identity)) as folder:
         if params.teacher.tiny:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as everything
-from benchmarks import bank, causes, cost, kernels, loader, measure, parts, plain, scaling, step, tasks, teacher
+from benchmarks import bank, causes, cost, cpu, kernels, loader, measure, parts, plain, scaling, step, tasks, teacher
 from milan.method import masking
 from milan.method.model import MaskedPretraining
 from milan.params import Model, TransformerSize
@@ -64,6 +64,7 @@ SCRIPTS = {
     tasks: (["--model", "tiny", "--batch", "2", "--scenes", "2"], 2),
     parts: (["--model", "tiny", "--batch", "2", "--precision", "fp32"], 8),
     causes: (["--model", "tiny", "--batch", "2", "--precision", "bf16"], 4),
+    cpu: (["--model", "tiny", "--batch", "1", "--channels", "8"], 20),
     scaling: (["--model", "tiny", "--batch", "2", "--steps", "1", "--processes", "1", "2"], 2),
 }
 

@@ -16,7 +16,7 @@ from milan.method import masking
 from milan.method.model import MaskedPretraining, load_pretrained
 from milan.params import Params
 from milan.teacher.class_text import read_class_text
-from milan.training.device import autocast, resolve_precision
+from milan.training.device import autocast
 
 MEASURES = ("zero_shot_top1", "zero_shot_masked_top1")  # of whole images; of the patches that a training mask would keep
 
@@ -38,10 +38,9 @@ def accuracies(
     if text is None or row.target != "clip" or not (weights / "decoder.safetensors").exists():
         return {}
     model = load_pretrained(weights, params.model, row, params.pretrain.mask_ratio, text.embeddings.shape[1]).to(device).eval()
-    precision = resolve_precision(params.compute, device)
 
     def predict(images: Tensor, index: Tensor) -> Tensor:
-        with autocast(precision, device):
+        with autocast(params.compute.precision, device):
             return predict_class_tokens(model, images, mask_noise(seed, index, model.n_patches).to(device))
 
     views = CentreSamples(val, params.linear_eval.resize, params.model.image_size)

@@ -14,7 +14,7 @@ from milan.segmentation import miou
 from milan.segmentation.inference import slide_logits
 from milan.segmentation.scenes import decode_scene, resize_scene
 from milan.segmentation.upernet import Segmenter, resize_maps
-from milan.training.device import autocast, resolve_precision
+from milan.training.device import autocast
 
 DRAWS = 1000  # masks per image for the keep probabilities
 MAX_CPU_PIXELS = 2_000_000  # in all scenes that a CPU segments
@@ -65,11 +65,10 @@ def validation_scenes(project: Project, val: Records) -> list[tuple[Tensor, Tens
 def segment_scenes(project: Project, variant: str, scenes: list[tuple[Tensor, Tensor]], classes: int) -> list[Tensor]:
     """Return the predicted labels (H, W) of each scene (image, labels), computed as in the segment stage."""
     model, predicted = project.segmenter(variant, classes), []
-    precision = resolve_precision(project.params.compute, project.device)
     for _, same_size in groupby(scenes, key=lambda scene: scene[0].shape):
         for some in chunks(same_size, 50):
             images = torch.stack([resize_scene(image, None, project.params.segment.resize, 1.0)[0] for image, _ in some])
-            with autocast(precision, project.device):
+            with autocast(project.params.compute.precision, project.device):
                 logits = scene_logits(project, model, transforms.normalise(images.to(project.device)), classes)
             predicted += resize_maps(logits, some[0][1].shape).argmax(dim=1).cpu()
     return predicted

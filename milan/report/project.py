@@ -19,7 +19,7 @@ from milan.method.model import MaskedPretraining, load_pretrained
 from milan.params import Params, read_params
 from milan.report import plots
 from milan.segmentation.upernet import Segmenter
-from milan.training.device import set_up
+from milan.training.device import resolve_params, set_up
 from milan.training.weights import load_into, load_weights
 
 FOLDERS = "MILAN_FIGURES"  # variable set by the figures stage: {"params", "outs", "metrics", "curves", "published", "figures"}
@@ -37,7 +37,7 @@ class Project:
     def open(cls) -> "Project":
         """Read recipe and folders from the figures stage, or from params.yaml when a notebook is run by hand."""
         given = json.loads(os.environ.get(FOLDERS, "{}"))
-        params = read_params(given.get("params", "params.yaml"))
+        params = resolve_params(read_params(given.get("params", "params.yaml")))
         folders = {
             "outs": f"outs/{params.scale}",
             "metrics": f"reports/metrics/{params.scale}",

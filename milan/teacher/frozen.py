@@ -11,7 +11,7 @@ from milan.data import transforms
 from milan.params import Compute, TinyClip
 from milan.teacher.clip import NO_TEXT, OTHER_TEACHER, build_tiny, explain_misfits, read_config
 from milan.teacher.towers import ClipTower, TimmTower, Tower
-from milan.training.device import autocast, resolve_precision
+from milan.training.device import autocast
 from milan.training.weights import load_state, load_weights
 
 
@@ -39,7 +39,7 @@ def load_tower(folder: Path, compute: Compute, device: torch.device) -> Tower:
         tower = build_tower(config)
     image_tower = {name: tensor for name, tensor in weights.items() if name.startswith("visual.")}
     load_state(tower, image_tower, folder / "teacher.safetensors", OTHER_TEACHER)
-    return tower.eval().requires_grad_(False).to(device).lowered(resolve_precision(compute, device))
+    return tower.eval().requires_grad_(False).to(device).lowered(compute.precision)
 
 
 @torch.inference_mode()
@@ -50,7 +50,7 @@ def compute_targets(tower: Tower, images: Tensor, compute: Compute, normalisatio
     images: the student's crops, uint8 (B, 3, H, W), resized where the tower takes another size (bicubic, antialiased).
     normalisation: a key of transforms.NORMALISATIONS."""
     images = transforms.resize(images, tower.size)
-    with autocast(resolve_precision(compute, images.device), images.device):
+    with autocast(compute.precision, images.device):
         features, importance = tower(transforms.normalise(images, normalisation))
     return resample_to_grid(features, importance, tower.grid, grid)
 

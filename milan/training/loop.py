@@ -23,7 +23,7 @@ from milan.data import seeding
 from milan.params import Compute, Runtime, Training
 from milan.training import distributed, optim
 from milan.training.batch_norm import RunningStatistics
-from milan.training.device import autocast, resolve_precision
+from milan.training.device import autocast
 from milan.training.resume import SavedState
 
 CURVE_POINTS = 100
@@ -127,7 +127,7 @@ class Loop:
     def __init__(self, model, dataset, optimizer, settings: FitSettings, to_inputs):
         self.model, self.dataset, self.optimizer, self.settings, self.to_inputs = model, dataset, optimizer, settings, to_inputs
         self.device = next(model.parameters()).device
-        self.precision = resolve_precision(settings.compute, self.device)
+        self.precision = settings.compute.precision
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         training = settings.training
         self.order = Order(
