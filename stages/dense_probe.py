@@ -20,7 +20,7 @@ from milan.params import Params
 from milan.segmentation import dense, inference, scenes
 from milan.stage import Kind, Stage, run
 from milan.training import batch_norm, distributed, optim
-from milan.training.device import resolve_precision, set_up
+from milan.training.device import resolve_params, set_up
 from milan.training.loop import FitSettings, fit
 from milan.training.resume import SavedState
 from milan.training.weights import save_weights
@@ -34,7 +34,7 @@ def main(stage: Stage) -> None:
     inputs = {"scenes": args.scenes / "manifest.json", "encoder": args.weights / "encoder.safetensors"}
     identity = stage.identify({"dense_probe": params.dense_probe, "model": params.model, "compute": params.compute}, **inputs)
     saved = stage.keep(SavedState(stage.slug, identity, stage.code))
-    result = distributed.launch(train, params, args, saved, stage)
+    result = distributed.launch(train, resolve_params(params, stage.tracker), args, saved, stage)
     stage.write_curve(result["curve"])
     stage.write_metrics(result["metrics"], identity)
     stage.tracker.model(args.out, f"dense-head-{args.variant}-{args.seed}")
@@ -42,7 +42,7 @@ def main(stage: Stage) -> None:
 
 def train(params: Params, args: Namespace, saved: SavedState, stage: Stage) -> dict:
     device, section = set_up(params.compute), params.dense_probe
-    precision, records = resolve_precision(params.compute, device), Records(args.scenes, "train")
+    precision, records = params.compute.precision, Records(args.scenes, "train")
     encode = dense.frozen_encoder(args.weights / "encoder.safetensors", params.model, section.crop_size, precision, device)
     seeding.seed_globals(args.seed, "dense_probe init")
     head = build(params, len(records.manifest["classes"]), device)

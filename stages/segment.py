@@ -17,13 +17,8 @@ from milan.data.records import Records
 from milan.params import Params
 from milan.segmentation import inference, scenes, upernet
 from milan.stage import Kind, Stage, run
-<<<<<<< HEAD
 from milan.training import batch_norm, distributed, optim
-from milan.training.device import resolve_precision, set_up
-=======
-from milan.training import distributed, optim
-from milan.training.device import autocast, resolve_params, set_up
->>>>>>> fast
+from milan.training.device import resolve_params, set_up
 from milan.training.loop import FitSettings, fit
 from milan.training.resume import SavedState
 from milan.training.weights import load_weights, save_weights
@@ -75,7 +70,7 @@ def train(params: Params, args: Namespace, saved: SavedState, stage: Stage) -> d
     )
     if distributed.rank() == 0:
         save_weights(args.out / "segmenter.safetensors", model.state_dict())
-    scores = inference.assess(model, Records(args.scenes, "val"), section, resolve_precision(params.compute, device), device)
+    scores = inference.assess(model, Records(args.scenes, "val"), section, params.compute.precision, device)
     return {"curve": curve, "metrics": {f"segment/{name}": value for name, value in scores.items()}}
 
 
@@ -101,46 +96,6 @@ def build(params: Params, classes: int, encoder: dict[str, Tensor], device: torc
     return model.to(device, memory_format=torch.channels_last)  # its convolutions then run a quarter faster
 
 
-<<<<<<< HEAD
-=======
-def say_what_batch_norm_sees(batch_size: int, micro_batch: int) -> None:
-    """Say over how many images batch norm computes its statistics where that is not the whole batch, as published.
-
-    On GPUs this is the only thing, besides rounding, that depends on the number of processes."""
-    world = distributed.world_size()
-    if distributed.rank() == 0 and micro_batch * world != batch_size:
-        mend = f"-S segment.micro_batch={batch_size // world}" if batch_size % world == 0 else "another number of processes"
-        print(
-            f"segment: batch norm sees {micro_batch} x {world} images at a time, as published the whole batch of {batch_size}: "
-            f"for that, {mend}.",
-            flush=True,
-        )
-
-
-def assess(params: Params, model: upernet.Segmenter, val: Records, device: torch.device) -> dict:
-    """Return mIoU and accuracies in %: sliding-window inference at the recipe's scale, compared at each scene's own size."""
-    classes, precision = len(val.manifest["classes"]), params.compute.precision
-    counts = torch.zeros(classes, classes, dtype=torch.int64)
-    mine = range(distributed.rank(), len(val), distributed.world_size())
-    for index in track(mine, "segmenting", len(mine)) if distributed.rank() == 0 else mine:
-        image, labels = scenes.decode_scene(val[index], classes)
-        with autocast(precision, device):
-            logits = scene_logits(params, model, image.to(device), classes)
-        predicted = upernet.resize_maps(logits, labels.shape).argmax(dim=1)[0]
-        counts += miou.confusion(predicted.cpu(), labels, classes)
-    scores = miou.scores(distributed.total(counts))
-    return {f"segment/{name}": value for name, value in scores.items() if name != "class_iou"}
-
-
-def scene_logits(params: Params, model: upernet.Segmenter, image: Tensor, classes: int) -> Tensor:
-    """Return logits (1, C, h, w) of an image, uint8 (3, H, W), at the recipe's test scale."""
-    resized, _ = scenes.resize_scene(image, None, params.segment.resize, 1.0)
-    return inference.slide_logits(
-        model, transforms.normalise(resized.unsqueeze(0)), params.segment.crop_size, params.segment.stride, classes
-    )
-
-
->>>>>>> fast
 if __name__ == "__main__":
     with distributed.torchrun():
         run("segment", main, __doc__, KIND)
