@@ -88,14 +88,14 @@ def composed(scale: str) -> dict:
 
 
 @pytest.fixture(scope="session")
-def demo_teacher_tree() -> dict:
-    return composed("demo_teacher")
+def trained_teacher_tree() -> dict:
+    return {**composed("demo_teacher"), "scale": "demo"}
 
 
 @pytest.fixture
-def tree(demo_teacher_tree) -> dict:
-    """Return a copy of the recipe demo_teacher, the demo with its teacher trained here, to be changed."""
-    return copy.deepcopy(demo_teacher_tree)
+def tree(trained_teacher_tree) -> dict:
+    """Return a copy of the demo's recipe with a teacher that is trained here, to be changed."""
+    return copy.deepcopy(trained_teacher_tree)
 
 
 def change(tree: dict, key: str, value) -> None:

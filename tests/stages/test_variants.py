@@ -31,6 +31,7 @@ SETTINGS = {
     "prepare_ade20k.train": 8,
     "prepare_ade20k.val": 4,
     "teacher.epochs": 1,
+    "teacher.warmup_epochs": 0.5,
     "extract_targets.views": 1,
     "extract_targets.figure_images": 4,
     "pretrain.epochs": 1,
