@@ -199,7 +199,8 @@ def test_the_seeds_page_has_table_claims_numbers_and_lock(tree, workplace):
     change(tree, "seeds", [0, 1, 2])
     Path("reports").mkdir()
     shutil.copy(ROOT / "reports/published.csv", "reports")
-    metrics = {"teacher.json": {}, "extract_targets.json": {}, "prepare_ade20k.json": {"prepare_ade20k/val": 400}}
+    constant = {"prepare_ade20k/constant_miou": 1.5, "prepare_ade20k/constant_pixel_accuracy": 16.0}
+    metrics = {"teacher.json": {}, "extract_targets.json": {}, "prepare_ade20k.json": {"prepare_ade20k/val": 400, **constant}}
     metrics["prepare_imagenet.json"] = {"prepare_imagenet/classes": 20, "prepare_imagenet/val": 2000}
     for (stage, name), variant, seed in [(m, v, s) for m in MEASURES.values() for v in ("mae", "milan") for s in range(3)]:
         metrics.setdefault(f"{stage}/{variant}-{seed}.json", {})[name] = 12.0 + seed if variant == "milan" else 10.0
@@ -211,8 +212,8 @@ def test_the_seeds_page_has_table_claims_numbers_and_lock(tree, workplace):
     epochs = tree["pretrain"]["epochs"]
     assert "../outs" not in text and f"| MILAN | ViT-tiny/8 | {epochs} | 128 | 13.0 (12.0–14.0) |" in text
     assert (out / "table.csv").read_text().splitlines()[:2] == [
-        "variant,seed,linear,knn,zero_shot,zero_shot_masked,finetune,miou",
-        "mae,0,10.0,10.0,,,10.0,10.0",
+        "variant,seed,linear,knn,zero_shot,zero_shot_masked,finetune,miou,dense",
+        "mae,0,10.0,10.0,,,10.0,10.0,10.0",
     ]
     assert (out / "claims.csv").read_text().splitlines()[1].endswith(",3.0,0.5159,5.4841,3,supported")
     assert yaml.safe_load((out / "dvc.lock").read_text())["stages"] == {"teacher": {"cmd": "t"}}

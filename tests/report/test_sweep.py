@@ -100,7 +100,7 @@ def test_files_by_hand(experiment, tmp_path):
     text = (tmp_path / "table.md").read_text()
     assert text.startswith(f"# {KEY} at scale demo\n\nHow much?\n\n## MILAN\n")
     own = text.split("## MILAN")[1]
-    assert "| 0.5 | 31.5 (30.0–33.0) | 32.5 (31.0–34.0) | 33.5 (32.0–35.0) | 34.5 (33.0–36.0) | 13 | 20 | 90 | one |" in own
+    assert "| 0.5 | 31.5 (30.0–33.0) | 32.5 (31.0–34.0) | 33.5 (32.0–35.0) | 34.5 (33.0–36.0) | 35.5 (34.0–37.0) | 13 | 20 | 90 | one |" in own
     assert "| 0.75 | 40.2 | 41.2 |" in own
     assert "Made at git revision 0123456789 on a small machine." in own
     found = pd.read_csv(tmp_path / "table.csv")
@@ -121,7 +121,7 @@ def test_costs_are_those_of_the_sweep_s_scale(experiment, tmp_path, monkeypatch)
     monkeypatch.setattr(costs, "known_runs", lambda scale: RUNS if scale == "smoke" else [])
     monkeypatch.setattr("sys.argv", ["sweep", KEY, "--out", str(tmp_path)])
     sweep.main()
-    assert "| 0.5 | 1.0 | 2.0 | 3.0 | 4.0 | 13 | 20 | 90 | a |" in (tmp_path / KEY / "table.md").read_text()
+    assert "| 0.5 | 1.0 | 2.0 | 3.0 | 4.0 | 5.0 | 13 | 20 | 90 | a |" in (tmp_path / KEY / "table.md").read_text()
 
 
 def test_zero_shot_stands_in_the_table_where_somebody_has_it(experiment, tmp_path):
