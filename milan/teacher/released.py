@@ -35,6 +35,7 @@ from milan.training.weights import load_state
 
 State = dict[str, Tensor]
 TEXT_SIZES = {"context_length", "vocab_size", "width", "heads", "layers"}  # the only settings that OpenAI's text towers have
+WRAPPERS = r"^(module\.|_orig_mod\.)+"  # of DistributedDataParallel and torch.compile
 OPENAI = {"input_resolution", "context_length", "vocab_size"}  # numbers beside the weights of OpenAI's archives alone
 
 
@@ -248,7 +249,7 @@ def read_state(path: Path, named: bool) -> State:
     if not isinstance(state, dict):
         raise UserError(f"{path} holds no state dict: expected tensors by name, bare or under 'state_dict'.")
     return {
-        name.removeprefix("module."): tensor
+        re.sub(WRAPPERS, "", name): tensor
         for name, tensor in state.items()
         if isinstance(name, str) and isinstance(tensor, Tensor)
     }

@@ -240,6 +240,11 @@ def test_tied_tensors_and_keys_that_are_no_text_are_accepted(state, tmp_path):
     assert tower.visual.ln_pre.bias.equal(state["visual.ln_post.bias"])
 
 
+def test_prefixes_of_wrappers_are_taken_off(state, tmp_path):
+    torch.save({"state_dict": {f"module._orig_mod.{name}": tensor for name, tensor in state.items()}}, tmp_path / "a.pt")
+    assert fetch(tmp_path / "a.pt", tmp_path / "teacher").visual.proj.equal(state["visual.proj"])
+
+
 @pytest.mark.parametrize("content", [[torch.zeros(2)], {"state_dict": 3}, torch.zeros(2)])
 def test_a_file_without_a_state_dict_is_refused(content, tmp_path):
     torch.save(content, tmp_path / "a.pth")
