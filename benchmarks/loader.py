@@ -26,6 +26,7 @@ from benchmarks import measure
 from milan.data import records, transforms
 from milan.data.records import Records
 from milan.ingest import imagenet
+from milan.ingest.archives import list_files
 from milan.ingest.packing import Packing
 from milan.method.samples import PretrainSamples
 
@@ -52,7 +53,7 @@ def published(root: Path) -> datasets.ImageFolder:
 def pack(root: Path, packed: Path) -> Records:
     """What was drawn, as records."""
     packed.mkdir()
-    splits = Packing(packed, shard_images=10_000, processes=1).pack({"train": imagenet.image_folder(root, "train")})
+    splits = Packing(packed, shard_images=10_000, processes=1).pack({"train": imagenet.image_folder(list_files(root), "train")})
     records.write_manifest(packed, splits=splits, wnids=[], classes=[], source="benchmark")
     return Records(packed, "train")
 

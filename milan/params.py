@@ -36,6 +36,7 @@ Sha256 = Annotated[Text, must("[0-9a-fA-F]{64}", "{!r} is no SHA-256: 64 hexadec
 TIMM = r"rand(-(m|n|mmax|inc)[0-9]{1,3}|-(mstd|p)[0-9]{1,3}([.][0-9]+)?|-t(weights|3aw|3a))+"
 RandAugment = Annotated[Text, must(TIMM, "{!r} is none of timm's, such as rand-m9-mstd0.5-inc1 (null: none)")]
 VariantName = Annotated[Text, must(r"\w[\w.-]*", "{!r} names folders, so it may hold only letters, digits and . _ -")]
+Scale = Annotated[Text, must(r"\w[\w.-]*", "{!r} names folders, so it may hold only letters, digits and . _ -")]
 World = Literal["small", "large"]  # the built-in worlds, milan/ingest/world/drawing.py
 Pooling = Literal["mean", "cls"]
 
@@ -337,7 +338,7 @@ class Report(Section):
 class Params(Section):
     """A whole recipe."""
 
-    scale: Text  # its name: the file of conf/scale
+    scale: Scale  # its name: the file of conf/scale
     seeds: Annotated[list[Seed], Strict(), Field(min_length=1), Distinct]  # of the training stages
     variants: Annotated[list[Text], Strict(), Field(min_length=1), Distinct]  # rows of pretrain.ablation to run
     compute: Compute

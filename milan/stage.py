@@ -5,6 +5,7 @@ import csv
 import functools
 import io
 import os
+import re
 import signal
 import subprocess
 import time
@@ -148,12 +149,15 @@ def run(name: str, main: Callable[[Stage], None], doc: str, kind: Kind) -> None:
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="the recipe (default: %(default)s)")
     for argument, of in kind.arguments.items():
-        parser.add_argument(f"--{argument}", type=of, required=True, metavar=of.__name__.upper())
+        parser.add_argument(f"--{argument}", required=True, metavar=of.__name__.upper())
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, preempt)
     try:
         with explain_os_errors():
-            stage = Stage(name, args, read_params(args.params), kind)
+            params = read_params(args.params)
+            for argument, of in kind.arguments.items():
+                setattr(args, argument, typed(argument, filled(getattr(args, argument), params), of))
+            stage = Stage(name, args, params, kind)
             refuse_what_is_not_there(stage.params)
             refuse_what_cannot_be_written(stage)
             with alone(stage.title):
@@ -165,6 +169,28 @@ def run(name: str, main: Callable[[Stage], None], doc: str, kind: Kind) -> None:
     except Preempted:
         write_whole(SCRATCH / "preempted", f"{stage.title}\n".encode())
         fail(STOPPED, PREEMPTED)
+
+
+def filled(text: str, params: Params, dvc_stage: str | None = None) -> str:
+    """Put the words of the recipe into a command of dvc.yaml, {scale} and {published}, and {variant} and {seed} of the stage
+    that DVC runs (pretrain@milan-0; None: as DVC's environment names it).
+
+    DVC itself puts no value of params.yaml into a command: its shell would run what the value says. Raises UserError for
+    {variant} or {seed} where DVC runs no such stage."""
+    item = (os.environ.get("DVC_STAGE", "") if dvc_stage is None else dvc_stage).rpartition("@")[2]
+    variant, _, seed = item.rpartition("-")
+    words = {"{scale}": params.scale, "{published}": params.report.published, "{variant}": variant, "{seed}": seed}
+    if not variant and ("{variant}" in text or "{seed}" in text):
+        raise UserError(f"{text}: only `dvc repro` fills {{variant}} and {{seed}}. Give the variant and the seed themselves.")
+    return re.sub("|".join(words), lambda word: words[word[0]], text)
+
+
+def typed(argument: str, text: str, of: type):
+    """Return the value of an argument. Raises UserError where it is none of its type."""
+    try:
+        return of(text)
+    except ValueError:
+        raise UserError(f"--{argument}: {text!r} is no {of.__name__}.") from None
 
 
 def preempt(*_) -> None:

@@ -54,13 +54,14 @@ def draw(root: Path, section: PrepareAde20k) -> None:
 
 
 def pack(root: Path, folder: Path, params: Params, given: str | None) -> dict:
-    section, places = params.prepare_ade20k, ade20k.scene_places(root)
-    items = {split: ade20k.scene_items(places, name, root) for split, name in SPLITS.items()}
+    section, listing = params.prepare_ade20k, ade20k.list_scenes(root)
+    items = {split: ade20k.scene_items(listing, name) for split, name in SPLITS.items()}
+    ade20k.tell_unread(listing, [item for some in items.values() for item in some])
     if given:
         imagenet.refuse_other_counts("prepare_ade20k", {split: len(some) for split, some in items.items()}, section.expect)
     batches = {name: getattr(params, name).batch_size for name in ("segment", "dense_probe")}
     imagenet.refuse_too_few({name: (size, len(items["train"])) for name, size in batches.items()}, params.world_size)
-    classes = ade20k.scene_classes(places, section.classes)
+    classes = ade20k.scene_classes(listing, section.classes)
     splits = Packing(folder, section.shard_images, os.cpu_count(), classes=section.classes).pack(items)
     manifest = records.write_manifest(folder, splits=splits, classes=classes)
     refuse_unlabelled(folder, root)

@@ -96,6 +96,8 @@ WRONG = {
     "infinity": ("pretrain.lr", "1e300 * 1e300", ["pretrain.lr", "no finite number"]),
     "whole number beyond all floats": ("pretrain.lr", 10**400, ["pretrain.lr", "a whole number of 1329 bits"]),
     "unknown word": ("compute.precision", "bf61", ["compute.precision", "'bf61'", "fp32", "did you mean 'bf16'"]),
+    "a scale that is a program": ("scale", "a; touch x", ["scale: 'a; touch x' names folders", "letters, digits"]),
+    "a scale that leads out": ("scale", "../x", ["scale: '../x' names folders"]),
     "unknown variant": ("variants", ["milan", "milano"], ["'milano' is no row", "did you mean 'milan'"]),
     "batch no multiple of the micro-batch": ("pretrain.micro_batch", 48, ["batch_size 128", "micro_batch 48"]),
     "warm-up longer than training": ("pretrain.warmup_epochs", 99, ["warmup_epochs 99", "fewer than epochs"]),

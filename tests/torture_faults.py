@@ -22,6 +22,8 @@ from pathlib import Path
 import psutil
 
 from milan.core.files import dvc_hash
+from milan.params import read_params
+from milan.stage import filled
 from tests.torture import Clone, Running, demand, differing, last_error
 
 Trials = list[tuple[str, Callable[[], None]]]
@@ -130,7 +132,7 @@ def full_disk(clone: Clone, options) -> Trials | str:
 def fill(clone: Clone, stage: str, place: Path) -> None:
     """Run a stage's command with its results on a disk of half their size, and again once there is room."""
     results = {word: word.replace("/", "-") for word in places(clone, stage)}
-    words = [f"full/{results[word]}" if word in results else word for word in shlex.split(clone.truth[stage]["cmd"])[1:]]
+    words = [f"full/{results[word]}" if word in results else word for word in command(clone, stage)[1:]]
     size = sum(out["size"] for out in clone.truth[stage].get("outs", [])) or (clone.folder / next(iter(results))).stat().st_size
     half = max(4096, size // 2 // 4096 * 4096)
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={half}", "none", place], check=True)
@@ -149,9 +151,14 @@ def fill(clone: Clone, stage: str, place: Path) -> None:
         subprocess.run(["umount", "-l", place], check=True)
 
 
+def command(clone: Clone, stage: str) -> list[str]:
+    """Return the words of a stage's command, as the stage itself fills them."""
+    return shlex.split(filled(clone.truth[stage]["cmd"], read_params(clone.folder / "params.yaml"), stage))
+
+
 def places(clone: Clone, stage: str) -> list[str]:
     """Return the paths that a stage's command writes."""
-    words = shlex.split(clone.truth[stage]["cmd"])
+    words = command(clone, stage)
     given = {word: words[k + 1] for k, word in enumerate(words[:-1]) if word in ("--out", "--metrics", "--curve", "--confusion")}
     if "--published" in words:  # the last stages read --metrics
         given.pop("--metrics")

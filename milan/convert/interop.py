@@ -1,7 +1,7 @@
 """Read, write and convert checkpoints in the layouts of the official MILAN and MAE releases, mmpretrain / mmselfsup, OpenAI's
-CLIP and timm. Tensors are only renamed and reshaped: a round trip gives back the same bits.
+CLIP and timm; read Hugging Face's ViTMAE. Tensors are only renamed and reshaped: a round trip gives back the same bits.
 
-    python -m milan.convert IN OUT --to timm|official|mmpretrain|openai [--decoder FILE]
+    python -m milan.convert IN OUT --to timm|official|mmpretrain|openai [--decoder FILE] [--take NAME]
 
 Every conversion goes through the official layout, in which the encoder has timm's names:
 
@@ -10,12 +10,16 @@ Every conversion goes through the official layout, in which the encoder has timm
     openai       state dict .pth          visual.transformer.resblocks.0.attn.in_proj_weight, ... (a CLIP, no MILAN)
     timm         .safetensors             the encoder alone, or the image tower of a CLIP
 
+Prefixes that others' programs put before the names (module., _orig_mod., model., encoder., backbone.) are taken off. Of a file
+with several sets of weights (model, model_ema) --take names the one to read.
+
 Position embeddings are copied, never computed again: mmpretrain's table has its halves swapped.
 """
 
 import argparse
 import io
 import math
+import shlex
 import sys
 from pathlib import Path
 
@@ -25,7 +29,7 @@ from torch import Tensor
 
 from milan.convert import layouts
 from milan.convert.layouts import State, depth, split_decoder
-from milan.core.errors import UserError
+from milan.core.errors import UserError, listed
 from milan.core.files import write_whole
 from milan.core.validation import validate
 from milan.method.decoder import DECODERS
@@ -39,43 +43,101 @@ CLIP_INTEGERS = ("input_resolution", "context_length", "vocab_size")
 def read_encoder(path: str | Path, model: Model) -> State:
     """Read the encoder of a checkpoint in any layout, under timm's names, for a ViT of the recipe's size.
 
-    Raises UserError for a CLIP, and with the list of missing, unexpected and misshapen keys or the tensor that is no
-    weights."""
+    Raises UserError for a CLIP, for a fine-tuned classifier, and with the list of missing, unexpected and misshapen keys or the
+    tensor that is no weights."""
     state = read(path)
     if layouts.is_clip(state):
         raise UserError(f"{path} is a CLIP checkpoint: a teacher, no student. Set teacher.pretrained.file to it instead.")
     encoder, _ = split_decoder(state)
+    refuse_classifier(encoder, path)
     check(encoder, encoder_shapes(model), path)
     foreign.check_weights(encoder, path)
     return encoder
 
 
-def read(path: str | Path) -> State:
-    """Read all weights of a checkpoint under official names; a CLIP keeps its own."""
-    state = load(Path(path))
+def read(path: str | Path, take: str | None = None) -> State:
+    """Read all weights of a checkpoint under official names; a CLIP keeps its own. What is taken off or left out is printed.
+
+    take: the set of weights to read, where the file holds several, or the prefix of its names ("student."). Raises UserError
+    where it is needed and not given."""
+    of_names = take is not None and take.endswith(".")
+    state = load(Path(path), None if of_names else take)
+    if not layouts.is_clip(state):
+        state = layouts.take_off(chosen(layouts.prefixes_of(state), take if of_names else None, path), state, path)
+    if layouts.is_clip(state):
+        return state
+    tell_left_out([name for name in state if name.startswith(layouts.OTHER_PARTS)], path)
+    if layouts.is_huggingface(state):
+        return layouts.from_huggingface(state, path)
     return layouts.from_mmpretrain(state, path) if any(name.startswith("backbone.") for name in state) else state
 
 
-def load(path: Path) -> State:
+def tell_left_out(names: list[str], path: str | Path) -> None:
+    """Print which heads, teachers and preprocessors are left out."""
+    if names:
+        head = any(name.endswith(".weight") and name.startswith(("head.", "fc.", "classifier.")) for name in names)
+        labels = " A classifier's head: the encoder may have seen labels." if head else ""
+        print(f"{path}: {len(names)} tensors of other parts are left out: {listed(names)}.{labels}", flush=True)
+
+
+def refuse_classifier(encoder: State, path: str | Path) -> None:
+    """Raise UserError for a classifier that was fine-tuned with mean pooling (MAE's models_vit.py with global_pool): it has a
+    new norm behind the pool, and no encoder's own."""
+    if "fc_norm.weight" in encoder and "norm.weight" not in encoder:
+        raise UserError(
+            f"{path} is a classifier fine-tuned with mean pooling: it has fc_norm in place of the encoder's norm. Give the "
+            "pretrained checkpoint that it was fine-tuned from (MAE's: mae_pretrain_vit_base.pth)."
+        )
+
+
+def load(path: Path, take: str | None = None) -> State:
     """Read the state dict of a .safetensors file or a pickle; no code in the file is run. Raises UserError for any other
-    file."""
-    content = foreign.read_foreign(path)
-    return content if path.suffix == ".safetensors" else unwrap(content, path)
+    file, and where it holds several sets of weights of which `take` names none."""
+    return unwrap(foreign.read_foreign(path), path, take)
 
 
-def unwrap(content, path: Path) -> State:
-    """Return the state dict of a checkpoint: {"model": ...} (official, MAE), {"state_dict": ...} (mmpretrain) or bare. Raises
-    UserError when it holds none, or anything but tensors by name."""
-    for wrapper in ("model", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-    if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
+def unwrap(content, path: Path, take: str | None = None) -> State:
+    """Return the state dict of a checkpoint: {"model": ...} (official, MAE), {"state_dict": ...} (mmpretrain), under another
+    name, or bare. Raises UserError when it holds none, several of which `take` names none, or anything but tensors by name."""
+    sets = weight_sets(content)
+    encoders = {name: weights for name, weights in sets.items() if has_encoder(weights)} or sets
+    if not sets:
         raise UserError(f"{path} holds no state dict: expected tensors by name, bare or under 'model' or 'state_dict'.")
+    content = encoders[chosen(list(encoders), take, path)]
     state = {name: value for name, value in content.items() if name not in CLIP_INTEGERS}
     strange = [str(name) for name, value in state.items() if not isinstance(name, str) or not isinstance(value, Tensor)]
     if strange:
-        raise UserError(f"{path}: not tensors by name: {', '.join(strange)}. Save the model's state dict alone.")
+        raise UserError(f"{path}: not tensors by name: {listed(strange)}. Save the model's state dict alone.")
     return state
+
+
+def weight_sets(content, name: str = "", deeper: int = 2) -> dict[str, dict]:
+    """Return the dicts with tensors in a checkpoint, by the dotted name of their place; "" is the checkpoint itself."""
+    if not isinstance(content, dict):
+        return {}
+    if any(isinstance(value, Tensor) for value in content.values()):
+        return {name: content}
+    inner = content.items() if deeper else ()
+    parts = (weight_sets(value, f"{name}.{key}".removeprefix("."), deeper - 1) for key, value in inner)
+    return {place: weights for part in parts for place, weights in part.items()}
+
+
+def has_encoder(weights: dict) -> bool:
+    """Return whether one of the tensors is a ViT's class token or position embedding."""
+    ends = ("cls_token", "class_embedding", "pos_embed", "position_embeddings")
+    return any(isinstance(name, str) and name.endswith(ends) for name in weights)
+
+
+def chosen(names: list[str], take: str | None, path: str | Path) -> str:
+    """Return the one name, or the one that is taken. Raises UserError that asks for the choice, or names the others."""
+    if take is not None and take not in names:
+        raise UserError(f"{path} holds no weights under {take}; it has {listed([name or 'its own' for name in names])}.")
+    if take is None and len(names) > 1:
+        raise UserError(
+            f"{path} holds several sets of weights: {listed(names)}. Say which: python -m milan.convert {shlex.quote(str(path))} "
+            f"OUT.pth --to official --take {names[-1]}, and give OUT.pth."
+        )
+    return names[0] if take is None else take
 
 
 def encoder_shapes(model: Model) -> dict[str, torch.Size]:
@@ -139,22 +201,23 @@ def check_complete(encoder: State, decoder: State, path: str | Path, decoder_pat
     foreign.check_weights(decoder, decoder_path)
 
 
-def convert(source: Path, target: Path, layout: str, decoder_file: Path | None = None) -> str:
+def convert(source: Path, target: Path, layout: str, decoder_file: Path | None = None, take: str | None = None) -> str:
     """Write `source` as `target` in another layout, and return a line that describes the result.
 
-    decoder_file: with layout timm the file to write the decoder to; with the others the file to read it from when `source`
+    take: the set of weights to read, where `source` holds several. decoder_file: with layout timm the file to write the decoder to; with the others the file to read it from when `source`
     is an encoder alone. Raises UserError for a source, a layout or a file name that does not fit."""
     suffixes = (".safetensors",) if layout == "timm" else (".pth", ".pt")
     if target.suffix not in suffixes:
         raise UserError(f"{target}: the {layout} layout is written as {' or '.join(suffixes)}; rename OUT.")
     if decoder_file and layout == "timm" and (decoder_file.suffix not in suffixes or decoder_file == target):
         raise UserError(f"{decoder_file}: the decoder is written as a .safetensors of its own; rename it.")
-    state = read(source)
+    state = read(source, take)
     if layouts.is_clip(state):
         return convert_clip(state, target, layout, source)
     if layout == "openai":
         raise UserError(f"{source} is no CLIP, so it has no openai layout; choose timm, official or mmpretrain.")
     encoder, decoder = split_decoder(state)
+    refuse_classifier(encoder, source)
     decoder_source = source
     if decoder_file and bool(decoder) != (layout == "timm"):
         raise UserError(f"{source} {'already has a' if decoder else 'has no'} decoder; leave out --decoder.")
@@ -220,6 +283,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("target", type=Path, metavar="OUT", help="the file to write")
     parser.add_argument("--to", required=True, choices=("timm", "official", "mmpretrain", "openai"), dest="layout")
     parser.add_argument("--decoder", type=Path, metavar="FILE", dest="decoder_file", help="the decoder's own .safetensors")
+    parser.add_argument("--take", metavar="NAME", help="the set of weights to read, such as model_ema, where IN holds several")
     try:
         print(convert(**vars(parser.parse_args(arguments))))
     except UserError as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from milan.core.errors import UserError
+from milan.core.errors import UserError, listed
 
 State = dict[str, Tensor]
 
@@ -45,9 +45,56 @@ CLIP_PARTS = (
     (".mlp.c_proj.", ".mlp.fc2."),
 )
 
+# (Hugging Face's ViTMAE, official); query, key and value are three tensors there.
+HF_PREFIXES = (
+    ("vit.embeddings.cls_token", "cls_token"),
+    ("vit.embeddings.position_embeddings", "pos_embed"),
+    ("vit.embeddings.patch_embeddings.projection.", "patch_embed.proj."),
+    ("vit.encoder.layer.", "blocks."),
+    ("vit.layernorm.", "norm."),
+    ("decoder.mask_token", "mask_token"),
+    ("decoder.decoder_layers.", "decoder_blocks."),
+    ("decoder.decoder_", "decoder_"),
+)
+HF_PARTS = (
+    (".layernorm_before.", ".norm1."),
+    (".layernorm_after.", ".norm2."),
+    (".attention.output.dense.", ".attn.proj."),
+    (".intermediate.dense.", ".mlp.fc1."),
+    (".output.dense.", ".mlp.fc2."),
+)
+
 DECODER = ("decoder_", "mask_token")
 # Prefixes of other parts of full checkpoints: heads, teachers, preprocessors.
-OTHER_PARTS = ("head.", "target_generator.", "data_preprocessor.", "clip_model.", "teacher.")
+OTHER_PARTS = (
+    *("head.", "fc.", "classifier.", "vit.pooler.", "pooler."),
+    *("target_generator.", "data_preprocessor.", "clip_model.", "teacher."),
+)
+# The class token in each layout, under which the wrapper's prefix stands: OpenAI, Hugging Face, mmpretrain, official and timm.
+ANCHORS = ("visual.class_embedding", "vit.embeddings.cls_token", "embeddings.cls_token", "backbone.cls_token", "cls_token")
+
+
+def prefixes_of(state: State) -> list[str]:
+    """Return what stands before the names of an encoder, such as "module." or "": one prefix for each encoder in the state."""
+    for anchor in ANCHORS:
+        before = [name.removesuffix(anchor) for name in state if name.endswith(anchor) and not name.startswith(OTHER_PARTS)]
+        before = [prefix for prefix in before if prefix == "" or prefix.endswith(".")]
+        if anchor.startswith("backbone."):  # others than mmpretrain call their wrapper backbone, too
+            before = [prefix for prefix in before if any(name.startswith(f"{prefix}backbone.layers.") for name in state)]
+        if before:
+            return sorted(before)
+    return [""]
+
+
+def take_off(prefix: str, state: State, path: str | Path) -> State:
+    """Return the tensors whose names begin with a prefix, without it, and print what that leaves out."""
+    if not prefix:
+        return state
+    inner = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    others = [name for name in state if not name.startswith(prefix)]
+    left = f"; {len(others)} tensors without it are left out: {listed(others)}" if others else ""
+    print(f"{path}: the prefix {prefix} is taken off {len(inner)} names{left}.", flush=True)
+    return inner
 
 
 def translate(name: str, prefixes, parts, source: int) -> str | None:
@@ -69,7 +116,7 @@ def rename(state: State, prefixes, parts, source: int, path: str | Path) -> Stat
     unknown = [name for name, translated in names.items() if translated is None]
     if unknown:
         raise UserError(
-            f"{path}: unexpected keys, which have no counterpart: {', '.join(unknown)}. Save the model's own weights alone."
+            f"{path}: unexpected keys, which have no counterpart: {listed(unknown)}. Save the model's own weights alone."
         )
     return {translated: state[name] for name, translated in names.items()}
 
@@ -78,6 +125,29 @@ def from_mmpretrain(state: State, path: str | Path) -> State:
     """Translate mmpretrain's names (backbone.*, neck.*) to official ones. Heads, teachers and preprocessors are left out."""
     model = {name: tensor for name, tensor in state.items() if not name.startswith(OTHER_PARTS)}
     return rename(model, PREFIXES, BLOCK_PARTS, 0, path)
+
+
+def is_huggingface(state: State) -> bool:
+    """Return whether the names are those of Hugging Face's ViTMAE or ViT, with or without `vit.`."""
+    return "vit.embeddings.cls_token" in state or "embeddings.cls_token" in state
+
+
+def from_huggingface(state: State, path: str | Path) -> State:
+    """Translate the names of Hugging Face's ViTMAE to official ones, and join query, key and value. Classifiers and poolers are
+    left out."""
+    model = {name: tensor for name, tensor in state.items() if not name.startswith(OTHER_PARTS)}
+    if "embeddings.cls_token" in model:  # a ViTMAEModel alone
+        model = {name if name.startswith("decoder.") else f"vit.{name}": tensor for name, tensor in model.items()}
+    joined = {}
+    for name, tensor in model.items():
+        block, _, part = name.partition(".attention.attention.")
+        kind = part.rpartition(".")[2]
+        names = [f"{block}.attention.attention.{which}.{kind}" for which in ("query", "key", "value")]
+        if name not in names or not all(other in model for other in names):
+            joined[name] = tensor
+        elif name == names[0]:
+            joined[f"{block}.attn.qkv.{kind}"] = torch.cat([model[other] for other in names])
+    return rename(joined, HF_PREFIXES, HF_PARTS, 0, path)
 
 
 def to_mmpretrain(state: State) -> State:
@@ -119,7 +189,7 @@ def require(state: State, dimensions: dict[str, int], path: str | Path) -> None:
     """Raise UserError unless the state has these tensors, each with this number of dimensions and none of size zero."""
     missing = [name for name in dimensions if name not in state]
     if missing:
-        raise UserError(f"{path}: missing keys: {', '.join(missing)} (in timm's names). It is no complete model; fetch it again.")
+        raise UserError(f"{path}: missing keys: {listed(missing)} (in timm's names). It is no complete model; fetch it again.")
     for name, count in dimensions.items():
         if state[name].ndim != count or not all(state[name].shape):
             shape = list(state[name].shape)

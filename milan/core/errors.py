@@ -1,4 +1,4 @@
-"""UserError and Preempted, the two ways in which a stage ends early on purpose, and the "did you mean" of their texts."""
+"""UserError and Preempted, the two ways in which a stage ends early on purpose, and helpers for their texts."""
 
 import difflib
 from collections.abc import Iterable
@@ -25,3 +25,9 @@ def nearest(word: str, words: Iterable[str]) -> str:
     """Return "; did you mean X?" for the most similar of `words`, or "" where none is similar."""
     matches = difflib.get_close_matches(str(word), [str(candidate) for candidate in words], n=1, cutoff=0.5)
     return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+def listed(texts: list[str], most: int = 5, separator: str = ", ") -> str:
+    """Join the first few texts, and count the others."""
+    more = f" and {len(texts) - most:,} more" if len(texts) > most else ""
+    return separator.join(texts[:most]) + more

@@ -22,6 +22,7 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 NORMALISATIONS = {"imagenet": IMAGENET, "clip": CLIP}  # (mean, standard deviation) of each channel
 JPEG = b"\xff\xd8\xff"  # the first bytes of such a file
+ASPECT = 32  # long side by short side of an image that is resized whole
 BICUBIC = v2.InterpolationMode.BICUBIC
 
 
@@ -108,7 +109,13 @@ def crop(image: Tensor, box: tuple[int, int, int, int, bool], size: int) -> Tens
 
 def centre(image: Tensor, resize: int, size: int) -> Tensor:
     """Resize the short side of uint8 (C, H, W) to `resize` pixels (bicubic), and cut the central (C, size, size): the evaluation
-    transform of every stage."""
+    transform of every stage.
+
+    Of an image whose long side is more than ASPECT times the short one, the ends are cut off first: they are not in the
+    central square, and a line of a million pixels would be resized to gigabytes."""
+    most = ASPECT * min(image.shape[-2:])
+    if max(image.shape[-2:]) > most:  # an even number of pixels is cut, so that the centre stays where it is
+        image = F.center_crop(image, [min(side, most + (side - most) % 2) for side in image.shape[-2:]])
     if min(image.shape[-2:]) != resize:
         image = F.resize(image, [resize], interpolation=BICUBIC, antialias=True)
     return F.center_crop(image, [size, size])

@@ -15,8 +15,9 @@ import tarfile
 import zipfile
 import zlib
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path, PurePosixPath
@@ -25,11 +26,24 @@ from typing import BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from milan.core.errors import UserError
+from milan.core.errors import UserError, listed
 
 LIMIT = 1 << 28  # bytes of a member; no image of ImageNet or ADE20K has a tenth of it, a decompression bomb has more
 BLOCK = 512  # bytes of a tar's block
 BATCH = 64  # rows of a parquet file that are held in memory
+FOLLOWED = 16  # times that one folder is read through different links
+LEFTOVERS = {  # of macOS, Windows, Synology, Linux; in lower case
+    "__macosx",
+    "icon\r",
+    "thumbs.db",
+    "ehthumbs.db",
+    "desktop.ini",
+    "$recycle.bin",
+    "system volume information",
+    "@eadir",
+    "#recycle",
+    "lost+found",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +140,13 @@ def regular(path: Path) -> Path:
 
 def unreadable(path: Path, error: Exception) -> UserError:
     """Return the error for a file or a folder that cannot be read; it names the target of a link."""
-    link = f" (a link to {os.readlink(path)})" if path.is_symlink() else ""
-    return UserError(f"{path}{link} cannot be read: {getattr(error, 'strerror', None) or error}. Mend or remove it.")
+    return UserError(f"{path} {reason(path, error)}. Mend or remove it.")
+
+
+def reason(path: Path, error: Exception) -> str:
+    """Say why a file or a folder cannot be read, with the target of a link."""
+    link = f"(a link to {os.readlink(path)}) " if path.is_symlink() else ""
+    return f"{link}cannot be read: {getattr(error, 'strerror', None) or error}"
 
 
 def file_stamp(path: Path) -> list:
@@ -164,7 +183,8 @@ def refuse_escape(name: str, archive: object) -> None:
 
 
 def tar_members(archive: Path, inside: TarMember | None = None) -> list[TarMember]:
-    """List the files of an uncompressed tar, or of the tar that is its member `inside`, in the tar's order.
+    """List the files of an uncompressed tar, or of the tar that is its member `inside`, in the tar's order, without the names
+    that are passed over.
 
     Reads headers alone. Raises UserError when the tar is damaged, ends early, or holds links or names that lead out of it."""
     try:
@@ -183,6 +203,7 @@ def tar_members(archive: Path, inside: TarMember | None = None) -> list[TarMembe
         if not member.isreg() or member.issparse():
             raise UserError(f"{inside or archive} has a member that is no plain file: {member.name!r}. Make it without links.")
         refuse_escape(member.name, inside or archive)
+    members = [member for member in members if not passed_over(member.name)]
     return [TarMember(archive, member.name, member.offset_data, member.size) for member in members]
 
 
@@ -235,8 +256,8 @@ def decompress(archive: Path) -> bytes:
 
 
 def zip_members(archive: Path) -> list[ZipMember]:
-    """List the files of a zip, in its order. Raises UserError when it is damaged or locked, holds links or names that lead out
-    of it, or declares members of impossible size."""
+    """List the files of a zip, in its order, without the names that are passed over. Raises UserError when it is damaged or
+    locked, holds links or names that lead out of it, or declares members of impossible size."""
     try:
         with zipfile.ZipFile(regular(archive)) as file:
             members = [member for member in file.infolist() if not member.is_dir()]
@@ -250,31 +271,109 @@ def zip_members(archive: Path) -> list[ZipMember]:
             raise UserError(f"{archive} is locked with a password: unlock it, or give the unpacked folder.")
         if member.file_size > LIMIT:
             raise UserError(f"{archive}: {member.filename!r} would unpack to {member.file_size:,} bytes, which no image has.")
-    return [ZipMember(archive, member.filename, member.CRC) for member in members]
+    return [ZipMember(archive, member.filename, member.CRC) for member in members if not passed_over(member.filename)]
 
 
-def list_files(root: Path) -> dict[str, Place]:
-    """List all files of a folder or a zip: {name relative to it, with slashes: place}, in the order of the names.
+def passed_over(name: str) -> bool:
+    """Return whether a file's name, with slashes, or one of its folders begins with a dot or is what a system leaves behind:
+    the one rule for folders, tars, zips and parquet files."""
+    return any(part.startswith(".") or part.casefold() in LEFTOVERS for part in PurePosixPath(name).parts)
 
-    Hidden files and folders (their names begin with a dot) and linked folders are left out. Raises UserError for a folder
-    that cannot be listed."""
+
+@dataclass
+class Listing:
+    """The content of a folder or a zip, without the names that are passed over. All names are relative, with slashes.
+
+    files: {name: place}, in the order of the names. folders: names. lost: {name: reason} of folders that cannot be listed and
+    of links to nothing. rings: links that lead back to a folder above them, which are not followed."""
+
+    root: Path
+    files: dict[str, Place] = field(default_factory=dict)
+    folders: set[str] = field(default_factory=set)
+    lost: dict[str, str] = field(default_factory=dict)
+    rings: list[str] = field(default_factory=list)
+
+    def refuse_lost(self, *areas: str) -> None:
+        """Raise UserError where something in these folders is lost ("": in any), since data would be left out."""
+        inside = (name for name in self.lost if any(f"{name}/".startswith(f"{area}/" if area else "") for area in areas))
+        lost = [f"{self.root / name} {self.lost[name]}" for name in inside]
+        if lost:
+            raise UserError(f"{listed(lost, separator='; ')}. Mend or remove {'it' if len(lost) == 1 else 'them'}.")
+
+    def tell_unread(self, used: Iterable[Place], known: Callable[[str], bool], more: Iterable[str] = ()) -> None:
+        """Print one line that counts and names the files that a layout did not use, by kind, with the names in `more`.
+
+        known: whether a file has its place in the layout though no image lies in it."""
+        origins = {origin(place) for place in used}
+        unread = [name for name, place in self.files.items() if not known(name) and origin(place) not in origins]
+        if unread := [*unread, *self.lost, *self.rings, *more]:
+            print(f"Not read in {self.root}: {kinds(unread)}.", flush=True)
+
+
+def origin(place: Place) -> tuple:
+    """Return the file, or the member of a zip, in which a place lies."""
+    if isinstance(place, ZipMember):
+        return place.archive, place.name
+    return (place.path if isinstance(place, File) else place.archive,)
+
+
+def kinds(names: list[str]) -> str:
+    """Count names by their suffix, each kind with an example: "50 .jpg (such as test/1.jpg), 2 .txt (such as a.txt)"."""
+    by_suffix: dict[str, list[str]] = {}
+    for name in names:
+        by_suffix.setdefault(PurePosixPath(name).suffix.lower() or "without a suffix", []).append(name)
+    ordered = sorted(by_suffix.items(), key=lambda kind: (-len(kind[1]), kind[0]))
+    # repr: a name may hold line breaks, or bytes that are not UTF-8
+    return listed([f"{len(some):,} {suffix} (such as {repr(some[0])[1:-1]})" for suffix, some in ordered])
+
+
+def list_files(root: Path) -> Listing:
+    """List a folder, links followed, or a zip. Raises UserError for a zip that cannot be read; what cannot be read in a folder
+    is in the listing's `lost`."""
+    listing = Listing(root)
     if root.is_dir():
-        places = {path.relative_to(root).as_posix(): File(path) for path in walk(root)}
+        walk(listing)
     else:
-        places = {member.name.removeprefix("./"): member for member in zip_members(root)}
-    hidden = {name for name in places if any(part.startswith(".") for part in name.split("/"))}
-    return {name: places[name] for name in sorted(places.keys() - hidden)}
+        listing.files.update({str(PurePosixPath(member.name)): member for member in zip_members(root)})
+        parents = (PurePosixPath(name).parents for name in listing.files)
+        listing.folders.update(str(folder) for folders in parents for folder in folders if folder.name)
+    listing.files, listing.lost = (dict(sorted(some.items())) for some in (listing.files, listing.lost))
+    listing.rings.sort()
+    return listing
 
 
-def walk(root: Path) -> Iterator[Path]:
-    """Yield the files under a folder, without hidden and linked folders."""
-
-    def refuse(error: OSError) -> None:
-        raise unreadable(Path(error.filename), error)
-
-    for folder, folders, names in os.walk(root, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (Path(folder, name) for name in names)
+def walk(listing: Listing) -> None:
+    """Fill a listing from its folder. Links are followed after all else, and each folder FOLLOWED times at most, since links
+    may cross in very many ways."""
+    times: Counter[str] = Counter()
+    waiting: deque[tuple[str, frozenset[str]]] = deque([("", frozenset())])  # a folder, and the real folders above it
+    while waiting:
+        folder, above = waiting.pop()
+        real = os.path.realpath(listing.root / folder)
+        if real in above or times[real] >= FOLLOWED:
+            listing.rings.append(folder)
+            continue
+        times[real] += 1
+        listing.folders.update([folder] if folder else [])
+        try:
+            entries = list(os.scandir(listing.root / folder))
+        except OSError as error:
+            listing.lost[folder] = reason(listing.root / folder, error)
+            continue
+        for entry in entries:
+            name = f"{folder}/{entry.name}" if folder else entry.name
+            if passed_over(entry.name):
+                continue
+            path = listing.root / name
+            try:
+                is_folder = stat.S_ISDIR(path.stat().st_mode) if entry.is_symlink() else entry.is_dir()
+            except OSError as error:
+                listing.lost[name] = reason(path, error)
+                continue
+            if is_folder:
+                (waiting.appendleft if entry.is_symlink() else waiting.append)((name, above | {real}))
+            else:
+                listing.files[name] = File(path)
 
 
 class ParquetImages:
@@ -346,7 +445,7 @@ def label_names(path: Path, metadata: dict | None) -> list[str] | None:
     UserError for anything but a list of distinct names."""
     try:
         names = json.loads(metadata[b"huggingface"])["info"]["features"]["label"]["names"]
-    except (TypeError, KeyError, ValueError):
+    except (TypeError, KeyError, ValueError, RecursionError):  # RecursionError: nested too deep to be anybody's metadata
         return None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
         raise UserError(f"{path}: the names of the feature label, in the metadata, must be a list of distinct words.")

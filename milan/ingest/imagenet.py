@@ -7,17 +7,22 @@ An item is a row of the records with places (see archives.py) instead of bytes: 
 import dataclasses
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
-from milan.core.errors import UserError
+from milan.core.errors import UserError, listed
 from milan.core.progress import track
-from milan.ingest.archives import File, ParquetRow, Place, list_files, parquet_rows, tar_members
-from milan.ingest.labels import DEVKIT, KAGGLE, LABELS, class_names, read_table, val_labels
+from milan.ingest.archives import File, Listing, ParquetRow, Place, TarMember, list_files, parquet_rows, passed_over, tar_members
+from milan.ingest.labels import DEVKIT, KAGGLE, LABELS, TABLES, class_names, label_table, read_table, val_labels
 
 IMAGES = {".jpeg", ".jpg", ".png", ".webp", ".bmp"}
 TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 HELD_OUT = 50  # without a val/, every 50th image is held out for validation
+PARQUET = {"train": r"train-.*\.parquet", "val": r"val(idation)?-.*\.parquet"}
+BESIDE = ("pairs/", "val_objects/")  # folders of captions and of masks
+VALIDATION = {"val", "valid", "validation", "dev", "test"}  # names that others give to the folder beside train
 LAYOUTS = (
     f"train/ and val/ with a folder a class; {TRAIN_TAR} and {VAL_TAR} with {DEVKIT}, {KAGGLE} or {LABELS}; "
     "train-*.parquet and val*-*.parquet; or images in any folders, without labels"
@@ -26,38 +31,55 @@ LAYOUTS = (
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """An image set: the items of its splits, and its classes. Without labels wnids and classes are empty."""
+    """An image set: the items of its splits, and its classes. Without labels wnids and classes are empty. unread: members of
+    archives that are no images."""
 
     train: list[dict]
     val: list[dict]
     wnids: list[str]
     classes: list[str]
+    unread: list[str] = dataclasses.field(default_factory=list)
 
 
 def read_images(root: Path) -> Images:
-    """Read the set in a folder of one of LAYOUTS. Raises UserError that names the fault for any other folder."""
+    """Read the set in a folder of one of LAYOUTS, and print what its layout leaves unread. Raises UserError that names the
+    fault for any other folder, and where links or folders that belong to the set cannot be read."""
     if require_path(root, f"expected {LAYOUTS}").is_file():
         raise UserError(f"{root} is a file: data.imagenet names the folder that holds it. Expected {LAYOUTS}.")
+    listing = list_files(root)
+    listing.refuse_lost("pairs")
+    images = read_layout(listing)
+    used = (item["image"] for items in (images.train, images.val) for item in items)
+    listing.tell_unread(used, lambda name: name == "classes.json" or name in TABLES or name.startswith(BESIDE), images.unread)
+    return images
+
+
+def read_layout(listing: Listing) -> Images:
+    """Read the set in one of LAYOUTS."""
+    root = listing.root
     tables = {split: parquet_files(root, split) for split in ("train", "val")}
     if os.path.lexists(root / TRAIN_TAR):  # also a broken link, which from_tars reports
         return from_tars(root)
     if tables["train"]:
         return from_parquet(root, tables)
-    if class_folders(root / "train"):
-        return from_class_folders(root)
-    return from_unlabelled(root)
+    if class_folders(listing, "train"):
+        return from_class_folders(listing)
+    return from_unlabelled(listing)
 
 
 def from_tars(root: Path) -> Images:
     """Read the tars of ILSVRC2012: one of training with a tar for each class, and a flat one of validation, whose labels are in
     another file."""
     outer, train, broken = root / TRAIN_TAR, [], []
-    members = [member for member in tar_members(outer) if re.fullmatch(r"(./)?n\d+\.tar", member.name)]
-    members.sort(key=lambda member: PurePosixPath(member.name).stem)
-    wnids = [PurePosixPath(member.name).stem for member in members]
-    for label, member in enumerate(track(members, f"indexing {TRAIN_TAR} (classes)", len(members))):
+    members = sorted(tar_members(outer), key=lambda member: PurePosixPath(member.name).stem)
+    inner = [member for member in members if member.name.endswith(".tar")]
+    if strange := [member.name for member in inner if not re.fullmatch(r"(\./)?n\d+\.tar", member.name)]:
+        raise UserError(f"{outer} holds tars whose names are no WordNet ids (n01440764.tar): {listed(strange)}. Rename or remove them.")
+    wnids = [PurePosixPath(member.name).stem for member in inner]
+    unread = [f"{TRAIN_TAR}/{member.name}" for member in members if member not in inner]
+    for label, member in enumerate(track(inner, f"indexing {TRAIN_TAR} (classes)", len(inner))):
         try:
-            train += class_items(wnids[label], label, tar_members(outer, member))
+            train += class_items(wnids[label], label, pictures(tar_members(outer, member), member.name, unread))
         except UserError as error:
             broken.append(str(error))
     if broken:
@@ -65,19 +87,29 @@ def from_tars(root: Path) -> Images:
     refuse_empty_classes(outer, wnids, train)
     if not os.path.lexists(root / VAL_TAR):
         raise UserError(f"{root} holds {TRAIN_TAR} and no {VAL_TAR}: put it there too.")
-    return Images(train, flat_val(root, tar_members(root / VAL_TAR), wnids), wnids, class_names(root, wnids))
+    val = flat_val(root, pictures(tar_members(root / VAL_TAR), VAL_TAR, unread), wnids)
+    return Images(train, val, wnids, class_names(root, wnids), unread)
 
 
-def from_class_folders(root: Path) -> Images:
-    """Read train/<class>/<file> with val/<class>/<file>, or with a flat val/ whose labels are in another file."""
-    train, wnids = image_folder(root, "train"), class_folders(root / "train")
+def pictures(members: list[TarMember], archive: str, unread: list[str]) -> list[TarMember]:
+    """Return the members of a tar that are images. The names of the others are added to `unread`."""
+    unread += [f"{archive}/{member.name}" for member in members if not is_image(member.name)]
+    return [member for member in members if is_image(member.name)]
+
+
+def from_class_folders(listing: Listing) -> Images:
+    """Read train/<class>/ with val/<class>/, or with a val/ of pictures whose labels are in another file."""
+    root = listing.root
+    listing.refuse_lost("train", "val", "val_objects")
     val = require_path(root / "val", f"expected {LAYOUTS}")
     if val.is_file():
         raise UserError(f"{val} is a file: make it the folder of the validation images. Expected {LAYOUTS}.")
-    if class_folders(val):
-        refuse_different_classes(root)
-        return Images(train, with_object_masks(root, image_folder(root, "val")), wnids, class_names(root, wnids))
-    return Images(train, flat_val(root, [File(path) for path in val.iterdir()], wnids), wnids, class_names(root, wnids))
+    train, wnids, val_wnids = image_folder(listing, "train"), class_folders(listing, "train"), class_folders(listing, "val")
+    if val_wnids and (set(val_wnids) & set(wnids) or label_table(root) is None):
+        refuse_different_classes(root, wnids, val_wnids)
+        return Images(train, with_object_masks(root, image_folder(listing, "val")), wnids, class_names(root, wnids))
+    flat = [place for name, place in listing.files.items() if name.startswith("val/") and is_image(name)]
+    return Images(train, flat_val(root, flat, wnids), wnids, class_names(root, wnids))
 
 
 def from_parquet(root: Path, tables: dict[str, list[Path]]) -> Images:
@@ -97,19 +129,52 @@ def from_parquet(root: Path, tables: dict[str, list[Path]]) -> Images:
     return Images(**splits, wnids=wnids, classes=class_names(root, wnids))
 
 
-def from_unlabelled(root: Path) -> Images:
+def from_unlabelled(listing: Listing) -> Images:
     """Read images without labels from any folders. val/ is for validation, or without it every 50th image from the first on;
-    pairs/ and val_objects/ are left out; all others are for training."""
-    items = [
-        {"image": place, "name": name}
-        for name, place in list_files(root).items()
-        if is_image(name) and not name.startswith(("pairs/", "val_objects/"))
-    ]
+    pairs/ and val_objects/ are left out; all others are for training. A file that links show twice is read once."""
+    root = listing.root
+    listing.refuse_lost("")
+    refuse_set_below(listing)
+    names = [name for name in listing.files if is_image(name) and not name.startswith(BESIDE)]
+    names.sort(key=lambda name: not name.startswith("val/"))  # what val/ holds too is no training image
+    once = {real_path(listing.files[name].path): name for name in reversed(names)}
+    items = [{"image": listing.files[name], "name": name} for name in sorted(once.values())]
     val = [item for item in items if item["name"].startswith("val/")] or items[::HELD_OUT]
     if len(items) == len(val):
         raise UserError(f"{root} holds no images ({', '.join(sorted(IMAGES))}) to train on. Expected {LAYOUTS}.")
     held_out = {item["name"] for item in val}
-    return Images([item for item in items if item["name"] not in held_out], val, wnids=[], classes=[])
+    train = [item for item in items if item["name"] not in held_out]
+    print(f"{root} is read as images without labels: {len(train):,} of training, {len(val):,} of validation.", flush=True)
+    return Images(train, val, wnids=[], classes=[])
+
+
+def real_path(path: Path) -> str:
+    """Return the path of a file without links."""
+    return os.path.realpath(path) if path.is_symlink() else os.path.join(real_folder(path.parent), path.name)
+
+
+@lru_cache
+def real_folder(path: Path) -> str:
+    return os.path.realpath(path)
+
+
+def refuse_set_below(listing: Listing) -> None:
+    """Raise UserError where a labelled set lies in a folder below, or under other names than train/ and val/: its labels would
+    be dropped and its validation images trained on."""
+    for folder in sorted(listing.folders):
+        parent, _, name = folder.rpartition("/")
+        beside = {sibling.lower() for sibling in class_folders(listing, parent)}
+        if name.lower() == "train" and beside & VALIDATION and class_folders(listing, folder):
+            advice = f"set data.imagenet to {listing.root / parent}" if parent else "name its folders train/ and val/"
+            raise UserError(
+                f"{listing.root / folder} holds folders of classes, and {listing.root} would be read as images without labels: "
+                f"{advice}. (If they are no classes, rename {name}/.)"
+            )
+    for name in listing.files:
+        path = PurePosixPath(name)
+        if path.name == TRAIN_TAR or re.fullmatch(PARQUET["train"], path.name):
+            parent = path.parent.parent if path.parent.name == "data" else path.parent
+            raise UserError(f"{listing.root / name} belongs to a labelled set: set data.imagenet to {listing.root / parent}.")
 
 
 def is_image(name: str) -> bool:
@@ -118,9 +183,14 @@ def is_image(name: str) -> bool:
 
 
 def class_items(wnid: str, label: int, places: Iterable[Place]) -> list[dict]:
-    """Return the images among the files of a class as items, in the order of their names."""
-    images = sorted((place for place in places if is_image(file_name(place))), key=file_name)
-    return [{"image": place, "name": f"{wnid}/{file_name(place)}", "label": label} for place in images]
+    """Return the images of a class as items, in the order of their names."""
+    return named_items(wnid, label, [(file_name(place), place) for place in places])
+
+
+def named_items(wnid: str, label: int, named: Iterable[tuple[str, Place]]) -> list[dict]:
+    """Return images with their names in their class as items, in the order of the names."""
+    ordered = sorted(named, key=lambda image: image[0])
+    return [{"image": place, "name": f"{wnid}/{name}", "label": label} for name, place in ordered]
 
 
 def file_name(place: Place) -> str:
@@ -128,14 +198,18 @@ def file_name(place: Place) -> str:
     return place.path.name if isinstance(place, File) else PurePosixPath(place.name).name
 
 
-def image_folder(root: Path, split: str) -> list[dict]:
-    """Read root/split/<class>/<file> as items. Classes are in the order of their folders' names (in ImageNet the WordNet ids).
-    Raises UserError for a missing folder and for a class without images."""
-    folder, items = require_path(root / split, f"expected {LAYOUTS}"), []
-    wnids = class_folders(folder)
-    for label, wnid in enumerate(track(wnids, f"listing {split} (classes)", len(wnids))):
-        items += class_items(wnid, label, (File(path) for path in (folder / wnid).iterdir()))
-    refuse_empty_classes(folder, wnids, items)
+def image_folder(listing: Listing, split: str) -> list[dict]:
+    """Read the images of split/<class>/, also in folders below it, as items. Classes are in the order of their folders' names
+    (in ImageNet the WordNet ids). Raises UserError for a class without images."""
+    wnids = class_folders(listing, split)
+    by_class: dict[str, list[tuple[str, Place]]] = {wnid: [] for wnid in wnids}
+    for name, place in listing.files.items():
+        top, _, rest = name.partition("/")
+        wnid, _, inner = rest.partition("/")
+        if top == split and inner and is_image(name):
+            by_class[wnid].append((inner, place))
+    items = [item for label, wnid in enumerate(wnids) for item in named_items(wnid, label, by_class[wnid])]
+    refuse_empty_classes(listing.root / split, wnids, items)
     return items
 
 
@@ -153,16 +227,15 @@ def refuse_empty_classes(where: Path, wnids: list[str], items: list[dict]) -> No
         raise UserError(f"{len(empty)} class(es) of {where} hold no image, the first is {empty[0]}. Fill or remove them.")
 
 
-def class_folders(folder: Path) -> list[str]:
-    """Return the names of the folders in a folder, sorted; none if it is no folder."""
-    return sorted(child.name for child in folder.iterdir() if child.is_dir()) if folder.is_dir() else []
+def class_folders(listing: Listing, folder: str) -> list[str]:
+    """Return the names of the folders directly in a folder ("": the set's own), sorted."""
+    return sorted(name.rpartition("/")[2] for name in listing.folders if name.rpartition("/")[0] == folder)
 
 
-def refuse_different_classes(root: Path) -> None:
+def refuse_different_classes(root: Path, train: list[str], val: list[str]) -> None:
     """Raise UserError unless root/train and root/val have the same class folders: a label is an index in their list."""
-    train, val = (class_folders(root / split) for split in ("train", "val"))
     differences = [
-        f"only {split} has {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
+        f"only {split} has {listed(names)}"
         for split, names in (("train", sorted(set(train) - set(val))), ("val", sorted(set(val) - set(train))))
         if names
     ]
@@ -172,19 +245,21 @@ def refuse_different_classes(root: Path) -> None:
 
 def flat_val(root: Path, places: Iterable[Place], wnids: list[str]) -> list[dict]:
     """Label validation images from the devkit or a table, and return them as items in the order of class and name. Raises
-    UserError for an image without one of the training classes."""
+    UserError for an image without one of the training classes, and for two of one name."""
     path, wnid_of = val_labels(root)
     labels, by_class, misfits = {wnid: label for label, wnid in enumerate(wnids)}, {}, []
+    stems = Counter(PurePosixPath(file_name(place)).stem for place in places)
+    if twice := [stem for stem, count in stems.items() if count > 1]:
+        raise UserError(f"{root} has two validation images of one name, which {path.name} does not tell apart: {listed(twice)}.")
     for place in places:
         name = file_name(place)
-        if is_image(name):
-            wnid = wnid_of.get(PurePosixPath(name).stem)
-            by_class.setdefault(wnid, []).append(place)
-            misfits += [] if wnid in labels else [f"{name} is {wnid or 'not in it'}"]
+        wnid = wnid_of.get(PurePosixPath(name).stem)
+        by_class.setdefault(wnid, []).append(place)
+        misfits += [] if wnid in labels else [f"{name} is {wnid or 'not in it'}"]
     if misfits:
         raise UserError(
             f"{path} gives {len(misfits)} validation image(s) none of the {len(wnids)} classes of the training images: "
-            f"{', '.join(misfits[:5])}{' ...' if len(misfits) > 5 else ''}."
+            f"{listed(misfits)}."
         )
     if not by_class:
         raise UserError(f"{root} holds no validation images ({', '.join(sorted(IMAGES))}).")
@@ -193,9 +268,8 @@ def flat_val(root: Path, places: Iterable[Place], wnids: list[str]) -> list[dict
 
 def parquet_files(root: Path, split: str) -> list[Path]:
     """Return the parquet files of a split in root or root/data, in the order of their names."""
-    pattern = re.compile(r"train-.*\.parquet" if split == "train" else r"val(idation)?-.*\.parquet")
     folders = [folder for folder in (root, root / "data") if folder.is_dir()]
-    return [path for folder in folders for path in sorted(folder.iterdir()) if pattern.fullmatch(path.name)]
+    return [path for folder in folders for path in sorted(folder.iterdir()) if re.fullmatch(PARQUET[split], path.name)]
 
 
 def parquet_classes(files: dict[Path, tuple], train: list[Path]) -> tuple[list[str], list[int]]:
@@ -223,7 +297,8 @@ def parquet_classes(files: dict[Path, tuple], train: list[Path]) -> tuple[list[s
 
 
 def parquet_items(path: Path, rows: list[ParquetRow], labels: list[int | None], new_labels: list[int]) -> list[dict]:
-    """Return the rows of a file as items. new_labels: the new label for each label. Raises UserError for a label out of range."""
+    """Return the rows of a file as items, without those whose file's name is passed over. new_labels: the new label for each
+    label. Raises UserError for a label out of range."""
     for row, label in zip(rows, labels):
         if label is None or not 0 <= label < len(new_labels):
             classes = f"{len(new_labels)} classes (0 to {len(new_labels) - 1})"
@@ -231,6 +306,7 @@ def parquet_items(path: Path, rows: list[ParquetRow], labels: list[int | None], 
     return [
         {"image": row, "name": row.name or f"{path.stem}/{row.number}", "label": new_labels[label]}
         for row, label in zip(rows, labels)
+        if not passed_over(PurePosixPath(row.name or "x").name)
     ]
 
 
@@ -242,9 +318,14 @@ def with_object_masks(root: Path, items: list[dict]) -> list[dict]:
 
 
 def caption_pairs(root: Path) -> list[dict]:
-    """Read root/pairs/captions.csv (columns file, caption) as items {"image", "name", "caption"}; none when it is absent."""
+    """Read root/pairs/captions.csv (columns file, caption) as items {"image", "name", "caption"}; none when it is absent.
+
+    Raises UserError for a table of another form, and for a file outside pairs/."""
     path = root / "pairs" / "captions.csv"
     rows = read_table(path, "file", "caption") if os.path.lexists(path) else []
+    outside = [row["file"] for row in rows if row["file"].startswith("/") or ".." in PurePosixPath(row["file"]).parts]
+    if outside:
+        raise UserError(f"{path} names files outside its folder: {listed(outside)}. Put the images into {path.parent}.")
     return [{"image": File(path.parent / row["file"]), "name": row["file"], "caption": row["caption"]} for row in rows]
 
 

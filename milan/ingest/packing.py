@@ -23,6 +23,7 @@ from milan.core.progress import track
 from milan.data import records
 from milan.data.images import DAMAGE, KINDS, open_image, rgb
 
+VOID = 255  # in a mask: a pixel without a class, as 0 is
 LISTED = 20  # broken files that an error names
 PLACES = ("image", "mask")  # keys whose value is a place in an item and bytes in a record
 JOB_IMAGES = 64  # images that a process reads at a time
@@ -168,15 +169,15 @@ def checked_image(data: bytes, short_side: int | None) -> bytes:
 
 
 def has_labels(mask: bytes) -> bool:
-    """Return whether any pixel of an annotation has a class: a value other than 0 and 255."""
+    """Return whether any pixel of an annotation has a class: a value other than 0 and VOID."""
     with open_image(mask) as image:
-        return bool((np.asarray(image) % 255).any())
+        return bool((np.asarray(image) % VOID).any())
 
 
 def checked_mask(data: bytes, image: bytes, classes: int) -> bytes:
     """Return an annotation's bytes unchanged.
 
-    Raises one of DAMAGE where it does not decode, has another size than the image, or a value above `classes`."""
+    Raises one of DAMAGE where it does not decode, has another size than the image, or a value above `classes` but VOID."""
     if not data:
         raise ValueError("empty file")
     with open_image(data) as mask, open_image(image) as picture:
@@ -184,7 +185,7 @@ def checked_mask(data: bytes, image: bytes, classes: int) -> bytes:
             raise ValueError(f"annotation of mode {mask.mode}, expected one 8-bit channel")
         if mask.size != picture.size:
             raise ValueError(f"annotation of {mask.size} for an image of {picture.size}")
-        excess = set(np.unique(np.asarray(mask)).tolist()) - set(range(classes + 1))
+        excess = set(np.unique(np.asarray(mask)).tolist()) - {*range(classes + 1), VOID}
     if excess:
         raise ValueError(f"annotation value {min(excess)} with {classes} classes")
     return data

@@ -9,6 +9,7 @@ is teacher.pretrained.sha256.
 
 import contextlib
 import re
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlparse
@@ -31,11 +32,13 @@ from milan.teacher.class_text import Wording, save_class_text
 from milan.teacher.clip import NO_VISION, Tokenizer, build_towers, embed_classes, explain_misfits, save_teacher
 from milan.teacher.frozen import build_tower
 from milan.teacher.towers import Tower
-from milan.training.foreign import check_weights, is_torchscript, read_foreign, require_file
+from milan.training.foreign import check_weights, is_torchscript, members, read_foreign, require_file
 from milan.training.weights import load_described, load_state
 
 State = dict[str, Tensor]
 TEXT_SIZES = {"context_length", "vocab_size", "width", "heads", "layers"}  # the only settings that OpenAI's text towers have
+WRAPPERS = r"^(module\.|_orig_mod\.)+"  # of DistributedDataParallel and torch.compile
+OPENAI = {"input_resolution", "context_length", "vocab_size"}  # numbers beside the weights of OpenAI's archives alone
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ def fetch_teacher(source: Pretrained, folder: Path, wording: Wording | None = No
         tower = build_tower(config)
     print(f"teacher: {path}", flush=True)
     state = read_state(path, named=bool(source.sha256))
+    refuse_other_gelu(source, tower, trained_with_quick_gelu(path, state))
     image_weights = timm_state(state, tower, path) if source.library == "timm" else image_state(state)
     load_as_float32(tower, image_weights, path)
     save_teacher(folder, tower, config)
@@ -275,7 +279,7 @@ def read_state(path: Path, named: bool) -> State:
     if not isinstance(state, dict):
         raise UserError(f"{path} holds no state dict: expected tensors by name, bare or under 'state_dict'.")
     return {
-        name.removeprefix("module."): tensor
+        re.sub(WRAPPERS, "", name): tensor
         for name, tensor in state.items()
         if isinstance(name, str) and isinstance(tensor, Tensor)
     }
@@ -290,6 +294,35 @@ def read_torchscript(path: Path) -> State:
             f"{path} is no checkpoint: as a TorchScript archive it cannot be loaded. Fetch it again, or give the same weights "
             "as safetensors."
         ) from None
+
+
+def trained_with_quick_gelu(path: Path, state: State) -> bool | None:
+    """Return whether the weights were trained with OpenAI's quick GELU, x * sigmoid(1.702 x), or with the exact one; None
+    where the file does not say. A TorchScript archive says it in the text of its program, OpenAI's tensors by their names."""
+    program = b""
+    if is_torchscript(path):
+        with zipfile.ZipFile(path) as archive:
+            sources = [member for member in members(path) if member.filename.endswith(".py") and member.file_size < 1 << 20]
+            program = b"".join(archive.read(member) for member in sources)
+    quick, exact = b"torch.sigmoid(" in program, b"torch.gelu(" in program
+    if quick != exact:
+        return quick
+    return True if state.keys() >= OPENAI else None
+
+
+def refuse_other_gelu(source: Pretrained, tower: Tower, trained: bool | None) -> None:
+    """Raise UserError where the weights were trained with another GELU than the model computes, which no tensor's shape
+    shows. Where a file does not say, print what the model computes."""
+    quick = any(type(module).__name__ == "QuickGELU" for module in tower.modules())
+    names = {True: "quick GELU", False: "exact GELU"}
+    if trained is None and source.file and not source.tag:
+        print(f"teacher: the file does not say its GELU; {source.model} computes the {names[quick]}.", flush=True)
+    if trained is not None and trained != quick:
+        other = "one with quickgelu in its name" if trained else "the one without quickgelu in its name"
+        raise UserError(
+            f"{source.file or source.tag} was trained with the {names[trained]}, and {source.model} computes the {names[quick]}: "
+            f"set teacher.pretrained.model to {other}, such as {'ViT-B-16-quickgelu' if trained else 'ViT-B-16'}."
+        )
 
 
 def image_state(state: State) -> State:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
-from milan.core.errors import UserError
+from milan.core.errors import UserError, listed
 from milan.core.files import OTHER_DIGEST, damaged, write_whole
 
 OTHER_MODEL = "Were the pretrained weights made with another model section of params.yaml?"
@@ -51,7 +51,7 @@ def load_described(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
         weights = load_file(path)
     except FileNotFoundError:
         raise UserError(f"{path} is missing: run `dvc repro`, which makes it, or `dvc pull`, which fetches it.") from None
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise damaged(path, f"it cannot be read ({error})") from None
     if not isinstance(about, dict) or about.get("sha256") != weights_digest(weights):
         raise damaged(path, OTHER_DIGEST)
@@ -97,10 +97,4 @@ def misfits(state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Size
             if name in state and state[name].shape != shape
         ],
     }
-    return "; ".join(f"{kind}: {listed(names)}" for kind, names in problems.items() if names)
-
-
-def listed(names: list[str], most: int = 10) -> str:
-    """Join names by commas: the first few, and the count of the others."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return "; ".join(f"{kind}: {listed(names, most=10)}" for kind, names in problems.items() if names)

@@ -169,6 +169,125 @@ def refused(path, *words) -> None:
     assert all(word in str(caught.value) for word in (str(path), *words)), caught.value
 
 
+# Others' programs.
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "encoder.", "backbone.", "module._orig_mod.", "student.encoder.vit."])
+@pytest.mark.parametrize("key", ["model", "state_dict", "net", None])
+def test_prefixes_are_taken_off_and_said(pth, capsys, prefix, key):
+    state = official()
+    named = {f"{prefix}{name}": tensor for name, tensor in state.items()} | {"criterion.scale": torch.ones(1)}
+    assert same(interop.read(pth({key: named, "epoch": 3} if key else named)), state)
+    said = capsys.readouterr().out
+    assert f"in.pth: the prefix {prefix} is taken off {len(state)} names; 1 tensors without it are left out: criterion.scale." in said
+
+
+def test_mmpretrain_s_backbone_is_no_prefix_and_module_before_it_is(pth):
+    state = official()
+    wrapped = {f"module.{name}": tensor for name, tensor in layouts.to_mmpretrain(state).items()}
+    assert same(interop.read(pth({"state_dict": wrapped})), state)
+
+
+def test_one_of_several_sets_of_weights_is_asked_for(pth, tmp_path, capsys):
+    good, zeros = official(), {name: torch.zeros_like(tensor) for name, tensor in official().items()}
+    path = pth({"model": zeros, "model_ema": good, "loss": {"centre": torch.ones(2)}, "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}}})
+    refused(path, "holds several sets of weights: model, model_ema.", f"python -m milan.convert {path} OUT.pth --to official --take model_ema")
+    assert run(path, tmp_path / "out.pth", "--to", "official", "--take", "model_ema") == 0
+    assert same(torch.load(tmp_path / "out.pth", weights_only=True)["model"], good)
+    said = conversion_error(capsys, path, tmp_path / "no.pth", "--to", "official", "--take", "ema")
+    assert "holds no weights under ema; it has model, model_ema." in said
+    said = conversion_error(capsys, pth({"model": good}), tmp_path / "no.pth", "--to", "official", "--take", "student.")
+    assert "holds no weights under student.; it has its own." in said
+
+
+def test_one_of_several_encoders_under_flat_names_is_asked_for(pth, tmp_path):
+    good = official()
+    flat = {f"a.{name}": tensor * 0 for name, tensor in good.items()} | {f"b.{name}": tensor for name, tensor in good.items()}
+    refused(pth({"state_dict": flat}), "holds several sets of weights: a., b..", "--take b.")
+    assert run(pth({"state_dict": flat}), tmp_path / "out.pth", "--to", "official", "--take", "b.") == 0
+    assert same(torch.load(tmp_path / "out.pth", weights_only=True)["model"], good)
+
+
+def huggingface(state: dict) -> dict[str, torch.Tensor]:
+    """Return an MAE under the names of transformers' ViTMAEForPreTraining, written out by hand."""
+    names = {"cls_token": "vit.embeddings.cls_token", "pos_embed": "vit.embeddings.position_embeddings", "mask_token": "decoder.mask_token"}
+    for kind in ("weight", "bias"):
+        names |= {
+            f"patch_embed.proj.{kind}": f"vit.embeddings.patch_embeddings.projection.{kind}",
+            f"norm.{kind}": f"vit.layernorm.{kind}",
+            **{f"decoder_{part}.{kind}": f"decoder.decoder_{part}.{kind}" for part in ("embed", "norm", "pred")},
+        }
+        for ours, theirs in (("blocks.", "vit.encoder.layer."), ("decoder_blocks.", "decoder.decoder_layers.")):
+            for k in range(2):
+                names |= {
+                    f"{ours}{k}.norm1.{kind}": f"{theirs}{k}.layernorm_before.{kind}",
+                    f"{ours}{k}.norm2.{kind}": f"{theirs}{k}.layernorm_after.{kind}",
+                    f"{ours}{k}.attn.proj.{kind}": f"{theirs}{k}.attention.output.dense.{kind}",
+                    f"{ours}{k}.mlp.fc1.{kind}": f"{theirs}{k}.intermediate.dense.{kind}",
+                    f"{ours}{k}.mlp.fc2.{kind}": f"{theirs}{k}.output.dense.{kind}",
+                }
+    names["decoder_pos_embed"] = "decoder.decoder_pos_embed"
+    named = {names[name]: tensor for name, tensor in state.items() if name in names}
+    for name, tensor in state.items():
+        if ".attn.qkv." in name:
+            block, kind = name.split(".attn.qkv.")
+            block = block.replace("decoder_blocks.", "decoder.decoder_layers.") if "decoder" in block else f"vit.encoder.layer.{block[7:]}"
+            for k, part in enumerate(("query", "key", "value")):
+                named[f"{block}.attention.attention.{part}.{kind}"] = tensor.chunk(3)[k].clone()
+    return named
+
+
+@pytest.mark.parametrize("kind", ["pretraining", "wrapped", "model alone", "classifier"])
+def test_reads_hugging_face_s_vitmae(tmp_path, kind, capsys):
+    state = official("mae")
+    named = huggingface(state)
+    if kind == "wrapped":
+        named = {f"module.{name}": tensor for name, tensor in named.items()}
+    if kind != "pretraining" and kind != "wrapped":
+        named = {name: tensor for name, tensor in named.items() if not name.startswith("decoder.")}
+    if kind == "model alone":
+        named = {name.removeprefix("vit."): tensor for name, tensor in named.items()}
+    if kind == "classifier":
+        named |= {"classifier.weight": torch.ones(5, 24), "classifier.bias": torch.ones(5)}
+    save_file(named, tmp_path / "model.safetensors", {"format": "pt"})
+    assert same(interop.read_encoder(tmp_path / "model.safetensors", SIZE), encoder_of(state))
+    assert same(interop.read(tmp_path / "model.safetensors"), state if kind in ("pretraining", "wrapped") else encoder_of(state))
+    assert ("the encoder may have seen labels" in capsys.readouterr().out) == (kind == "classifier")
+
+
+def test_hugging_face_without_a_key_is_refused(tmp_path):
+    named = huggingface(official("mae"))
+    del named["vit.encoder.layer.1.attention.attention.key.weight"]
+    save_file(named, tmp_path / "model.safetensors")
+    refused(tmp_path / "model.safetensors", "missing: blocks.1.attn.qkv.weight", "unexpected: blocks.1.attention.attention.query.weight")
+
+
+def test_a_fine_tuned_mae_is_told_as_such(pth, tmp_path, capsys):
+    state = encoder_of(official())
+    tuned = {name.replace("norm.", "fc_norm.") if name.startswith("norm.") else name: tensor for name, tensor in state.items()}
+    path = pth({"model": {**tuned, "head.weight": torch.ones(1000, 24), "head.bias": torch.ones(1000)}})
+    refused(path, "is a classifier fine-tuned with mean pooling", "mae_pretrain_vit_base.pth")
+    assert "fine-tuned with mean pooling" in conversion_error(capsys, path, tmp_path / "out.pth", "--to", "mmpretrain")
+    by_class_token = pth({"model": {**state, "head.weight": torch.ones(1000, 24), "head.bias": torch.ones(1000)}})
+    assert same(interop.read_encoder(by_class_token, SIZE), state)
+    said = capsys.readouterr().out
+    assert "2 tensors of other parts are left out: head.weight, head.bias. A classifier's head: the encoder may have seen labels." in said
+
+
+def test_half_precision_is_read(pth):
+    half = {name: tensor.half() for name, tensor in encoder_of(official()).items()}
+    assert same(interop.read_encoder(pth({"model": half}), SIZE), half)
+
+
+def test_long_lists_of_names_are_cut(pth):
+    strange = {f"backbone.gate{k}": torch.ones(1) for k in range(300)}
+    with pytest.raises(UserError, match=r"gate0, .*gate4 and 295 more\. Save") as error:
+        interop.read_encoder(pth({"state_dict": {**layouts.to_mmpretrain(official()), **strange}}), SIZE)
+    assert len(str(error.value)) < 400
+    with pytest.raises(UserError, match=r"not tensors by name: 0, 1, 2, 3, 4 and 295 more\."):
+        interop.read_encoder(pth({**official(), **dict.fromkeys(range(300))}), SIZE)
+
+
 def test_a_refusal_lists_the_keys(pth):
     state = official()
     del state["norm.weight"], state["blocks.1.mlp.fc2.bias"]

@@ -3,6 +3,7 @@
 import io
 import itertools
 import math
+import resource
 import struct
 import zlib
 
@@ -136,6 +137,26 @@ def test_the_central_crop_is_torchvision_s(size):
         [pil_transforms.Resize(256, pil_transforms.InterpolationMode.BICUBIC), pil_transforms.CenterCrop(224)]
     )
     assert grey_levels(transforms.centre(tensor(image), 256, 224), pipeline(image)) <= 2
+
+
+@pytest.mark.parametrize("long", [4 * transforms.ASPECT - 1, 4 * transforms.ASPECT, 4 * 100, 4 * 100 + 2])
+@pytest.mark.parametrize("upright", [False, True])
+def test_the_centre_of_a_long_image_is_that_of_the_whole_image_resized(long, upright):
+    image = tensor(picture(long, 4))
+    image = image.mT.contiguous() if upright else image
+    whole = transforms.F.resize(image, [20], interpolation=transforms.BICUBIC, antialias=True)
+    assert transforms.centre(image, 20, 16).equal(transforms.F.center_crop(whole, [16, 16]))
+
+
+def test_a_line_of_a_million_pixels_takes_no_memory():
+    """Resized whole it would take 256 x 256,000,000 pixels."""
+    line = torch.zeros(3, 1, 1_000_001, dtype=torch.uint8)
+    line[:, 0, 500_000] = 200
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    cut = transforms.centre(line, 256, 224)
+    assert cut.shape == (3, 224, 224) and cut[:, 112, 112].tolist() == [200] * 3
+    assert cut.flip(-1).equal(cut), "the middle pixel stays in the middle"
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KiB
 
 
 def test_normalise_by_hand():

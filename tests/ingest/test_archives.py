@@ -378,14 +378,15 @@ def test_a_folder_and_a_zip_are_listed_alike(tmp_path):
         (tmp_path / "folder" / name).parent.mkdir(parents=True, exist_ok=True)
         saved(tmp_path / "folder" / name, data)
     for root in (tmp_path / "folder", tmp_path / "a.zip"):
-        assert [(name, place.read()) for name, place in list_files(root).items()] == [("a.txt", b"a"), ("images/b.jpg", b"b")]
+        assert [(name, place.read()) for name, place in list_files(root).files.items()] == [("a.txt", b"a"), ("images/b.jpg", b"b")]
 
 
 def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
     """It is not left out silently, with the images in it."""
     (tmp_path / "shut").mkdir()
     (tmp_path / ".hidden" / "shut").mkdir(parents=True)
-    assert list(list_files(tmp_path)) == []
+    listing = list_files(tmp_path)
+    assert (listing.files, listing.folders, listing.lost) == ({}, {"shut"}, {})
     scandir = os.scandir
 
     def refused(path):
@@ -394,10 +395,85 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refused)
-    with pytest.raises(UserError, match=r"shut cannot be read: Permission denied\. Mend"):
-        list_files(tmp_path)
-    (tmp_path / "shut").rmdir()
-    assert list_files(tmp_path) == {}
+    listing = list_files(tmp_path)
+    for area in ("", "shut"):
+        with pytest.raises(UserError, match=r"shut cannot be read: Permission denied\. Mend or remove it\."):
+            listing.refuse_lost(area)
+    listing.refuse_lost("shu", "shut/below")
+
+
+HIDDEN = ["._x.jpg", ".DS_Store", ".ipynb_checkpoints/x.jpg", "__MACOSX/x.jpg", "Thumbs.db", "a/@eaDir/x.jpg", "a/Desktop.ini", "Icon\r"]
+
+
+def test_what_systems_leave_is_passed_over_in_folders_tars_and_zips(tmp_path):
+    files = {"a/x.jpg": b"x"} | dict.fromkeys(HIDDEN, b"\0\5\x16\7")
+    for name, data in files.items():
+        (tmp_path / "folder" / name).parent.mkdir(parents=True, exist_ok=True)
+        saved(tmp_path / "folder" / name, data)
+    archive = zipped(tmp_path / "a.zip", files, top="")
+    for root in (tmp_path / "folder", archive):
+        listing = list_files(root)
+        assert (list(listing.files), listing.folders, listing.lost, listing.rings) == (["a/x.jpg"], {"a"}, {}, [])
+    for top in ("", "./"):
+        path = saved(tmp_path / "a.tar", tar({top + name: data for name, data in files.items()}))
+        assert [member.name for member in tar_members(path)] == [f"{top}a/x.jpg"]
+    assert [member.name for member in zip_members(archive)] == ["a/x.jpg"]
+
+
+def test_links_are_followed_and_rings_are_not(tmp_path):
+    """disk/ lies outside the set. set/a and set/b link to one another, and set/up to the set itself."""
+    root = tmp_path / "set"
+    for folder in (tmp_path / "disk" / "deep", root / "a", root / "b"):
+        folder.mkdir(parents=True)
+        saved(folder / "x.jpg", folder.name.encode())
+    (root / "photos").symlink_to(tmp_path / "disk")
+    (root / "one.jpg").symlink_to(tmp_path / "disk" / "deep" / "x.jpg")
+    (root / "a" / "b").symlink_to("../b")
+    (root / "b" / "a").symlink_to("../a")
+    (root / "up").symlink_to("..")
+    (root / "up.jpg").symlink_to("gone.jpg")
+    (root / "class").symlink_to("/nowhere/class")
+    listing = list_files(root)
+    expected = {"a/b/x.jpg": b"b", "a/x.jpg": b"a", "b/a/x.jpg": b"a", "b/x.jpg": b"b", "one.jpg": b"deep", "photos/deep/x.jpg": b"deep"}
+    below = {name: data for name, data in listing.files.items() if not name.startswith("up/")}
+    assert {name: place.read() for name, place in below.items()} == expected
+    assert {"a/b/a", "b/a/b", "up/set"} <= set(listing.rings)
+    assert listing.lost["class"] == "(a link to /nowhere/class) cannot be read: No such file or directory"
+    assert listing.lost["up.jpg"].startswith("(a link to gone.jpg)")
+    with pytest.raises(UserError, match=r"set/class \(a link to /nowhere/class\) cannot be read.*; .*up\.jpg .*Mend or remove them\."):
+        listing.refuse_lost("")
+
+
+def test_links_that_cross_in_many_ways_end(tmp_path):
+    """Ten folders that each link to all others have ten million ways through them."""
+    for k in range(10):
+        (tmp_path / str(k)).mkdir()
+        for other in set(range(10)) - {k}:
+            (tmp_path / str(k) / f"to{other}").symlink_to(f"../{other}")
+        saved(tmp_path / str(k) / "x.jpg", b"x")
+    files = list_files(tmp_path).files
+    assert {f"{k}/x.jpg" for k in range(10)} <= files.keys() and len(files) <= 10 * archives.FOLLOWED
+
+
+def test_unread_files_are_counted_by_kind_in_one_line(tmp_path, capsys):
+    for name in ("a.jpg", "b.jpg", "c.JPG", "sub/note\n.txt", "caf\udce9.txt", "README"):
+        (tmp_path / "sub").mkdir(exist_ok=True)
+        saved(tmp_path / name, b"")
+    listing = list_files(tmp_path)
+    listing.tell_unread([listing.files["a.jpg"]], lambda name: name == "README", ["x.tar/list"])
+    assert capsys.readouterr().out == (
+        f"Not read in {tmp_path}: 2 .jpg (such as b.jpg), 2 .txt (such as caf\\udce9.txt), 1 without a suffix (such as x.tar/list).\n"
+    )
+    listing.tell_unread(listing.files.values(), lambda _: False)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("depth", [20, 200_000])
+def test_metadata_nested_without_end_names_no_classes(tmp_path, depth):
+    parquet(tmp_path / "a.parquet", FILES, None)
+    table = pq.read_table(tmp_path / "a.parquet").replace_schema_metadata({"huggingface": "[" * depth + "]" * depth})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert parquet_rows(tmp_path / "a.parquet")[2] is None
 
 
 def test_a_pipe_is_refused_and_does_not_block(tmp_path):

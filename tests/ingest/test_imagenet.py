@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ import scipy.io
 from milan.core.errors import UserError
 from milan.data import records
 from milan.ingest import ade20k, imagenet
-from milan.ingest.archives import File
+from milan.ingest.archives import File, Listing
 from milan.ingest.packing import Packing
 from milan.params import ImagenetCounts, SceneCounts
 from tests import layouts
@@ -318,7 +319,180 @@ def test_other_files_are_left_out(tmp_path):
     assert contents(imagenet.read_images(root).train) == expected("train")
 
 
+def loose(root: Path) -> Path:
+    """Write the set in class folders, with files that the layout has no place for."""
+    more = {"train/loose.jpg": b"", f"train/{WNIDS[0]}/notes.txt": b"", "test/1.jpg": b"", "README.md": b"", "classes.json": b"{}"}
+    return class_tree(folders(root), more)
+
+
+def test_what_a_layout_leaves_unread_is_counted_in_one_line(tmp_path, capsys):
+    imagenet.read_images(loose(tmp_path))
+    said = capsys.readouterr().out
+    assert said == (
+        f"Not read in {tmp_path}: 2 .jpg (such as test/1.jpg), 1 .md (such as README.md), "
+        f"1 .txt (such as train/{WNIDS[0]}/notes.txt).\n"
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_nothing_is_said_of_a_set_that_is_read_whole(tmp_path, layout, capsys):
+    imagenet.read_images(LAYOUTS[layout](tmp_path / "set"))
+    assert "Not read" not in capsys.readouterr().out
+
+
+def test_other_members_of_tars_are_counted_and_other_tars_refused(tmp_path, capsys):
+    root, inner = tars(tmp_path / "set"), layouts.train_tars(images()["train"])
+    inner[f"{WNIDS[0]}.tar"] = tar({"._x.JPEG": b"junk", "notes.txt": b"", "x.JPEG": encoded()})
+    (root / "ILSVRC2012_img_train.tar").write_bytes(tar({"._n01.tar": b"junk", "list": b"", **inner}))
+    dataset = imagenet.read_images(root)
+    assert [name for name, label, _ in contents(dataset.train) if label == 0] == [f"{WNIDS[0]}/x.JPEG"]
+    said = capsys.readouterr().out
+    assert f"1 .txt (such as {WNIDS[0]}.tar/notes.txt), 1 without a suffix (such as ILSVRC2012_img_train.tar/list)." in said
+    (root / "ILSVRC2012_img_train.tar").write_bytes(tar({"cat.tar": b"", **inner}))
+    assert "holds tars whose names are no WordNet ids (n01440764.tar): cat.tar." in refusal(root)
+
+
+DOUBLE = b"\0\5\x16\7\0\2\0\0Mac OS X        "
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_files_that_systems_leave_are_no_images_and_no_classes(tmp_path, layout):
+    """As macOS copies a folder: a ._NAME beside every file; and as Jupyter and Windows leave theirs."""
+    root = LAYOUTS[layout](tmp_path / "set")
+    for path in [path for path in root.rglob("*") if path.is_file()]:
+        path.with_name(f"._{path.name}").write_bytes(DOUBLE)
+        (path.parent / "Thumbs.db").write_bytes(b"junk")
+    for folder in [root, *(path for path in root.rglob("*") if path.is_dir())]:
+        class_tree(folder, {".ipynb_checkpoints/x.jpg": b"junk", "@eaDir/x.jpg": b"junk", ".DS_Store": b"junk"})
+    dataset = imagenet.read_images(root)
+    assert (contents(dataset.train), contents(dataset.val)) == (expected("train"), expected("val"))
+
+
+def test_rows_of_files_that_systems_leave_are_no_images(tmp_path):
+    given = {name: data for name, data in images()["train"].items()}
+    parquet(tmp_path / "train-0.parquet", {f"{WNIDS[0]}/._x.JPEG": DOUBLE, **given}, WNIDS)
+    parquet(tmp_path / "val-0.parquet", images()["val"], WNIDS)
+    assert contents(imagenet.read_images(tmp_path).train) == expected("train")
+
+
+def test_images_in_folders_below_a_class_are_the_class_s(tmp_path):
+    """Two of them share a name, and the class "a b" sorts before "a/"."""
+    names = ["train/a b/9.jpg", "train/a/0.jpg", "train/a/2019/0.jpg", "train/a/2020/deep/0.jpg", "val/a b/1.jpg", "val/a/images/1.jpg"]
+    dataset = imagenet.read_images(class_tree(tmp_path, {name: name.encode() for name in names}))
+    assert dataset.classes == ["a", "a b"]
+    assert contents(dataset.train) == [
+        ("a/0.jpg", 0, b"train/a/0.jpg"),
+        ("a/2019/0.jpg", 0, b"train/a/2019/0.jpg"),
+        ("a/2020/deep/0.jpg", 0, b"train/a/2020/deep/0.jpg"),
+        ("a b/9.jpg", 1, b"train/a b/9.jpg"),
+    ]
+    assert contents(dataset.val) == [("a/images/1.jpg", 0, b"val/a/images/1.jpg"), ("a b/1.jpg", 1, b"val/a b/1.jpg")]
+
+
+def tiny_imagenet(root: Path) -> Path:
+    """Write Tiny ImageNet's layout: train/<wnid>/images/, and val/images/ with a table."""
+    train = {f"train/{wnid}/images/{wnid}_{k}.JPEG": f"{wnid} {k}".encode() for wnid in WNIDS for k in range(2)}
+    lines = [f"val_{k}.JPEG\t{WNIDS[k % 3]}\t0\t32\t44\t62" for k in range(6)]
+    val = {f"val/images/val_{k}.JPEG": f"val {k}".encode() for k in range(6)}
+    return class_tree(root, {**train, **val, "val/val_annotations.txt": "\n".join(lines).encode()})
+
+
+def test_tiny_imagenet_as_it_unpacks(tmp_path):
+    dataset = imagenet.read_images(tiny_imagenet(tmp_path))
+    assert dataset.wnids == WNIDS
+    assert contents(dataset.train)[:3] == [
+        (f"{WNIDS[0]}/images/{WNIDS[0]}_0.JPEG", 0, f"{WNIDS[0]} 0".encode()),
+        (f"{WNIDS[0]}/images/{WNIDS[0]}_1.JPEG", 0, f"{WNIDS[0]} 1".encode()),
+        (f"{WNIDS[1]}/images/{WNIDS[1]}_0.JPEG", 1, f"{WNIDS[1]} 0".encode()),
+    ]
+    assert contents(dataset.val) == [(f"{WNIDS[k % 3]}/val_{k}.JPEG", k % 3, f"val {k}".encode()) for k in (0, 3, 1, 4, 2, 5)]
+
+
+def test_two_validation_images_of_one_name_are_refused(tmp_path):
+    root = class_tree(tiny_imagenet(tmp_path), {"val/more/val_1.png": b""})
+    assert "two validation images of one name, which val_annotations.txt does not tell apart: val_1." in refusal(root)
+
+
+@pytest.mark.parametrize("name, lines", [
+    ("val_labels.txt", f"x.JPEG {WNIDS[0]}\nx.png {WNIDS[1]}\n"),
+    ("LOC_val_solution.csv", f"ImageId,PredictionString\nx,{WNIDS[0]} 1\nx,{WNIDS[1]} 1\n"),
+])  # fmt: skip
+def test_an_image_with_two_classes_is_refused(tmp_path, name, lines):
+    root = tars(tmp_path / "set")
+    (root / name).write_text(lines)
+    assert f"{name} gives an image two classes: x (" in refusal(root)
+
+
+# Links.
+
+
+def test_linked_folders_and_files_are_read(tmp_path):
+    """The set's folders, classes and files lie on another disk."""
+    disk, root = folders(tmp_path / "disk"), tmp_path / "set"
+    (root / "train").mkdir(parents=True)
+    (root / "val").symlink_to(disk / "val")
+    (root / "train" / WNIDS[0]).symlink_to(disk / "train" / WNIDS[0])
+    for wnid in WNIDS[1:]:
+        (root / "train" / wnid).mkdir()
+        for path in (disk / "train" / wnid).iterdir():
+            (root / "train" / wnid / path.name).symlink_to(path)
+    dataset = imagenet.read_images(root)
+    assert (contents(dataset.train), contents(dataset.val)) == (expected("train"), expected("val"))
+
+
+@pytest.mark.parametrize("name", ["train/n09", f"train/{WNIDS[0]}/2019", f"val/{WNIDS[1]}/x.JPEG", "val_objects", "pairs", "train", "val"])
+def test_links_to_nothing_are_refused_where_the_set_lies(tmp_path, name):
+    root = folders(tmp_path)
+    if (root / name).exists():
+        (root / name).rename(root / "elsewhere")
+    (root / name).symlink_to("/nowhere/n09")
+    assert f"{root / name} (a link to /nowhere/n09) cannot be read: No such file" in refusal(root)
+
+
+def test_links_to_nothing_beside_the_set_are_named(tmp_path, capsys):
+    (folders(tmp_path) / "other").symlink_to("/nowhere")
+    (tmp_path / "train" / WNIDS[0] / "up").symlink_to("..")
+    imagenet.read_images(tmp_path)
+    assert capsys.readouterr().out == f"Not read in {tmp_path}: 2 without a suffix (such as other).\n"
+
+
+def test_images_without_labels_behind_links_are_read_once(tmp_path, capsys):
+    root = class_tree(tmp_path / "set", {"few/a.jpg": b"few/a.jpg", "val/v.jpg": b"val/v.jpg"})
+    class_tree(tmp_path / "disk", {f"p{k}.jpg": f"photos/p{k}.jpg".encode() for k in range(2)})
+    (root / "photos").symlink_to(tmp_path / "disk")
+    (root / "all").symlink_to(root / "val")
+    (root / "zoo").symlink_to("few")
+    (root / "one.jpg").symlink_to(tmp_path / "disk" / "p1.jpg")
+    (root / "photos" / "up").symlink_to(root)
+    dataset = imagenet.read_images(root)
+    assert unlabelled_names(dataset.val) == ["val/v.jpg"]
+    assert unlabelled_names(dataset.train) == ["few/a.jpg", "one.jpg", "photos/p0.jpg"]
+    assert [item["image"].read() for item in dataset.train] == [b"few/a.jpg", b"photos/p1.jpg", b"photos/p0.jpg"]
+    said = capsys.readouterr().out
+    assert f"{root} is read as images without labels: 3 of training, 1 of validation." in said
+    assert "3 .jpg (such as all/v.jpg)" in said
+    (root / "more").symlink_to("/nowhere")
+    assert "more (a link to /nowhere) cannot be read" in refusal(root)
+
+
 # Without labels.
+
+
+@pytest.mark.parametrize("names, advice", [
+    (["set/train/a/1.jpg", "set/train/b/1.jpg", "set/val/a/1.jpg"], "set data.imagenet to {}/set"),
+    (["deep/er/train/a/1.jpg", "deep/er/valid/1.jpg"], "set data.imagenet to {}/deep/er"),
+    (["Train/a/1.jpg", "Val/a/1.jpg"], "name its folders train/ and val/"),
+    (["set/ILSVRC2012_img_train.tar", "x.jpg", "y.jpg"], "set data.imagenet to {}/set."),
+    (["set/data/train-0.parquet", "x.jpg", "y.jpg"], "set data.imagenet to {}/set."),
+])  # fmt: skip
+def test_a_labelled_set_in_a_folder_below_is_refused(tmp_path, names, advice):
+    assert advice.format(tmp_path) in refusal(class_tree(tmp_path, {name: b"1" for name in names}))
+
+
+@pytest.mark.parametrize("names", [["trips/train/1.jpg", "trips/test/1.jpg"], ["train/1.jpg", "test/a/1.jpg"], ["by/train/a/1.jpg", "by/plane/1.jpg"]])
+def test_folders_without_classes_or_without_validation_are_no_labelled_set(tmp_path, names):
+    dataset = imagenet.read_images(class_tree(tmp_path, {name: b"1" for name in names}))
+    assert len(dataset.train) == len(dataset.val) == 1
 
 
 def unlabelled_names(items: list[dict]) -> list[str]:
@@ -417,6 +591,31 @@ def test_class_names_serve_as_captions(tmp_path):
     assert few[1] == {"image": File(tmp_path / "3"), "name": "3", "caption": "a photo of a dog"}
 
 
+@pytest.mark.parametrize("file", ["../../secret.png", "/etc/secret.png", "deep/../../secret.png", ".."])
+def test_captions_of_files_outside_their_folder_are_refused(tmp_path, file):
+    class_tree(tmp_path / "set", {"pairs/captions.csv": f"file,caption\na.jpg,a\n{file},b\n".encode()})
+    (tmp_path / "secret.png").write_bytes(encoded("PNG"))
+    with pytest.raises(UserError, match="captions.csv names files outside its folder: ") as error:
+        imagenet.caption_pairs(tmp_path / "set")
+    assert file in str(error.value)
+
+
+# Names of classes.
+
+
+def test_classes_of_one_name_are_told_apart_by_their_ids(tmp_path):
+    """ImageNet's devkit names two classes "crane" and two "maillot"."""
+    root = folders(tmp_path)
+    (root / "classes.json").write_text(json.dumps({WNIDS[0]: "crane", WNIDS[1]: " ", WNIDS[2]: " crane"}))
+    assert imagenet.read_images(root).classes == [f"crane ({WNIDS[0]})", WNIDS[1], f"crane ({WNIDS[2]})"]
+
+
+def test_names_that_their_ids_do_not_tell_apart_are_refused(tmp_path):
+    root = folders(tmp_path)
+    (root / "classes.json").write_text(json.dumps({WNIDS[0]: "x", WNIDS[1]: "x", WNIDS[2]: f"x ({WNIDS[0]})"}))
+    assert f"classes.json gives two classes the name x ({WNIDS[0]})" in refusal(root)
+
+
 # Counts.
 
 
@@ -488,38 +687,41 @@ def scene_layouts(root: Path) -> list[Path]:
 
 @pytest.mark.parametrize("kind", range(4))
 def test_scenes_of_a_folder_and_of_a_zip_are_the_same(tmp_path, kind):
-    root = scene_layouts(tmp_path)[kind]
-    places = ade20k.scene_places(root)
-    items = ade20k.scene_items(places, "training", root)
+    listing = ade20k.list_scenes(scene_layouts(tmp_path)[kind])
+    items = ade20k.scene_items(listing, "training")
     contents = [(item["name"], item["image"].read(), item["mask"].read()) for item in items]
     assert contents == [(name, encoded(size=(8, 6)), ANNOTATIONS[name]) for name in ("s1", "s2")]
-    assert ade20k.scene_classes(places, 2) == ["wall", "sky"]
-    assert ade20k.scene_classes(places, 3) == ade20k.scene_classes({}, 3) == ["class 1", "class 2", "class 3"]
+    assert ade20k.scene_classes(listing, 2) == ["wall", "sky"]
+    assert ade20k.scene_classes(listing, 3) == ade20k.scene_classes(Listing(tmp_path), 3) == ["class 1", "class 2", "class 3"]
 
 
 def test_class_names_of_scenes_that_cannot_be_read_are_refused(tmp_path):
     root = class_tree(tmp_path, scene_files(ANNOTATIONS))
     (root / "objectInfo150.txt").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"objectInfo150\.txt \(a link to nowhere\) cannot be read: .*Mend or remove it"):
+        ade20k.list_scenes(root)
+    (root / "objectInfo150.txt").unlink()
+    os.mkfifo(root / "objectInfo150.txt")
     with pytest.raises(UserError, match=r"objectInfo150\.txt cannot be read .*mend or remove it"):
-        ade20k.scene_classes(ade20k.scene_places(root), 11)
+        ade20k.scene_classes(ade20k.list_scenes(root), 11)
 
 
 def test_a_missing_annotation_is_named(tmp_path):
     root = class_tree(tmp_path, scene_files({"with": ANNOTATIONS["s1"], "without": None}))
     with pytest.raises(UserError, match=r"1 scenes of .* have no annotation, the first is annotations/training/without\.png"):
-        ade20k.scene_items(ade20k.scene_places(root), "training", root)
+        ade20k.scene_items(ade20k.list_scenes(root), "training")
     with pytest.raises(UserError, match="holds no images .* in images/validation"):
-        ade20k.scene_items(ade20k.scene_places(root), "validation", root)
+        ade20k.scene_items(ade20k.list_scenes(root), "validation")
 
 
 def test_a_missing_or_damaged_scene_set_is_refused(tmp_path):
     with pytest.raises(UserError, match="images is missing: expected ADEChallengeData2016"):
-        ade20k.scene_places(tmp_path)
+        ade20k.list_scenes(tmp_path)
     with pytest.raises(UserError, match=r"nowhere is missing.*-S data\.ade20k=/path"):
-        ade20k.scene_places(tmp_path / "nowhere")
+        ade20k.list_scenes(tmp_path / "nowhere")
     (tmp_path / "ADEChallengeData2016.zip").write_bytes(b"PK half a download")
     with pytest.raises(UserError, match=r"ADEChallengeData2016\.zip is not a complete zip"):
-        ade20k.scene_places(tmp_path)
+        ade20k.list_scenes(tmp_path)
 
 
 def test_records_of_images_without_labels_have_no_such_column(tmp_path):
@@ -527,3 +729,45 @@ def test_records_of_images_without_labels_have_no_such_column(tmp_path):
     splits = Packing(tmp_path, shard_images=5, processes=1).pack({"train": dataset.train, "val": dataset.val})
     records.write_manifest(tmp_path, splits=splits, classes=dataset.classes)
     assert records.Records(tmp_path, "train")[0] == {"image": encoded(seed=1), "name": "1.jpg"}
+
+
+def test_scenes_behind_links_and_beside_leftovers_are_read(tmp_path, capsys):
+    files = {**scene_files(ANNOTATIONS), **scene_files(ANNOTATIONS, "validation")}
+    class_tree(tmp_path / "disk", files)
+    root = tmp_path / "set"
+    (root / "images").mkdir(parents=True)
+    (root / "images" / "training").symlink_to(tmp_path / "disk" / "images" / "training")
+    (root / "annotations").symlink_to(tmp_path / "disk" / "annotations")
+    class_tree(root, {"images/validation/._s1.jpg": DOUBLE, "images/training/more/s3.jpg": b"", "annotations/training/s9.png": b""})
+    listing = ade20k.list_scenes(root)
+    items = ade20k.scene_items(listing, "training")
+    assert [(item["name"], item["mask"].read()) for item in items] == [(name, ANNOTATIONS[name]) for name in ("s1", "s2")]
+    ade20k.tell_unread(listing, items)
+    assert capsys.readouterr().out == (
+        f"Not read in {root}: 3 .png (such as annotations/training/s9.png), 1 .jpg (such as images/training/more/s3.jpg).\n"
+    )
+    (root / "images" / "validation" / "gone.jpg").symlink_to("/nowhere")
+    with pytest.raises(UserError, match=r"gone\.jpg \(a link to /nowhere\) cannot be read"):
+        ade20k.list_scenes(root)
+
+
+def test_leftovers_in_a_zip_of_scenes_are_passed_over(tmp_path, capsys):
+    files = scene_files(ANNOTATIONS)
+    junk = {f"__MACOSX/ADEChallengeData2016/{name.replace('/s', '/._s')}": DOUBLE for name in files}
+    junk |= {f"ADEChallengeData2016/{name.replace('/s', '/._s')}": DOUBLE for name in files}
+    named = {f"ADEChallengeData2016/{name}": data for name, data in files.items()}
+    listing = ade20k.list_scenes(zipped(tmp_path / "a.zip", {**junk, **named}, top=""))
+    items = ade20k.scene_items(listing, "training")
+    ade20k.tell_unread(listing, items)
+    assert [item["name"] for item in items] == ["s1", "s2"] and capsys.readouterr().out == ""
+
+
+def test_two_images_of_one_annotation_are_refused(tmp_path):
+    root = class_tree(tmp_path, {**scene_files(ANNOTATIONS), "images/training/s1.png": b""})
+    with pytest.raises(UserError, match="images/training has two images of one annotation: s1"):
+        ade20k.scene_items(ade20k.list_scenes(root), "training")
+
+
+def test_scene_classes_of_one_name_are_told_apart_by_their_numbers(tmp_path):
+    root = class_tree(tmp_path, {**scene_files(ANNOTATIONS), "objectInfo150.txt": b"Idx\tName\n1\tscreen, door\n2\tsky\n3\tscreen\n"})
+    assert ade20k.scene_classes(ade20k.list_scenes(root), 3) == ["screen (class 1)", "sky", "screen (class 3)"]

@@ -15,6 +15,7 @@ from milan.ingest import imagenet, packing
 from milan.ingest.ade20k import scene_items
 from milan.ingest.archives import File, ParquetRow, ZipMember, list_files, tar_members
 from milan.ingest.packing import Packing, read_job
+from milan.segmentation.scenes import decode_scene
 from tests import layouts
 from tests.conftest import forked
 from tests.layouts import FITTING, annotation, broken_files, class_tree, encoded, odd_files, parquet, scene_files, tar, zipped
@@ -60,7 +61,7 @@ def places(kind: str, root: Path, files: dict[str, bytes]) -> list:
         (root / "outer.tar").write_bytes(tar(inner))
         return tar_members(root / "outer.tar", tar_members(root / "outer.tar")[0])
     if kind == "zip":
-        return [place for _, place in list_files(zipped(root / "a.zip", files)).items()]
+        return [place for _, place in list_files(zipped(root / "a.zip", files)).files.items()]
     parquet(root / "a.parquet", {f"n01440764/{name}": data for name, data in files.items()}, None)
     return [ParquetRow(root / "a.parquet", number, name) for number, name in enumerate(files)]
 
@@ -104,7 +105,7 @@ def test_a_damaged_member_of_a_zip_is_listed(tmp_path):
     place = data.index(b"1.jpg") + 300
     data[place : place + 20] = bytes(20)
     path.write_bytes(data)
-    items = [{"image": place, "name": name} for name, place in list_files(path).items()]
+    items = [{"image": place, "name": name} for name, place in list_files(path).files.items()]
     said = refusal(tmp_path / "out", train=items)
     assert said.startswith("1 of 3 files") and "a.zip: ADEChallengeData2016/1.jpg" in said
     assert all(isinstance(item["image"], ZipMember) for item in items)
@@ -167,8 +168,7 @@ def test_shrinking_keeps_the_aspect_and_leaves_small_files_alone():
 
 
 def scenes(root: Path, annotations: dict[str, bytes]) -> list[dict]:
-    places = list_files(class_tree(root, scene_files(annotations)))
-    return scene_items(places, "training", root)
+    return scene_items(list_files(class_tree(root, scene_files(annotations))), "training")
 
 
 def test_good_scenes_are_kept_verbatim(tmp_path):
@@ -193,6 +193,17 @@ def test_every_wrong_annotation_is_listed_with_its_fault(tmp_path):
     assert "annotation value 12 with 11 classes" in said
     assert "annotation of (9, 6) for an image of (8, 6)" in said
     assert "annotation of mode RGB" in said
+
+
+@pytest.mark.parametrize("classes", [11, 254])
+def test_the_void_label_is_no_class_and_is_ignored(tmp_path, classes):
+    """255, as mmsegmentation's ignore_index has it; the values between the classes and it are still refused."""
+    mask = np.where(FITTING == 0, 255, FITTING)
+    (row,) = rows_of(tmp_path / "out", scenes(tmp_path / "in", {"void": annotation(mask)}), classes=classes)
+    _, labels = decode_scene(row, classes)
+    assert labels.tolist() == np.where(mask == 255, 255, mask - 1).tolist()
+    said = refusal(tmp_path / "no", train=scenes(tmp_path / "bad", {"high": annotation(np.where(FITTING == 0, 254, FITTING))}))
+    assert "annotation value 254 with 11 classes" in said
 
 
 # Finished shards are kept.

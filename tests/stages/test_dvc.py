@@ -4,6 +4,8 @@ import configparser
 import hashlib
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -131,6 +133,32 @@ def test_an_import_that_cannot_be_followed_is_named(workplace, name, text, said)
 def test_a_stage_runs_the_script_of_its_name_and_no_other_stage_s_code(stage):
     assert re.findall(r"-m stages\.(\w+)", entry(stage)["cmd"]) == [stage]
     assert {name for name in files_of(f"stages/{stage}.py") if name.startswith("stages/")} == {f"stages/{stage}.py"}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_value_of_the_recipe_reaches_a_shell(stage):
+    """DVC gives cmd to a shell; what DVC puts in place of ${...} would be run."""
+    assert "${" not in entry(stage)["cmd"]
+
+
+def test_a_recipe_that_is_a_program_does_not_run(tmp_path, monkeypatch):
+    """By DVC itself, with the project's own commands and a stand-in for Python that prints its arguments."""
+    marker, bad = tmp_path / "ran", f"a; touch {tmp_path / 'ran'}; echo $(touch {tmp_path / 'ran'})"
+    stages = {}
+    for name, given in {name: STAGES[name] for name in ("prepare_ade20k", "pretrain", "report")}.items():
+        stage = {**given, "cmd": given["cmd"].replace("$MILAN_LAUNCHER ", "").replace("python -m", "./python -m")}
+        stages[name] = {key: stage[key] for key in ("matrix", "cmd") if key in stage}
+    (tmp_path / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
+    recipe = {"scale": bad, "report": {"published": bad}, "variants": [bad], "seeds": [bad]}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(recipe))
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$@" >> said\n')
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    for words in (["init", "--no-scm", "-q"], ["repro", "-q"]):
+        subprocess.run([sys.executable, "-m", "dvc", *words], cwd=tmp_path, check=True, capture_output=True)
+    assert not marker.exists()
+    said = (tmp_path / "said").read_text()
+    assert all(word in said for word in ("outs/{scale}/ade20k", "--variant {variant} --seed {seed}", "--published {published}"))
 
 
 def keys_of(stage: str) -> list[tuple[str, str]]:

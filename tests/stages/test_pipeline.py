@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from milan.params import read_params
+from milan.stage import filled
+
 ROOT = Path(__file__).resolve().parents[2]
 DVC = [sys.executable, "-m", "dvc"]
 STAGE_WORDS = "Running stage"
@@ -136,7 +139,8 @@ def test_another_learning_rate_starts_afresh_and_says_what_it_leaves(clone):
     tree = yaml.safe_load((clone / "params.yaml").read_text())
     tree["pretrain"] |= {"lr": tree["pretrain"]["lr"] / 2, "epochs": 1, "warmup_epochs": 0}
     (clone / "other.yaml").write_text(yaml.safe_dump(tree))
-    words = yaml.safe_load(lock(clone))["stages"]["pretrain@milan-0"]["cmd"].replace("$MILAN_LAUNCHER python", sys.executable)
+    words = filled(yaml.safe_load(lock(clone))["stages"]["pretrain@milan-0"]["cmd"], read_params(clone / "params.yaml"), "@milan-0")
+    words = words.replace("$MILAN_LAUNCHER python", sys.executable)
     said = run([*words.replace("outs/smoke/pretrain", "outs/other").split(), "--params", "other.yaml"], clone)
     assert "pretrain-milan-0: starts at step 0 and leaves the state of another recipe" in said
     assert "pretrain.lr is 0.001, was 0.002" in said and "continuing" not in said

@@ -22,7 +22,7 @@ from milan.core.validation import validate
 from milan.data import records
 from milan.method.encoder import Encoder
 from milan.params import Params
-from milan.stage import Stage
+from milan.stage import Stage, filled
 from milan.tracking.tracker import Tracker
 from milan.training.weights import save_weights
 from stages import prepare_imagenet, pretrain
@@ -497,3 +497,26 @@ def test_the_recipe_is_flattened_for_mlflow(tree):
     assert flat["pretrain.ablation.milan.masking"] == "semantic"
     assert flat["model.encoder.depth"] == tree["model"]["encoder"]["depth"]
     assert flat["variants"] == tree["variants"] and flat["teacher.pretrained"] is None
+
+
+# Commands.
+
+
+def test_a_command_is_filled_with_the_recipe_s_own_words(tree, monkeypatch):
+    """Once: what a word brings in is filled no further. Other braces stay."""
+    tree["report"]["published"] = "my {scale} $(x).csv"
+    params = validate(Params, tree, "the recipe")
+    text = "outs/{scale}/{variant}-{seed} {published} {other}"
+    assert filled(text, params, "pretrain@my-own.row-12") == f"outs/{params.scale}/my-own.row-12 my {{scale}} $(x).csv {{other}}"
+    monkeypatch.setenv("DVC_STAGE", "sub/dvc.yaml:pretrain@mae-3")
+    assert filled("{variant} {seed}", params) == "mae 3"
+    monkeypatch.delenv("DVC_STAGE")
+    assert filled("outs/{scale}", params) == f"outs/{params.scale}"
+    with pytest.raises(UserError, match="only `dvc repro` fills {variant} and {seed}"):
+        filled("outs/{variant}", params)
+
+
+def test_an_argument_of_another_type_is_named(desk):
+    arguments = ["--variant", "milan", "--seed", "one", "--records", "records", "--weights", "weights", *MADE, "--teacher", "teacher"]
+    status, said = run_heavy("linear_eval", *arguments)
+    assert status == 1 and "--seed: 'one' is no int." in refused(said, "outs/made")

@@ -38,11 +38,12 @@ def test_flips_are_read_by_stages_that_depend_on_them():
 
 
 def test_only_results_are_moved_to_the_small_disk():
-    train = "python -m stages.x --records r --out outs/x --metrics m.json --curve c.csv"
+    train = "python -m stages.x --records r --out outs/{scale}/x-{seed} --metrics m.json --curve c.csv"
     clone = SimpleNamespace(
-        truth={"x": {"cmd": train}, "report": {"cmd": "python -m stages.report --metrics m --published p --out reports"}}
+        folder=ROOT,
+        truth={"x@milan-0": {"cmd": train}, "report": {"cmd": "python -m stages.report --metrics m --published p --out reports"}}
     )
-    assert torture_faults.places(clone, "x") == ["outs/x", "m.json", "c.csv"]
+    assert torture_faults.places(clone, "x@milan-0") == ["outs/demo/x-0", "m.json", "c.csv"]
     assert torture_faults.places(clone, "report") == ["reports"]
 
 

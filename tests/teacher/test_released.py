@@ -113,6 +113,45 @@ def test_every_layout_is_read_to_the_same_weights(kind, state, tmp_path):
         load_teacher(tmp_path / "teacher")
 
 
+class Traced(nn.Module):
+    """A program that computes a GELU, as TorchScript archives are traced from models."""
+
+    def __init__(self, quick: bool):
+        super().__init__()
+        self.quick = quick
+
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x) if self.quick else nn.functional.gelu(x)
+
+
+@pytest.mark.filterwarnings("ignore:.*[jJ]it.*")
+@pytest.mark.parametrize("quick", [True, False])
+def test_a_program_says_the_gelu_that_it_computes(quick, tmp_path):
+    torch.jit.trace(Traced(quick), torch.zeros(2)).save(str(tmp_path / "a.pt"))
+    assert released.trained_with_quick_gelu(tmp_path / "a.pt", {}) is quick
+
+
+@pytest.mark.parametrize("library, model", [("open_clip", "ViT-exact-tiny"), ("timm", "vit_golden_tiny")])
+def test_openai_s_weights_under_a_model_of_the_exact_gelu_are_refused(library, model, state, tmp_path):
+    """The tensors fit, and every feature would be wrong."""
+    (tmp_path / f"{model}.json").write_text(json.dumps({**CONFIG, "quick_gelu": False}))
+    open_clip.add_model_config(tmp_path / f"{model}.json")
+    path = write("OpenAI pth", state, tmp_path)
+    with pytest.raises(UserError, match=f"trained with the quick GELU, and {model} computes the exact GELU: set .*quickgelu"):
+        released.fetch_teacher(Pretrained(library, model, None, str(path), None), tmp_path / "teacher")
+    assert not (tmp_path / "teacher").exists()
+
+
+def test_weights_of_the_exact_gelu_under_a_quick_model_are_refused(state, tmp_path, monkeypatch):
+    monkeypatch.setattr(released, "trained_with_quick_gelu", lambda *_: False)
+    assert "trained with the exact GELU" in refusal(write("safetensors", state, tmp_path))
+
+
+def test_a_file_that_does_not_say_its_gelu_is_told(state, tmp_path, capsys):
+    fetch(write("safetensors", state, tmp_path), tmp_path / "teacher")
+    assert f"does not say its GELU; {NAME} computes the quick GELU" in capsys.readouterr().out
+
+
 @pytest.mark.filterwarnings("ignore:.*jit.*")
 def test_torchscript_is_opened_only_when_the_recipe_names_it(state, tmp_path, monkeypatch):
     path = write("TorchScript jit", state, tmp_path)
@@ -199,6 +238,11 @@ def test_tied_tensors_and_keys_that_are_no_text_are_accepted(state, tmp_path):
     torch.save({**tied, 5: torch.ones(2), ("a", 1): torch.ones(1)}, tmp_path / "a.pth")
     tower = fetch(tmp_path / "a.pth", tmp_path / "teacher")
     assert tower.visual.ln_pre.bias.equal(state["visual.ln_post.bias"])
+
+
+def test_prefixes_of_wrappers_are_taken_off(state, tmp_path):
+    torch.save({"state_dict": {f"module._orig_mod.{name}": tensor for name, tensor in state.items()}}, tmp_path / "a.pt")
+    assert fetch(tmp_path / "a.pt", tmp_path / "teacher").visual.proj.equal(state["visual.proj"])
 
 
 @pytest.mark.parametrize("content", [[torch.zeros(2)], {"state_dict": 3}, torch.zeros(2)])
