@@ -12,7 +12,7 @@ from milan.core.errors import UserError
 from milan.core.files import read_json
 from milan.core.validation import validate
 from milan.data import records
-from milan.params import Params, Pretrained
+from milan.params import Params, Pretrained, Teacher
 from milan.teacher import released
 from milan.teacher.class_text import Wording, read_class_text
 from milan.teacher.clip import Tokenizer, build_tiny, embed_classes, load_teacher, save_teacher, tiny_config
@@ -79,14 +79,11 @@ def test_a_teacher_of_other_drawings_is_refused(world, data, said, trained, tmp_
 
 
 def test_the_demo_s_teacher_is_the_one_that_its_recipe_trained():
-    demo, trained = composed("demo")["teacher"], trained_recipe().teacher
+    demo, trained = composed("demo")["teacher"], validate(Params, composed("demo_teacher"), "demo_teacher").teacher
     path = ROOT / demo["pretrained"]["file"]
     assert hashlib.sha256(path.read_bytes()).hexdigest() == demo["pretrained"]["sha256"]
     config = released.small_config(path)
     assert config["tiny"] == vars(trained.tiny) and config["world"] == composed("demo")["prepare_imagenet"]["world"]
-    assert validate(Params, yaml.safe_load((EVIDENCE / "params.yaml").read_text()), "").teacher == trained_recipe().teacher
+    recipe = yaml.safe_load((EVIDENCE / "params.yaml").read_text())
+    assert validate(Teacher, recipe["teacher"], "teacher") == trained
     assert read_json(EVIDENCE / "teacher.json")["teacher/zero_shot_top1"] == 97.35
-
-
-def trained_recipe() -> Params:
-    return validate(Params, composed("demo_teacher"), "demo_teacher")
