@@ -309,6 +309,8 @@ class SceneTraining(Training):
     max_class_share: Share  # of a crop: crops with more of one class are drawn again
     photometric: Bool  # distortion of brightness, contrast, saturation and hue
     betas: Betas
+    scales: Annotated[list[Above0], Strict(), Field(min_length=1), Distinct]  # factors of `resize` in evaluation
+    flip: Bool  # evaluate the mirrored scenes too; the probabilities of all passes are averaged
 
 
 @dataclass(frozen=True)

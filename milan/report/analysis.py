@@ -11,9 +11,8 @@ from milan.method import masking
 from milan.method.model import MaskedPretraining, in_image_order
 from milan.report.project import Project, spread
 from milan.segmentation import miou
-from milan.segmentation.inference import slide_logits
-from milan.segmentation.scenes import decode_scene, resize_scene
-from milan.segmentation.upernet import Segmenter, resize_maps
+from milan.segmentation.inference import predict
+from milan.segmentation.scenes import decode_scene
 from milan.training.device import autocast
 
 DRAWS = 1000  # masks per image for the keep probabilities
@@ -67,19 +66,10 @@ def segment_scenes(project: Project, variant: str, scenes: list[tuple[Tensor, Te
     model, predicted = project.segmenter(variant, classes), []
     for _, same_size in groupby(scenes, key=lambda scene: scene[0].shape):
         for some in chunks(same_size, 50):
-            images = torch.stack([resize_scene(image, None, project.params.segment.resize, 1.0)[0] for image, _ in some])
+            images, size = torch.stack([image for image, _ in some]), some[0][1].shape
             with autocast(project.params.compute.precision, project.device):
-                logits = scene_logits(project, model, transforms.normalise(images.to(project.device)), classes)
-            predicted += resize_maps(logits, some[0][1].shape).argmax(dim=1).cpu()
+                predicted += predict(model, images.to(project.device), size, project.params.segment, classes).cpu()
     return predicted
-
-
-def scene_logits(project: Project, model: Segmenter, images: Tensor, classes: int) -> Tensor:
-    """Return logits (n, classes, h, w) of normalised images (n, 3, h, w)."""
-    settings = project.params.segment
-    if images.shape[2:] == (settings.crop_size, settings.crop_size):  # one window per image: the whole batch at once
-        return resize_maps(model(images)[0].float(), images.shape[2:])
-    return torch.cat([slide_logits(model, image[None], settings.crop_size, settings.stride, classes) for image in images])
 
 
 def class_iou(predicted: list[Tensor], scenes: list[tuple[Tensor, Tensor]], classes: int) -> list[float]:
