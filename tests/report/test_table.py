@@ -161,7 +161,7 @@ def test_notes_name_the_teacher_and_the_captions(metrics):
     said = table.notes(read_results(metrics, PUBLISHED, recipe()))
     assert "The teacher's own accuracy: zero-shot 75.6, linear 79.2, k-NN 77.5." in said
     assert (
-        "40.6 % of the teacher's patch importance falls on the object, which covers 14.9 % of the image; in 97.2 % of "
+        "40.6 % of the teacher's patch importance falls on the object, which covers 14.9 % of the image; in 97.3 % of "
         "the images the first share is larger."
     ) in said
     assert said[-1] == table.CAPTIONS_CAVEAT and "extra information" in said[-1]
