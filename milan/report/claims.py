@@ -84,7 +84,7 @@ def rows(results: Results) -> list[dict[str, str]]:
             "Variants": f"{name_in_sentence(row.above)} – {name_in_sentence(row.below)}",
             "Measure": results.data.titles[row.measure],
             "Mean difference": decimal(row.difference, 2, sign=True),
-            "95 % interval": DASH if pd.isna(row.low) else f"{decimal(row.low, 2, sign=True)} to {decimal(row.high, 2, sign=True)}",
+            "95 % interval": DASH if pd.isna(row.low) else " to ".join(decimal(end, 2, sign=True) for end in (row.low, row.high)),
             "Seeds": str(row.seeds),
             "Verdict": row.verdict,
         }

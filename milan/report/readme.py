@@ -41,7 +41,8 @@ def render() -> str:
     rows = [] if scale_of(ours) == "paper" else [planned_row(present(PLAN).read_text())]
     others = others[others.method.str.contains("MILAN")].groupby("kind", sort=False).head(1)
     rows += [row(run.method, run.data, run, KINDS[run.kind].lower()) for run in others.itertuples()]
-    rows += [row(run.method, Markdown(f"{in_markdown(run.data)}, `{scale_of(ours)}`"), run, seeds(run.seeds)) for run in ours.itertuples()]
+    data = Markdown(f"{in_markdown(ours.data.iloc[0])}, `{scale_of(ours)}`")
+    rows += [row(run.method, data, run, seeds(run.seeds)) for run in ours.itertuples()]
     larger = pd.read_csv(present(STUDIES["demo_gpu"] / "table.csv"))
     status = seeds(larger.seed.nunique())
     # A mean counts only with all its seeds.

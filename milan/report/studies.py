@@ -147,7 +147,8 @@ def write_seeds(experiment: sweep.Experiment, runs: list[StageRun], out: Path, a
     rows = [{k: v for k, v in row.items() if k not in LINKS} for row in table.our_rows(results, lambda text, path: text)]
     head = [f"# {in_markdown(f'Variants over seeds at scale {params.scale}')}", about, in_markdown(table.measured_on(results))]
     parts = [*head, markdown_table(rows), table.markdown_sentences(results)]
-    parts += [*table.claims_section(results), in_markdown(costs.said([experiment.lock], runs)), "![Bars of our variants](figure.png)"]
+    origin = in_markdown(costs.said([experiment.lock], runs))
+    parts += [*table.claims_section(results), origin, "![Bars of our variants](figure.png)"]
     write_whole(out / "table.md", ("\n\n".join(parts) + "\n").encode())
     write_whole(out / "table.csv", results.runs.to_csv(index=False, lineterminator="\n").encode())
     write_whole(out / "claims.csv", claims.csv(results).encode())

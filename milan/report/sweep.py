@@ -192,7 +192,8 @@ def markdown(key: str, scale: str, runs: pd.DataFrame, about: str, origin: str) 
 
     parts = [f"# {in_markdown(f'{key} at scale {scale}')}", *([about] if about else [])]
     for variant, group in runs.groupby("variant", sort=False):
-        parts += [f"## {in_markdown(method_name(variant))}", markdown_table([cells(value, some) for value, some in group.groupby("value")])]
+        rows = [cells(value, some) for value, some in group.groupby("value")]
+        parts += [f"## {in_markdown(method_name(variant))}", markdown_table(rows)]
     return "\n\n".join([*parts, costs.CAVEAT, in_markdown(origin), f"![{in_markdown(key)}](figure.png)"]) + "\n"
 
 

@@ -227,7 +227,8 @@ def published_rows(published: pd.DataFrame, kind: str, source: Callable[[str], s
 def markdown(results: Results) -> str:
     """Return reports/table.md, with links relative to that file."""
     parts = [f"# {in_markdown(f'Results at scale {results.params.scale}')}", f"## {in_markdown(heading(results))}"]
-    parts += [in_markdown(measured_on(results)), markdown_table(our_rows(results, link_from_reports)), markdown_sentences(results)]
+    rows = our_rows(results, link_from_reports)
+    parts += [in_markdown(measured_on(results)), markdown_table(rows), markdown_sentences(results)]
     parts += [
         "![Bars of linear evaluation, fine-tuning, segmentation and dense probe by variant](plots/bars.png)",
         "![Loss curves](plots/curves.png)",
