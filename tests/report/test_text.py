@@ -121,8 +121,8 @@ def test_names_in_latex_print_as_they_are():
 def test_names_are_drawn_as_they_are(tmp_path):
     """A formula that does not parse would stop the drawing; one that does would be drawn as something else."""
     names = [*NAMES, "_hidden", "$\\frac$"]
-    figure, axes = drawing.picture_grid(names, 1)
-    for axis, name in zip(axes[:, 0], names, strict=True):
+    figure, axes = drawing.picture_grid(names[-1:], 3)
+    for axis, name in zip(axes[0], ("$", "$$$", "$^x$"), strict=True):
         heat.set_title(axis, name)
     drawing.add_legend(figure, dict(zip(names, drawing.class_colours(len(names)), strict=False)))
     (legend,) = figure.legends
@@ -159,8 +159,9 @@ def test_a_class_s_name_does_not_run_on_dvc_s_page(tmp_path, monkeypatch):
     assert (rows["actual"] != names).sum() == sum(bool(re.search(r"<[a-zA-Z/!]", name)) for name in names)
     plot = {"plots": [{"confusion.csv": {"template": "confusion", "x": "actual", "y": "predicted"}}]}
     Path("dvc.yaml").write_text(json.dumps(plot))
-    for words in (["init", "-q", "--no-scm"], ["plots", "show", "-q", "--out", "page"]):
-        subprocess.run([sys.executable, "-m", "dvc", *words], check=True, capture_output=True)
+    Path(".dvc").mkdir()
+    Path(".dvc/config").write_text("[core]\n    no_scm = true\n")
+    subprocess.run([sys.executable, "-m", "dvc", "plots", "show", "-q", "--out", "page"], check=True, capture_output=True)
     scripts = [script for script in Scripts(Path("page/index.html").read_text()).scripts if script.strip()]
     assert len(scripts) == 1, "a name has ended the script"
     spec = json.loads(re.search(r"var spec = (.*);\n", scripts[0])[1])
