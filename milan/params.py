@@ -35,8 +35,15 @@ Folder = Annotated[Text, must(str.strip, "an empty path; give the folder of the 
 Sha256 = Annotated[Text, must("[0-9a-fA-F]{64}", "{!r} is no SHA-256: 64 hexadecimal digits (null: not checked)")]
 TIMM = r"rand(-(m|n|mmax|inc)[0-9]{1,3}|-(mstd|p)[0-9]{1,3}([.][0-9]+)?|-t(weights|3aw|3a))+"
 RandAugment = Annotated[Text, must(TIMM, "{!r} is none of timm's, such as rand-m9-mstd0.5-inc1 (null: none)")]
-VariantName = Annotated[Text, must(r"\w[\w.-]*", "{!r} names folders, so it may hold only letters, digits and . _ -")]
 Scale = Annotated[Text, must(r"\w[\w.-]*", "{!r} names folders, so it may hold only letters, digits and . _ -")]
+VariantName = Annotated[
+    Text,
+    must(
+        r"(?!((?i:latest)|[vV]\d+)$)\w[\w-]{0,49}",
+        "{!r} names folders and, in MLflow, models and aliases, so it may hold only letters, digits, _ and -, 50 in all, and be "
+        "neither latest nor a version such as v2",
+    ),
+]
 World = Literal["small", "large"]  # the built-in worlds, milan/ingest/world/drawing.py
 Pooling = Literal["mean", "cls"]
 

@@ -123,9 +123,12 @@ class Stage:
         self.tracker.artifact(self.args.curve)
 
     def write_confusion(self, pairs: list[tuple[str, str]]) -> None:
-        """CSV of (actual, predicted), a row an image: what DVC's confusion template draws."""
+        """CSV of (actual, predicted), a row an image: what DVC's confusion template draws.
+
+        DVC's page holds the rows inside a script, unescaped: an invisible space in a name like `</script>` keeps it text."""
         text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([("actual", "predicted"), *pairs])
+        rows = [[re.sub(r"<(?=[A-Za-z/!])", "<\u200b", name) for name in pair] for pair in pairs]
+        csv.writer(text, lineterminator="\n").writerows([("actual", "predicted"), *rows])
         write_whole(self.args.confusion, text.getvalue().encode())
         self.tracker.artifact(self.args.confusion)
 

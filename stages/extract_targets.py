@@ -14,8 +14,7 @@ import torch
 
 from milan.core.files import whole_folder
 from milan.core.progress import Progress
-from milan.data import transforms
-from milan.data.evaluation_view import CentreSamples
+from milan.data.evaluation_view import CentreSamples, object_cover
 from milan.data.records import Records
 from milan.method import target_bank
 from milan.method.samples import BankViews
@@ -143,9 +142,8 @@ def importance_on_objects(params: Params, val: Records, tower: Tower, device: to
     known = [i for i, mask in enumerate(val.column("mask")) if mask is not None]
     samples = CentreSamples(val, params.linear_eval.resize, params.model.image_size)
     images = torch.stack([samples[i]["image"] for i in known])
-    whole = (transforms.decode_annotation(val[i]["mask"]).unsqueeze(0) for i in known)
-    masks = torch.stack([transforms.centre(mask, params.linear_eval.resize, params.model.image_size) for mask in whole])
-    cover = torch.nn.functional.adaptive_avg_pool2d((masks > 127).float(), params.model.grid).flatten(1)
+    sizes = (params.linear_eval.resize, params.model.image_size, params.model.grid)
+    cover = torch.stack([object_cover(val[i]["mask"], *sizes) for i in known])
     settings = (params.compute, params.extract_targets.normalisation, params.model.grid)
     importance = compute_targets(tower, images.to(device), *settings)[1].cpu()
     return object_shares(importance, cover)

@@ -40,14 +40,13 @@ def main(stage: Stage) -> None:
 
 
 def runs_known(stage: Stage) -> list[provenance.StageRun]:
-    """From MLflow; none where it is out of reach: the page then says so."""
+    """From MLflow; none, and the reason is printed, where it does not answer: the page then says so."""
     try:
-        if provenance.wait_for_turn(stage.tracker.spool):
-            return provenance.finished_runs(f"milan-{stage.params.scale}")
+        provenance.wait_for_turn(stage.tracker.spool)
+        return provenance.finished_runs(f"milan-{stage.params.scale}")
     except Exception as error:  # whatever ails the store must not keep the page
-        print(f"page: {type(error).__name__}: {redact(str(error)[:500])}", flush=True)
-    print("page: MLflow is out of reach, so hours and hardware are left out.", flush=True)
-    return []
+        print(f"page: hours and hardware are left out. {redact(str(error)[:500]) or type(error).__name__}.", flush=True)
+        return []
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ SLOW = (  # files, or tests, that run stages, servers or processes: `make test-f
     "core/test_parallel.py::test_no_worker_outlives_a_killed_parent",
     "report/test_browser.py",
     "report/test_readme.py::test_the_plan_is_what_the_planner_says",
+    "report/test_text.py::test_a_class_s_name_does_not_run_on_dvc_s_page",
     "serve/test_serving.py",
     "stages/test_offline.py",
     "stages/test_pipeline.py",

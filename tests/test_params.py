@@ -113,6 +113,10 @@ WRONG = {
     "threads beyond all machines": ("compute.threads", 10**12, ["compute.threads", "at most 65536"]),
     "width beyond all memory": ("model.encoder.embed_dim", 10**12, ["model.encoder.embed_dim", "at most 65536"]),
     "recipe that is a path": ("pretrain.ablation", {"a/b": {"target": "none", "decoder": "none", "masking": "none"}}, ["'a/b' names folders"]),
+    **{
+        f"recipe that MLflow refuses as {name[:12]}": ("pretrain.ablation", {name: {"target": "none", "decoder": "none", "masking": "none"}}, [name, "MLflow"])
+        for name in ("milan_0.9", "v2", "V10", "latest", "Latest", "a b", "a%", "a" * 51)
+    },
     "recipe whose name is a number": ("pretrain.ablation", {2022: {"target": "none", "decoder": "none", "masking": "none"}}, ["name 2022", "quotation"]),
     "recipe whose name is nothing": ("pretrain.ablation", {None: {}}, ["name None", "quotation"]),
     "a world that there is not": ("prepare_imagenet.world", "medium", ["prepare_imagenet.world", "small", "large"]),

@@ -1,9 +1,10 @@
 """Judge the paper's claims by a rule: the difference of two variants, paired by seed, and its 95 % interval.
 
 A claim is supported when the interval (Student's t over the seeds' differences) lies above 0, not supported when it lies
-below 0, and inconclusive when it contains 0 or there are fewer than MIN_SEEDS seeds.
+below 0, and inconclusive when it contains 0, when there are fewer than MIN_SEEDS seeds, or when one has no number.
 """
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ import pandas as pd
 from scipy.special import stdtrit  # scipy.stats takes a second to load
 
 from milan.report.results import MEASURES, Results, name_in_sentence
+from milan.report.text import DASH, decimal
 
 CLAIMS = {  # (variant that should be above, variant to compare with): claim
     ("clip_target", "mae"): "CLIP features are a better target than pixels",
@@ -33,17 +35,19 @@ SCOPE = (
 class Judgement(NamedTuple):
     """The verdict on a claim in one measure, with the numbers that it follows from."""
 
-    difference: float  # mean over seeds, in points
+    difference: float  # mean over seeds, in points; NaN where a seed has no number
     low: float | None  # end of the interval; None with fewer than MIN_SEEDS seeds
     high: float | None
-    seeds: int
+    seeds: int  # that have a number
     verdict: str
 
 
 def judge(differences: Iterable[float]) -> Judgement:
-    """Judge the differences of two variants, in points, one for each seed."""
-    values = pd.Series(differences, dtype=float)
-    n, mean = len(values), values.mean()
+    """Judge the differences of two variants, in points, one for each seed; NaN where one of the two has no number."""
+    values = pd.Series(differences, dtype=float).replace([math.inf, -math.inf], math.nan)
+    n, mean = values.count(), values.mean(skipna=False)
+    if n < len(values):
+        return Judgement(mean, None, None, n, f"inconclusive: {n} of {len(values)} seeds have a number")
     if n < MIN_SEEDS:
         return Judgement(mean, None, None, n, f"inconclusive: {n} seed{'s' if n != 1 else ''}")
     half_width = stdtrit(n - 1, (1 + CONFIDENCE) / 2) * values.std(ddof=1) / n**0.5
@@ -79,8 +83,8 @@ def rows(results: Results) -> list[dict[str, str]]:
             "Claim": row.claim,
             "Variants": f"{name_in_sentence(row.above)} – {name_in_sentence(row.below)}",
             "Measure": results.data.titles[row.measure],
-            "Mean difference": f"{row.difference:+.2f}",
-            "95 % interval": "–" if pd.isna(row.low) else f"{row.low:+.2f} to {row.high:+.2f}",
+            "Mean difference": decimal(row.difference, 2, sign=True),
+            "95 % interval": DASH if pd.isna(row.low) else " to ".join(decimal(end, 2, sign=True) for end in (row.low, row.high)),
             "Seeds": str(row.seeds),
             "Verdict": row.verdict,
         }

@@ -6,7 +6,7 @@ Notebook 1 shows the table; `mlflow ui` compares the same runs with their curves
 import pandas as pd
 
 from milan.report.results import MEASURES, TITLES, ZERO_SHOT
-from milan.report.table import DASH, markdown_table
+from milan.report.text import DASH, decimal, in_markdown, markdown_table
 from milan.tracking.runs import first_line, open_store
 
 MOST = 30  # rows, the newest
@@ -41,18 +41,18 @@ def row_of(model, run) -> dict:
     }
 
 
-def in_markdown(scale: str) -> str:
+def markdown(scale: str) -> str:
     """Return the table in Markdown, or a sentence that gives the reason why there is none."""
     try:
         frame = pretrained_models(open_store(), scale)
     except Exception as error:  # whatever ails the store: its server, its address, its file
-        return f"MLflow's store cannot be read ({first_line(error)}), so no runs are compared here."
+        return in_markdown(f"MLflow's store cannot be read ({first_line(error)}), so no runs are compared here.")
     if frame.empty:
-        return f"MLflow has no pretrained model of the experiment milan-{scale} yet."
+        return in_markdown(f"MLflow has no pretrained model of the experiment milan-{scale} yet.")
     return markdown_table([{name: shown(value) for name, value in row.items()} for row in frame.to_dict("records")])
 
 
 def shown(value) -> str:
     if isinstance(value, float):
-        return DASH if pd.isna(value) else f"{value:.1f}"
+        return decimal(value)
     return DASH if value is None else str(value)

@@ -4,7 +4,7 @@ import pandas as pd
 
 from milan.report import provenance
 from milan.report.provenance import StageRun
-from milan.report.table import DASH
+from milan.report.text import decimal
 
 COSTS = {"bank_mb": "Bank, MB", "targets_seconds": "Targets, s", "pretrain_seconds": "Pretraining, s"}
 CAVEAT = (
@@ -44,8 +44,7 @@ def known_runs(scale: str) -> list[StageRun]:
 
 
 def cell(values: pd.Series) -> str:
-    mean = pd.to_numeric(values).mean()
-    return DASH if pd.isna(mean) else f"{mean:.0f}"
+    return decimal(pd.to_numeric(values).mean(), 0)
 
 
 def said(locks: list[dict], known: list[StageRun]) -> str:

@@ -20,6 +20,7 @@ from milan.report import claims, table
 from milan.report.provenance import Origin, PackedData, revision
 from milan.report.reproduction import Reproduction
 from milan.report.results import KINDS, Results
+from milan.report.text import decimal, links_in_html
 
 TEMPLATE = Path(__file__).with_name("page.html")
 LINKS = ("Recipe", "Weights of seed", "Curve of seed")  # their links would be dead on a page that is passed on
@@ -51,7 +52,7 @@ def render(
 
     here: {"revision", "hardware"} of this execution, shown when MLflow knows no run; recipe: text of params.yaml."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(duration=duration, date=date, revision=revision, emphasised=emphasised)
+    environment.filters.update(duration=duration, date=date, revision=revision, emphasised=emphasised, decimal=decimal)
     rows = table.our_rows(results, lambda text, path: text)
     ours = [{title: cell for title, cell in row.items() if title not in LINKS} for row in rows]
     runs = [origin.run for origin in trail if origin.run]
@@ -64,7 +65,7 @@ def render(
         reproduction=reproduction,
         bars=bars,
         claims={"heading": claims.heading(results), "notes": claims.notes(results), "rows": claims.rows(results)},
-        others={title: table.published_rows(results.published, kind, linked) for kind, title in KINDS.items()},
+        others={title: table.published_rows(results.published, kind, links_in_html) for kind, title in KINDS.items()},
         elsewhere=table.ELSEWHERE,
         pictures=pictures,
         recipe=recipe,
@@ -80,16 +81,11 @@ def render(
     )
 
 
-def linked(text: str) -> Markup:
-    """Return a text as HTML with its URLs as links."""
-    return Markup(table.URL.sub(lambda url: f'<a href="{url[0]}">{url[0].split("/")[2]}</a>', str(escape(text))))
-
-
 def duration(seconds: float) -> str:
     """Return a duration in seconds, minutes or hours: `58.5 min`."""
     if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+        return f"{decimal(seconds, 0)} s"
+    return f"{decimal(seconds / 60)} min" if seconds < 6000 else f"{decimal(seconds / 3600)} h"
 
 
 def date(seconds: float) -> str:

@@ -11,6 +11,7 @@ from milan.core.errors import UserError
 from milan.core.files import write_whole
 from milan.params import Params
 from milan.report.results import KINDS, PUBLISHED_MEASURES, SHOWN, Results, method_name
+from milan.report.text import decimal
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (after the backend is chosen)
@@ -36,6 +37,7 @@ STYLE = {
     "figure.constrained_layout.use": True,
     "image.interpolation": "nearest",
     "legend.frameon": False,
+    "text.parse_math": False,  # names of classes and variants are no formulas
 }
 plt.rcParams.update({**matplotlib.rcParamsDefault, **STYLE, "backend": "Agg"})
 
@@ -99,11 +101,12 @@ def draw_ours(axes: Iterable[Axes], results: Results) -> None:
                 points = results.runs.loc[results.runs["variant"] == variant, column]
                 axis.plot([place] * len(points), points, "o", ms=3.5, mfc="white", mec=BLACK, mew=0.8)
         for place, (mean, top) in enumerate(zip(means, high, strict=True)):
-            axis.annotate(f"{mean:.1f}", (place, top), xytext=(0, 3), textcoords="offset points", ha="center", va="bottom")
+            above = {"xytext": (0, 3), "textcoords": "offset points", "ha": "center", "va": "bottom"}
+            axis.annotate(decimal(mean), (place, 0 if pd.isna(top) else top), **above)
         words, level = lines[column]
         axis.axhline(level, color=BLACK, ls="--", lw=1)
         axis.set_xticks(range(len(variants)), [SHORT_NAMES.get(v, v) for v in variants], fontsize=8.5)
-        axis.set_title(f"{titles[column]} %  (dashed: {words}, {level:.3g} %)")
+        axis.set_title(f"{titles[column]} %  (dashed: {words}, {float(decimal(level, 2)):g} %)")
         axis.margins(y=0.16)
 
 
@@ -120,7 +123,7 @@ def draw_published(axes: Iterable[Axes], published: pd.DataFrame) -> None:
             if pd.notna(value):
                 axis.barh(place, value, height=0.7, edgecolor="white", **look)
                 axis.annotate(
-                    f"{value:.1f}", (value, place), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8.5
+                    decimal(value), (value, place), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8.5
                 )
             else:
                 axis.annotate("–", (low, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8.5)

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from IPython.display import Image
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
 
 from milan.core.errors import UserError
-from milan.data import transforms
+from milan.data.evaluation_view import object_cover
 from milan.data.records import Records
 from milan.method import masking
 from milan.method.encoder import Encoder, load_encoder
@@ -112,7 +112,7 @@ class FigureImages:
         chosen = spread(len(stored["index"]), most)
         val = Records(project.path("imagenet"), "val")
         records = [val[i] for i in stored["index"][chosen].tolist()]
-        cover = torch.stack([patch_cover(record.get("mask"), project.params.model.grid) for record in records])
+        cover = torch.stack([patch_cover(record.get("mask"), project.params) for record in records])
         labels = torch.tensor([record["label"] for record in records])
         images, features, importance = (stored[name][chosen] for name in ("images", "features", "importance"))
         return cls(images, features.float(), importance, labels, cover, val.manifest["classes"])
@@ -128,9 +128,8 @@ def spread(n: int, most: int) -> Tensor:
     return torch.linspace(0, n - 1, min(n, most)).round().long().unique()
 
 
-def patch_cover(mask: bytes | None, grid: int) -> Tensor:
-    """Return the share of each patch (grid * grid,) that lies on the object of an encoded mask; NaN without a mask."""
+def patch_cover(mask: bytes | None, params: Params) -> Tensor:
+    """Return the share of each patch (N,) of a figure image that lies on the object of its encoded mask; NaN without a mask."""
     if mask is None:
-        return torch.full((grid * grid,), float("nan"))
-    on_object = (transforms.decode_annotation(mask) > 127).float()[None, None]
-    return nn.functional.adaptive_avg_pool2d(on_object, grid).flatten()
+        return torch.full((params.model.n_patches,), float("nan"))
+    return object_cover(mask, params.linear_eval.resize, params.model.image_size, params.model.grid)

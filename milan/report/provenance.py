@@ -107,16 +107,17 @@ def finished_runs(experiment: str) -> list[StageRun]:
     return stage_runs
 
 
-def wait_for_turn(spool: Path, timeout: float = LOGGER_TIMEOUT) -> bool:
+def wait_for_turn(spool: Path, timeout: float = LOGGER_TIMEOUT) -> None:
     """Wait until this stage's logger begins to send, which it does after the loggers of all earlier stages.
 
-    Returns False when MLflow is out of reach or the timeout (seconds) has passed."""
-    end = time.monotonic() + timeout
+    Raises UserError with the reason when MLflow took no events, or the timeout (seconds) has passed."""
+    end, failed = time.monotonic() + timeout, spool.with_suffix(".failed")
     while not spool.with_suffix(".place").exists():
-        if spool.with_suffix(".failed").exists() or time.monotonic() > end:
-            return False
+        if failed.exists():
+            raise UserError(failed.read_text())
+        if time.monotonic() > end:
+            raise UserError(f"MLflow has not answered for {timeout:.0f} s")
         time.sleep(0.1)
-    return True
 
 
 def revision(run: StageRun) -> str:

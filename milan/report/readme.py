@@ -14,7 +14,8 @@ from milan.core.errors import UserError
 from milan.core.files import explain_os_errors, write_whole
 from milan.core.program import fail
 from milan.report.results import KINDS, TITLES, method_name
-from milan.report.table import DASH, ELSEWHERE, markdown_table
+from milan.report.table import ELSEWHERE
+from milan.report.text import Markdown, decimal, in_markdown, markdown_table
 
 README = Path("README.md")
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
@@ -40,12 +41,13 @@ def render() -> str:
     rows = [] if scale_of(ours) == "paper" else [planned_row(present(PLAN).read_text())]
     others = others[others.method.str.contains("MILAN")].groupby("kind", sort=False).head(1)
     rows += [row(run.method, run.data, run, KINDS[run.kind].lower()) for run in others.itertuples()]
-    rows += [row(run.method, f"{run.data}, `{scale_of(ours)}`", run, seeds(run.seeds)) for run in ours.itertuples()]
+    data = Markdown(f"{in_markdown(ours.data.iloc[0])}, `{scale_of(ours)}`")
+    rows += [row(run.method, data, run, seeds(run.seeds)) for run in ours.itertuples()]
     larger = pd.read_csv(present(STUDIES["demo_gpu"] / "table.csv"))
     status = seeds(larger.seed.nunique())
     # A mean counts only with all its seeds.
     means = larger.reindex(columns=["variant", *COLUMNS]).groupby("variant", sort=False).agg(lambda values: values.mean(skipna=False))
-    rows += [row(method_name(run.Index), "the built-in world, `demo_gpu`", run, status) for run in means.itertuples()]
+    rows += [row(method_name(run.Index), Markdown("the built-in world, `demo_gpu`"), run, status) for run in means.itertuples()]
     return f"{markdown_table(rows)}\n\n{SOURCES} {verdicts()}"
 
 
@@ -56,13 +58,12 @@ def planned_row(plan: str) -> dict[str, str]:
     rate = head.split(" at ")[-1].split(" a device")[0]
     cost = f"[planned]({PLAN}): {hours[0]} hours on 1 GPU or {hours[1]} on 8 for all stages, if each sustains {rate}"
     published = "the release reports 39 hours on 8 A100 for pretraining alone"
-    return row("MILAN, this code", f"{ELSEWHERE}, `paper`", None, f"**not run here**; {cost}; {published}")
+    return row("MILAN, this code", Markdown(f"{ELSEWHERE}, `paper`"), None, Markdown(f"**not run here**; {cost}; {published}"))
 
 
 def row(name: str, data: str, run: tuple | None, status: str) -> dict[str, str]:
     values = {title: getattr(run, column, float("nan")) for column, title in COLUMNS.items()}
-    cells = {title: DASH if pd.isna(value) else f"{value:.1f}" for title, value in values.items()}
-    return {"Method": name, "Data, scale": data, **cells, "Status": status}
+    return {"Method": name, "Data, scale": data, **{title: decimal(value) for title, value in values.items()}, "Status": status}
 
 
 def scale_of(ours: pd.DataFrame) -> str:

@@ -29,7 +29,7 @@ from milan.params import Params, read_params
 from milan.report.claims import CONFIDENCE
 from milan.report.provenance import read_lock
 from milan.report.results import FREE, TITLES, Results, method_name, name_in_sentence, read_results
-from milan.report.table import DASH
+from milan.report.text import decimal
 from milan.tracking.runs import read_yaml
 
 RECIPE, LOCK, METRICS, EVIDENCE = map(Path, ("params.yaml", "dvc.lock", "reports/metrics", "reports/evidence"))
@@ -211,18 +211,14 @@ def rules(study: Path, reference: pd.DataFrame, numbers: pd.DataFrame) -> list[s
 
 def row(number: tuple, titles: dict[str, str]) -> dict[str, str]:
     """Return the cells of one number, in points."""
-
-    def cell(value: float, spec: str = ".2f") -> str:
-        return DASH if pd.isna(value) else format(value, spec)
-
     return {
         "Algorithm": method_name(number.variant),
         "Seed": str(number.seed),
         "Measure": titles[number.column],
-        "Committed": cell(number.committed),
-        "Yours": cell(number.value),
-        "Difference": cell(number.value - number.committed, "+.2f"),
-        "Spread over seeds": f"{number.low:.2f} to {number.high:.2f}",
+        "Committed": decimal(number.committed, 2),
+        "Yours": decimal(number.value, 2),
+        "Difference": decimal(number.value - number.committed, 2, sign=True),
+        "Spread over seeds": f"{decimal(number.low, 2)} to {decimal(number.high, 2)}",
         "Within": "yes" if number.within else "no",
     }
 

@@ -1,6 +1,7 @@
 """Read results: a row per variant and seed from metrics files, their summary over seeds, and published numbers apart."""
 
 import json
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -102,21 +103,24 @@ def read_metrics(path: Path) -> dict:
     return metrics
 
 
-def read_value(path: Path, name: str) -> float | str:
-    """Read one entry of a metrics file. Raises UserError when it is missing."""
+def read_value(path: Path, name: str) -> float:
+    """Read one number of a metrics file. Raises UserError when it is missing, or no number."""
     metrics = read_metrics(path)
     if name not in metrics:
         raise UserError(f"{path} has no entry {name!r}; it has {', '.join(metrics)}. Delete it and run `dvc repro` again.")
+    if isinstance(metrics[name], str):
+        raise UserError(f"{path}: {name} is {metrics[name]!r} and no number. Delete the file and run `dvc repro` again.")
     return metrics[name]
 
 
 def read_runs(metrics: Path, params: Params) -> pd.DataFrame:
-    """Return a row per variant and seed of the recipe: variant, seed, and a column for each of TITLES."""
+    """Return a row per variant and seed of the recipe: variant, seed, and a column for each of TITLES, NaN also for infinity."""
 
     def numbers(variant: str, seed: int) -> dict:
         path = {stage: metrics / stage / f"{variant}-{seed}.json" for stage, _ in MEASURES.values()}
         values = {column: read_value(path[stage], name) for column, (stage, name) in MEASURES.items()}
-        return values | {column: read_metrics(path[stage]).get(name, float("nan")) for column, (stage, name) in ZERO_SHOT.items()}
+        values |= {column: read_metrics(path[stage]).get(name, math.nan) for column, (stage, name) in ZERO_SHOT.items()}
+        return {column: value if math.isfinite(value) else math.nan for column, value in values.items()}
 
     rows = [
         {"variant": variant, "seed": seed, **numbers(variant, seed)} for variant in params.variants for seed in params.seeds
@@ -125,11 +129,32 @@ def read_runs(metrics: Path, params: Params) -> pd.DataFrame:
 
 
 def summarise(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return mean, minimum and maximum over seeds of each variant, in the order of the runs."""
-    summary = runs.groupby("variant", sort=False)[list(TITLES)].agg(["mean", "min", "max"])
+    """Return mean, minimum and maximum over seeds of each variant, in the order of the runs; NaN where a seed has no number."""
+    seeds = runs.groupby("variant", sort=False)[list(TITLES)]
+    summary = seeds.agg(["mean", "min", "max"])
+    complete = seeds.agg(lambda values: values.notna().all())
     suffix = {"mean": "", "min": "_low", "max": "_high"}
+    for column, statistic in summary:
+        summary[column, statistic] = summary[column, statistic].where(complete[column])
     summary.columns = [column + suffix[statistic] for column, statistic in summary.columns]
     return summary.round(4)
+
+
+def without_number(results: Results) -> list[str]:
+    """Return "linear eval of MILAN, seed 1" for each number that a run should have, and has not (NaN or infinity)."""
+    runs, titles = results.runs, results.data.titles
+    columns = [column for column in TITLES if column in MEASURES or runs[column].notna().any()]
+    asked = {column: runs["variant"].isin(runs.loc[runs[column].notna(), "variant"]) | (column in MEASURES) for column in columns}
+    return [
+        f"{title_in_sentence(titles[column])} of {method_name(run.variant)}, seed {run.seed}"
+        for column in columns
+        for run in runs[runs[column].isna() & asked[column]].itertuples()
+    ]
+
+
+def title_in_sentence(title: str) -> str:
+    """Return a column's title inside a sentence."""
+    return title if title.startswith("ADE20K") else title[0].lower() + title[1:]
 
 
 def read_data(metrics: Path, params: Params) -> EvaluationData:

@@ -27,6 +27,7 @@ from milan.report import claims, costs, plots, sweep, table
 from milan.report.page import LINKS
 from milan.report.provenance import StageRun
 from milan.report.results import read_results
+from milan.report.text import in_markdown, markdown_table
 
 EVALUATIONS = ("linear_eval", "finetune", "segment", "dense_probe")  # the stages to run, with the stages that they need
 OUT = Path("reports/evidence")
@@ -144,10 +145,10 @@ def write_seeds(experiment: sweep.Experiment, runs: list[StageRun], out: Path, a
             write_json(Path(folder, path), values)
         results = read_results(Path(folder), Path(params.report.published), params)
     rows = [{k: v for k, v in row.items() if k not in LINKS} for row in table.our_rows(results, lambda text, path: text)]
-    sentences = "\n".join(f"- {sentence}" for sentence in [*table.order_sentences(results), *table.notes(results)])
-    head = [f"# Variants over seeds at scale {params.scale}", about, table.measured_on(results)]
-    parts = [*head, table.markdown_table(rows), sentences]
-    parts += [*table.claims_section(results), costs.said([experiment.lock], runs), "![Bars of our variants](figure.png)"]
+    head = [f"# {in_markdown(f'Variants over seeds at scale {params.scale}')}", about, in_markdown(table.measured_on(results))]
+    parts = [*head, markdown_table(rows), table.markdown_sentences(results)]
+    origin = in_markdown(costs.said([experiment.lock], runs))
+    parts += [*table.claims_section(results), origin, "![Bars of our variants](figure.png)"]
     write_whole(out / "table.md", ("\n\n".join(parts) + "\n").encode())
     write_whole(out / "table.csv", results.runs.to_csv(index=False, lineterminator="\n").encode())
     write_whole(out / "claims.csv", claims.csv(results).encode())

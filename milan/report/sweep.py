@@ -30,7 +30,7 @@ from milan.report.costs import COSTS
 from milan.report.plots import Figure, plt
 from milan.report.provenance import StageRun
 from milan.report.results import FREE, MEASURES, TITLES, ZERO_SHOT, method_name
-from milan.report.table import DASH, markdown_table
+from milan.report.text import DASH, decimal, in_markdown, markdown_table
 from milan.tracking.runs import parse_yaml, recipe_stages
 
 DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
@@ -190,18 +190,17 @@ def markdown(key: str, scale: str, runs: pd.DataFrame, about: str, origin: str) 
             "Experiment": ", ".join(group["experiment"].unique()),
         }
 
-    parts = [f"# {key} at scale {scale}", *([about] if about else [])]
+    parts = [f"# {in_markdown(f'{key} at scale {scale}')}", *([about] if about else [])]
     for variant, group in runs.groupby("variant", sort=False):
-        parts += [f"## {method_name(variant)}", markdown_table([cells(value, some) for value, some in group.groupby("value")])]
-    return "\n\n".join([*parts, costs.CAVEAT, origin, f"![{key}](figure.png)"]) + "\n"
+        rows = [cells(value, some) for value, some in group.groupby("value")]
+        parts += [f"## {in_markdown(method_name(variant))}", markdown_table(rows)]
+    return "\n\n".join([*parts, costs.CAVEAT, in_markdown(origin), f"![{in_markdown(key)}](figure.png)"]) + "\n"
 
 
 def spread(values: pd.Series) -> str:
-    values = values.dropna()
-    if values.empty:
-        return DASH
-    mean = f"{values.mean():.1f}"
-    return mean if len(values) < 2 else f"{mean} ({values.min():.1f}–{values.max():.1f})"
+    """Return mean and range; a dash where a seed has no number."""
+    mean = decimal(values.mean(skipna=False))
+    return mean if len(values) < 2 or mean == DASH else f"{mean} ({decimal(values.min())}{DASH}{decimal(values.max())})"
 
 
 def draw(key: str, runs: pd.DataFrame) -> Figure:
@@ -211,14 +210,15 @@ def draw(key: str, runs: pd.DataFrame) -> Figure:
     for axis, column in zip(axes, MEASURES, strict=True):
         for variant in variants:
             own, shade = runs[runs["variant"] == variant], plots.colour(variant, variants)
-            means = own.groupby("value")[column].mean()
-            axis.plot(means.index, means, color=shade, lw=1.8, label=method_name(variant))
+            means = own.groupby("value")[column].agg(lambda values: values.mean(skipna=False))
+            axis.plot(means.index, means, color=shade, lw=1.8)
             axis.plot(own["value"], own[column], "o", color=shade, ms=5)
         axis.set_title(f"{TITLES[column]} %", fontsize=10)
         axis.set_xlabel(key, fontsize=9)
         axis.set_xticks(sorted(runs["value"].unique()))
         axis.margins(x=0.1, y=0.15)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9)
+    handles = [plt.Line2D([], [], color=plots.colour(variant, variants), lw=1.8) for variant in variants]
+    figure.legend(handles, map(method_name, variants), loc="outside lower center", ncols=5, fontsize=9)
     return figure
 
 

@@ -6,10 +6,10 @@ derived from the numbers.
 """
 
 import io
-import re
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from urllib.parse import quote
 
 import pandas as pd
 
@@ -24,7 +24,10 @@ from milan.report.results import (
     Results,
     method_name,
     name_in_sentence,
+    title_in_sentence,
+    without_number,
 )
+from milan.report.text import DASH, decimal, in_latex, in_markdown, links_in_markdown, markdown_link, markdown_table
 
 CAPTIONS_CAVEAT = (
     "The CLIP teacher was trained on captions, which name the classes. MILAN and every variant "
@@ -36,8 +39,6 @@ NAMES_CAVEAT = (
 )
 TEACHER_SCORES = {"zero-shot": "zero_shot_top1", "linear": "linear_top1", "k-NN": "knn_top1"}
 ELSEWHERE = "ImageNet-1K and ADE20K"
-DASH = "–"
-URL = re.compile(r"https?://[^\s;,]+")
 
 
 def order_sentences(results: Results) -> list[str]:
@@ -51,26 +52,25 @@ def lead_sentence(results: Results, column: str) -> str:
     """Return `MILAN: linear eval 36.9, 26.1 above MAE, 25.2 above no pretraining.`"""
     best = "milan" if "milan" in results.ours.index else results.ours.index[-1]
     value = rounded_means(results, column)
+    title = title_in_sentence(results.data.titles[column])
+    if pd.isna(value[best]):
+        return f"{method_name(best)}: no number for {title}."
     others = [f"{describe_difference(value[best] - value[v])} {name_in_sentence(v)}" for v in results.ours.index if v != best]
-    lead = f"{method_name(best)}: {title_in_sentence(results.data.titles[column])} {value[best]:.1f}"
-    return ", ".join([lead, *others]) + "."
+    return ", ".join([f"{method_name(best)}: {title} {decimal(value[best])}", *others]) + "."
 
 
 def rounded_means(results: Results, column: str) -> pd.Series:
     """Return the means as the table prints them, so that sentences and table agree to the last digit."""
-    return results.ours[column].map(lambda value: float(f"{value:.1f}"))
-
-
-def title_in_sentence(title: str) -> str:
-    """Return a column's title inside a sentence."""
-    return title if title.startswith("ADE20K") else title[0].lower() + title[1:]
+    return results.ours[column].map(lambda value: value if pd.isna(value) else float(decimal(value)))
 
 
 def describe_difference(points: float) -> str:
-    """Return `26.1 above`, `26.1 below` or `level with`."""
+    """Return `26.1 above`, `26.1 below` or `level with`; `no number for` where the other has none."""
+    if pd.isna(points):
+        return "no number for"
     if abs(points) < 0.05:
         return "level with"
-    return f"{abs(points):.1f} {'above' if points > 0 else 'below'}"
+    return f"{decimal(abs(points))} {'above' if points > 0 else 'below'}"
 
 
 def expected_order_sentences(results: Results) -> list[str]:
@@ -82,6 +82,9 @@ def expected_order_sentences(results: Results) -> list[str]:
     words = [f"Expected order, as each ingredient of the paper adds to the one before: {order}."]
     for column in SHOWN:
         value = rounded_means(results, column)
+        if missing := [name_in_sentence(variant) for variant in chain if pd.isna(value[variant])]:
+            words.append(f"{results.data.titles[column]}: not known, without a number for {', '.join(missing)}.")
+            continue
         exceptions = [not_above(results, column, a, b) for a, b in pairwise(chain) if value[b] <= value[a]]
         finding = f"not in this order, {'; '.join(exceptions)}." if exceptions else "in this order."
         words.append(f"{results.data.titles[column]}: {finding}")
@@ -92,11 +95,11 @@ def not_above(results: Results, column: str, first: str, second: str) -> str:
     """Return `MAE (10.7) is below no pretraining (11.5)`, or `... is level with no pretraining`."""
     a, b = (rounded_means(results, column)[variant] for variant in (first, second))
     relation = (
-        f"is below {name_in_sentence(first)} ({a:.1f}){overlap(results, column, first, second)}"
+        f"is below {name_in_sentence(first)} ({decimal(a)}){overlap(results, column, first, second)}"
         if b < a
         else f"is level with {name_in_sentence(first)}"
     )
-    return f"{name_in_sentence(second)} ({b:.1f}) {relation}"
+    return f"{name_in_sentence(second)} ({decimal(b)}) {relation}"
 
 
 def overlap(results: Results, column: str, first: str, second: str) -> str:
@@ -113,18 +116,21 @@ def notes(results: Results) -> list[str]:
     spread = (
         f"Means over {seeds} seeds, the range in brackets" if seeds > 1 else "One seed, so the spread over seeds is not known"
     )
-    words = [f"{spread}; the sampling error of a top-1 over {n:,} images is up to {50 / n**0.5:.1f} points (one standard error)."]
+    error = decimal(50 / n**0.5)
+    words = [f"{spread}; the sampling error of a top-1 over {n:,} images is up to {error} points (one standard error)."]
+    if missing := without_number(results):
+        words.append(f"NaN or infinite, so without a mean and a verdict: {'; '.join(missing)}.")
     if "teacher/linear_top1" in results.teacher:
-        scores = [f"{name} {results.teacher[f'teacher/{entry}']:.1f}" for name, entry in TEACHER_SCORES.items()]
+        scores = [f"{name} {decimal(results.teacher[f'teacher/{entry}'])}" for name, entry in TEACHER_SCORES.items()]
         words.append(f"The teacher's own accuracy: {', '.join(scores)}.")
     if results.ours[list(ZERO_SHOT)].notna().any(axis=None):
         words.append(zero_shot_note(results))
     if "extract_targets/importance_on_object" in results.importance:
         names = ("importance_on_object", "object_area", "importance_above_area")
-        on, area, above = (results.importance[f"extract_targets/{name}"] for name in names)
+        on, area, above = (decimal(results.importance[f"extract_targets/{name}"]) for name in names)
         words.append(
-            f"{on:.1f} % of the teacher's patch importance falls on the object, which covers {area:.1f} % of the image; in "
-            f"{above:.1f} % of the images the first share is larger."
+            f"{on} % of the teacher's patch importance falls on the object, which covers {area} % of the image; in "
+            f"{above} % of the images the first share is larger."
         )
     if results.params.data.imagenet and results.params.teacher.tiny:
         words.append(NAMES_CAVEAT)
@@ -151,10 +157,10 @@ def measured_on(results: Results) -> str:
     """Return the sentence on measures and data of our table."""
     data = results.data
     return (
-        f"Top-1 in % over {data.images:,} validation images of {data.classes} classes (chance {100 / data.classes:.1f} %); "
+        f"Top-1 in % over {data.images:,} validation images of {data.classes} classes (chance {decimal(100 / data.classes)} %); "
         f"mIoU in % over {data.scenes:,} scenes with {data.scene_classes} classes"
         f"{' of the built-in world' if results.params.data.imagenet and not results.params.data.ade20k else ''} "
-        f"(the most frequent class everywhere: {data.constant_miou:.1f}, and {data.constant_pixel_accuracy:.1f} % of the pixels)."
+        f"(the most frequent class everywhere: {decimal(data.constant_miou)}, and {decimal(data.constant_pixel_accuracy)} % of the pixels)."
     )
 
 
@@ -172,7 +178,8 @@ def our_row(results: Results, variant: str, link: Callable[[str, str], str]) -> 
     own = params.pretrain.ablation[variant].target != "none" and not params.pretrain.weights
 
     def links(path: str) -> str:
-        return ", ".join(link(str(seed), path.format(seed)) for seed in params.seeds)
+        each = [link(str(seed), path.format(seed)) for seed in params.seeds]
+        return type(each[0])(", ".join(each))  # Markdown stays Markdown
 
     return {
         "Algorithm": Path(params.pretrain.weights).name if params.pretrain.weights else method_name(variant),
@@ -190,15 +197,15 @@ def spread_cell(row: pd.Series, column: str, seeds: int) -> str:
     """Return `36.0 (35.0–37.0)`: mean and range over seeds, the mean alone for a single seed."""
     if pd.isna(row[column]):
         return DASH
-    mean = f"{row[column]:.1f}"
-    return mean if seeds < 2 else f"{mean} ({row[f'{column}_low']:.1f}{DASH}{row[f'{column}_high']:.1f})"
+    mean = decimal(row[column])
+    return mean if seeds < 2 else f"{mean} ({decimal(row[f'{column}_low'])}{DASH}{decimal(row[f'{column}_high'])})"
 
 
 def published_rows(published: pd.DataFrame, kind: str, source: Callable[[str], str]) -> list[dict[str, str]]:
     """Return the rows of one kind as {title: cell}; source(text with URLs) writes the cell of sources."""
 
-    def cell(value, spec: str = "") -> str:
-        return DASH if pd.isna(value) else format(value, spec)
+    def cell(value) -> str:
+        return DASH if pd.isna(value) else str(value)
 
     return [
         {
@@ -207,7 +214,7 @@ def published_rows(published: pd.DataFrame, kind: str, source: Callable[[str], s
             "Epochs": cell(row.epochs),
             "Batch size": cell(row.batch_size),
             "Teacher": row.teacher,
-            **{TITLES[column]: cell(getattr(row, column), ".1f") for column in PUBLISHED_MEASURES},
+            **{TITLES[column]: decimal(getattr(row, column)) for column in PUBLISHED_MEASURES},
             "Source": source(row.source),
         }
         for row in published[published["kind"] == kind].itertuples()
@@ -219,40 +226,34 @@ def published_rows(published: pd.DataFrame, kind: str, source: Callable[[str], s
 
 def markdown(results: Results) -> str:
     """Return reports/table.md, with links relative to that file."""
-    parts = [f"# Results at scale {results.params.scale}", f"## {heading(results)}", measured_on(results)]
-    parts += [markdown_table(our_rows(results, markdown_link))]
-    parts += ["\n".join(f"- {sentence}" for sentence in [*order_sentences(results), *notes(results)])]
+    parts = [f"# {in_markdown(f'Results at scale {results.params.scale}')}", f"## {in_markdown(heading(results))}"]
+    rows = our_rows(results, link_from_reports)
+    parts += [in_markdown(measured_on(results)), markdown_table(rows), markdown_sentences(results)]
     parts += [
         "![Bars of linear evaluation, fine-tuning, segmentation and dense probe by variant](plots/bars.png)",
         "![Loss curves](plots/curves.png)",
         *claims_section(results),
     ]
     for kind, title in KINDS.items():
-        parts += [f"## {title}: {ELSEWHERE}, 224 px", markdown_table(published_rows(results.published, kind, markdown_source))]
+        parts += [f"## {title}: {ELSEWHERE}, 224 px", markdown_table(published_rows(results.published, kind, links_in_markdown))]
     return "\n\n".join(parts) + "\n"
+
+
+def markdown_sentences(results: Results) -> str:
+    """Return the sentences on the order and those that explain the numbers, as a list in Markdown."""
+    return "\n".join(f"- {in_markdown(sentence)}" for sentence in [*order_sentences(results), *notes(results)])
 
 
 def claims_section(results: Results) -> list[str]:
     """Return the paragraphs on the paper's claims; none without a claim's two variants."""
     notes, rows = claims.notes(results), claims.rows(results)
     table = [markdown_table(rows)] if rows else []
-    return [f"### {claims.heading(results)}", *notes[:1], *table, *notes[1:]] if notes else []
+    return [f"### {in_markdown(claims.heading(results))}", *notes[:1], *table, *notes[1:]] if notes else []
 
 
-def markdown_table(rows: list[dict[str, str]]) -> str:
-    """Return rows {title: cell} as a table in Markdown."""
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def markdown_link(text: str, path: str) -> str:
+def link_from_reports(text: str, path: str) -> str:
     """Return a link in reports/table.md to a path from the repository's root."""
-    return f"[{text}]({path.removeprefix('reports/') if path.startswith('reports/') else f'../{path}'})"
-
-
-def markdown_source(text: str) -> str:
-    """Return a text with its URLs as links in Markdown."""
-    return URL.sub(lambda url: f"[{url[0].split('/')[2]}]({url[0]})", text)
+    return markdown_link(text, quote(path.removeprefix("reports/") if path.startswith("reports/") else f"../{path}"))
 
 
 def all_rows(results: Results) -> pd.DataFrame:
@@ -294,11 +295,6 @@ def latex_table(caption: str, rows: list[dict[str, str]]) -> str:
     columns = "".join(
         "r" if title in (*TITLES.values(), "Epochs", "Batch size") or title.endswith("mIoU") else "l" for title in titles
     )
-    lines = [r"\begin{table}", r"\centering", rf"\caption{{{escaped(caption)}}}", rf"\begin{{tabular}}{{{columns}}}", r"\toprule"]
-    body = [" & ".join(map(escaped, cells)) + r" \\" for cells in (titles, *(row.values() for row in rows))]
+    lines = [r"\begin{table}", r"\centering", rf"\caption{{{in_latex(caption)}}}", rf"\begin{{tabular}}{{{columns}}}", r"\toprule"]
+    body = [" & ".join(map(in_latex, cells)) + r" \\" for cells in (titles, *(row.values() for row in rows))]
     return "\n".join([*lines, body[0], r"\midrule", *body[1:], r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
-
-
-def escaped(text: str) -> str:
-    """Escape a text for LaTeX."""
-    return re.sub(r"([%&_#$])", r"\\\1", text).replace(DASH, "--")

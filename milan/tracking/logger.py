@@ -71,7 +71,7 @@ def is_running(pipeline: str | None) -> bool:
 
 
 def deliver(spool: Path) -> bool:
-    """Send a spool; on any error of the store, mark it as failed and keep it for the next logger.
+    """Send a spool; on any error of the store, mark it with the reason and keep it for the next logger.
 
     Returns False when the logger should stop after this spool: after an error, or after the pipeline's last stage."""
     mark = spool.with_suffix(".failed")
@@ -81,13 +81,15 @@ def deliver(spool: Path) -> bool:
         mark.unlink(missing_ok=True)
         return not last
     except Exception as error:  # no error of the store may lose events
-        mark.touch()
-        print(
-            f"{spool.name}: MLflow cannot be reached ({type(error).__name__}: {redact(str(error)[:500])}); "
-            "kept for the next logger.",
-            flush=True,
-        )
+        mark.write_text(reason := reason_of(error))
+        print(f"{spool.name}: {reason}; kept for the next logger.", flush=True)
         return False
+
+
+def reason_of(error: Exception) -> str:
+    """Return why the store took no events: that it cannot be reached, or what MLflow itself says."""
+    kind, said = type(error).__name__, redact(" ".join(str(error).split())[:500].rstrip(". "))
+    return f"MLflow cannot be reached ({kind}: {said})" if isinstance(error, OSError) else f"MLflow says ({kind}): {said}"
 
 
 def stage_alive(spool: Path) -> bool:

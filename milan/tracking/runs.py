@@ -7,14 +7,13 @@ prints their names, ids and artifact folders, newest first. Runs have DVC's hash
 
 import sys
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import yaml
 from mlflow import MlflowClient
 
 from milan.core.errors import UserError
 from milan.core.files import explain_os_errors
-from milan.tracking.store import check_reachable, store_uri
+from milan.tracking.store import check_reachable, file_of, store_uri
 
 LOCK, RECIPE = Path("dvc.lock"), Path("params.yaml")
 
@@ -92,9 +91,7 @@ def hashes_agree(tags: dict[str, str], in_lock: dict[str, str]) -> bool:
 def open_store() -> MlflowClient:
     """Return a client of the store. Raises OSError when its server or file is not there; mlflow would create an empty file."""
     uri = store_uri()
-    parts = urlsplit(uri)
-    path = {"sqlite": parts.path[1:], "file": parts.path, "": uri}.get(parts.scheme)
-    if path is not None and not Path(path).exists():
+    if (path := file_of(uri)) and not path.exists():
         raise FileNotFoundError(f"there is no {path}")
     check_reachable(uri)
     return MlflowClient(uri)

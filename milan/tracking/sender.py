@@ -3,6 +3,8 @@
 import json
 import logging
 import os
+import posixpath
+import re
 import tempfile
 import time
 from importlib.metadata import version
@@ -10,14 +12,17 @@ from pathlib import Path
 
 import mlflow
 from mlflow import entities, types
+from mlflow.entities import LifecycleStage
 from mlflow.models import Model, ModelSignature
 
 import milan
+from milan.core.errors import UserError
 from milan.core.files import SCRATCH, dvc_hash, project_root
 from milan.tracking import runs
 from milan.tracking.store import store_uri
 
 SKIPPED = "skipped."  # prefix of a parent run's tags that name the runs of skipped stages
+KEY = re.compile(r"[/\w.\- :]{1,250}")  # what MLflow takes as the key of a tag
 NOTE = "mlflow.note.content"
 COLUMN_TYPES = {"large_binary": "binary", "string": "string", "int32": "integer"}  # Arrow's name: MLflow's name
 REQUIREMENTS = ("mlflow", "torch", "torchvision", "timm", "safetensors", "pillow", "pyyaml")  # of milan/serve/serving.py
@@ -72,6 +77,11 @@ class Sender:
     def experiment(self, name: str) -> str:
         known = self.client.get_experiment_by_name(name)
         if known:
+            if known.lifecycle_stage == LifecycleStage.DELETED:
+                raise UserError(
+                    f"the experiment {name} was deleted. `mlflow experiments restore --experiment-id {known.experiment_id}` brings it "
+                    "back, with MLFLOW_TRACKING_URI set to its store"
+                )
             return known.experiment_id
         local = not os.environ.get("MLFLOW_TRACKING_URI")
         return self.client.create_experiment(
@@ -129,7 +139,10 @@ class Sender:
             self.client.log_batch(self.run_id, params=params[first : first + 100])
 
     def send_tags(self, event: dict) -> None:
-        self.client.log_batch(self.run_id, tags=[entities.RunTag(k, str(v)) for k, v in event["values"].items()])
+        tags = {key: value for key, value in event["values"].items() if KEY.fullmatch(key) and posixpath.normpath(key) == key}
+        if refused := event["values"].keys() - tags.keys():  # a path with other characters: the run is the same without it
+            print(f"MLflow takes no such key: {', '.join(sorted(refused))}", flush=True)
+        self.client.log_batch(self.run_id, tags=[entities.RunTag(key, str(value)) for key, value in tags.items()])
 
     def send_dataset(self, event: dict) -> None:
         columns = [{"name": name, "type": COLUMN_TYPES[kind], "required": True} for name, kind in event["columns"].items()]

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import socket
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from milan.core.files import project_root
@@ -11,10 +12,10 @@ ANSWER_TIMEOUT = 10.0  # seconds
 
 
 def store_uri() -> str:
-    """Return the store's address without its password.
+    """Return the store's address without its password: MLFLOW_TRACKING_URI, else the file mlflow.db in the project.
 
     User and password move to the variables that mlflow reads, so that mlflow writes them into no text."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{project_root()}/mlflow.db"
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or file_uri(project_root() / "mlflow.db")
     parts = urlsplit(uri)
     if parts.scheme not in ("http", "https") or "@" not in parts.netloc:
         return uri
@@ -22,6 +23,22 @@ def store_uri() -> str:
     os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(parts.password or "")
     os.environ["MLFLOW_TRACKING_URI"] = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
     return os.environ["MLFLOW_TRACKING_URI"]
+
+
+def file_uri(path: Path) -> str:
+    """Return the address of an SQLite file; relative where the folders above have characters that mean something in a URI, which
+    mlflow and the versions of SQLAlchemy decode differently."""
+    return f"sqlite:///{os.path.relpath(path) if set('?#%') & set(str(path)) else path}"
+
+
+def file_of(uri: str) -> Path | None:
+    """Return the file or folder of a store on this machine; None for a server's address."""
+    parts = urlsplit(uri)
+    return {
+        "sqlite": Path(uri.removeprefix("sqlite:///").partition("?")[0]),
+        "file": Path(unquote(parts.path)),
+        "": Path(uri),
+    }.get(parts.scheme)
 
 
 def check_reachable(uri: str) -> None:

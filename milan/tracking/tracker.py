@@ -110,12 +110,15 @@ class LoggerProcess:
 
 
 def warn_of_undelivered() -> None:
-    """Print a warning when loggers could not deliver their spools."""
-    failed = list(SPOOLS.glob("*.failed"))
-    if failed:
+    """Print a warning with the reasons when loggers could not deliver their spools."""
+    reasons = []
+    for mark in sorted(SPOOLS.glob("*.failed")):
+        with contextlib.suppress(FileNotFoundError):  # a logger has just delivered it
+            reasons.append(mark.read_text())
+    if reasons:
         print(
-            f"MLflow was out of reach for {len(failed)} run(s); their events are kept, and sent with the next stage or by "
-            f"`python -m milan.tracking.logger`. See {LOG}.",
+            f"{len(reasons)} run(s) have not arrived. {'. '.join(dict.fromkeys(reasons))}. Their events are kept, and sent with the "
+            f"next stage or by `python -m milan.tracking.logger`. See {LOG}.",
             file=sys.stderr,
         )
 

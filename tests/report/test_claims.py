@@ -53,6 +53,29 @@ def test_fewer_than_three_seeds_are_inconclusive(differences, verdict):
     assert claims.judge(differences) == (5.0, None, None, len(differences), verdict)
 
 
+@pytest.mark.parametrize("differences, seeds", [([2, 3, math.nan], 2), ([2, 3, 4, math.inf], 3), ([math.nan] * 3, 0), ([math.nan], 0)])
+def test_a_seed_without_a_number_leaves_the_claim_inconclusive(differences, seeds):
+    """2, 3 and 4 alone would be supported."""
+    judgement = claims.judge(differences)
+    assert math.isnan(judgement.difference)
+    assert judgement[1:] == (None, None, seeds, f"inconclusive: {seeds} of {len(differences)} seeds have a number")
+
+
+def test_a_nan_seed_is_in_no_mean_and_no_verdict():
+    judged = results(mae=[1.0, 1.0, 1.0], milan=[3.0, math.nan, 5.0])
+    text = table.markdown(judged)
+    assert "| MILAN is above MAE | MILAN – MAE | Linear eval | – | – | 2 | inconclusive: 2 of 3 seeds have a number |" in text
+    assert "nan" not in text.lower().replace("nan or infinite", "")
+    assert claims.csv(judged).splitlines()[1].endswith(",linear,,,,2,inconclusive: 2 of 3 seeds have a number")
+
+
+def test_a_seed_that_one_variant_lacks_leaves_the_claim_inconclusive():
+    whole = results(mae=[1.0, 1.0, 1.0], milan=[3.0, 4.0, 5.0])
+    part = whole._replace(runs=whole.runs[(whole.runs["variant"] != "mae") | (whole.runs["seed"] != 1)])
+    assert set(claims.judge_claims(whole)["verdict"]) != {"inconclusive: 2 of 3 seeds have a number"}
+    assert set(claims.judge_claims(part)["verdict"]) == {"inconclusive: 2 of 3 seeds have a number"}
+
+
 def test_differences_are_paired_by_seed_and_each_measure_is_judged():
     """The variants' ranges of 100 points overlap, but seed by seed MILAN is 2, 3 and 4 points above."""
     judged = claims.judge_claims(results(prompt_decoder=[0, 50, 100], milan=[2, 53, 104])).set_index("measure")

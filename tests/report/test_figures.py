@@ -1,5 +1,6 @@
 """The committed notebooks, their execution by the figures stage, and what they compute and draw."""
 
+import io
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,11 +9,15 @@ import nbformat
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from milan.core.errors import UserError
+from milan.core.validation import validate
+from milan.params import Params
 from milan.report import analysis, drawing, plots
-from milan.report.project import FOLDERS, FigureImages, Project, spread
+from milan.report.project import FOLDERS, FigureImages, Project, patch_cover, spread
 from stages import figures as stage
+from tests.conftest import change
 
 NOTEBOOKS = sorted(Path("notebooks").glob("*.ipynb"))
 
@@ -100,6 +105,27 @@ def test_masked_patches_are_grey():
     image = torch.full((3, 4, 4), 255, dtype=torch.uint8)
     picture = drawing.masked_image(image, torch.tensor([3]), 4)
     assert picture[2:, 2:].min() == 1 and np.allclose(picture[:2], drawing.HIDDEN_GREY)
+
+
+def encoded(mask: np.ndarray) -> bytes:
+    data = io.BytesIO()
+    Image.fromarray(mask).save(data, "PNG")
+    return data.getvalue()
+
+
+def test_an_outline_is_cut_out_as_its_image_is(tree):
+    """The image's short side of 12 px becomes 96, the figure shows the central 48: the 6 middle rows and columns of the mask,
+    in 3 x 3 patches. The object, the mask's left half, is the left half of those: one patch and a half of each row."""
+    change(tree, "model.patch_size", 16)
+    change(tree, "segment.crop_size", 48)
+    change(tree, "linear_eval.resize", 96)
+    params = validate(Params, tree, "params.yaml")
+    mask = np.zeros((12, 18), np.uint8)
+    mask[:, :9] = 255
+    assert patch_cover(encoded(mask), params).reshape(3, 3).tolist() == [[1, 0.5, 0]] * 3
+    mask[:, :7], mask[:5] = 0, 0  # of the 6 columns the second and third, of the 6 rows the last four
+    assert patch_cover(encoded(mask), params).tolist() == pytest.approx([0, 0, 0, 0.5, 0.5, 0, 0.5, 0.5, 0], abs=0.02)
+    assert patch_cover(None, params).isnan().all()
 
 
 def test_class_iou_by_hand():

@@ -4,16 +4,19 @@ import csv
 import dataclasses
 import io
 import json
+import math
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from milan.core.errors import UserError
 from milan.core.validation import validate
 from milan.params import Params, read_params
-from milan.report import table
+from milan.report import plots, table
 from milan.report.results import read_published, read_results
 
 PUBLISHED = Path("reports/published.csv")
@@ -118,13 +121,68 @@ def test_sentences_on_the_order_follow_from_the_numbers(metrics):
         "MILAN: linear eval 36.0, 24.5 above no pretraining, 25.3 above MAE.",
         "MILAN: fine-tuning 37.0, 24.5 above no pretraining, 25.3 above MAE.",
         "MILAN: segmentation mIoU 14.0, 24.5 below no pretraining, 25.3 below MAE.",
-        "MILAN: dense probe mIoU 18.0, 12.2 above no pretraining, 12.7 above MAE.",
+        "MILAN: dense probe mIoU 18.0, 12.2 above no pretraining, 12.6 above MAE.",
         "Expected order, as each ingredient of the paper adds to the one before: no pretraining < MAE < MILAN.",
         "Linear eval: not in this order, MAE (10.7) is below no pretraining (11.5), though their ranges over seeds overlap.",
         "Fine-tuning: not in this order, MAE (11.7) is below no pretraining (12.5), though their ranges over seeds overlap.",
         "Segmentation mIoU: not in this order, MILAN (14.0) is below MAE (39.3).",
-        "Dense probe mIoU: not in this order, MAE (5.3) is below no pretraining (5.8), though their ranges over seeds overlap.",
+        "Dense probe mIoU: not in this order, MAE (5.4) is below no pretraining (5.8), though their ranges over seeds overlap.",
     ]
+
+
+def test_without_a_number_there_is_no_mean_no_lead_and_no_order(metrics):
+    """NaN and infinity are one: no number. The other measures of the run count."""
+    for value in (math.nan, math.inf):
+        write(metrics / "linear_eval/mae-1.json", **{"linear_eval/top1": value, "linear_eval/knn_top1": 10})
+        r = read_results(metrics, PUBLISHED, recipe())
+        assert cells(table.markdown(r), "MAE")[4:6] == ["–", "9.5 (9.0–10.0)"]
+        said = [*table.order_sentences(r), *table.notes(r)]
+        assert "MILAN: linear eval 36.0, 24.5 above no pretraining, no number for MAE." in said
+        assert "Linear eval: not known, without a number for MAE." in said
+        assert "NaN or infinite, so without a mean and a verdict: linear eval of MAE, seed 1." in said
+        assert "nan" not in table.csv(r) + table.latex(r).replace("NaN", "")
+        assert pd.isna(r.ours.loc["mae", ["linear", "linear_low", "linear_high"]]).all()
+        plots.plt.close(plots.bars(r))
+
+
+def test_a_best_variant_without_a_number_has_no_lead(metrics):
+    write(metrics / "finetune/milan-0.json", **{"finetune/top1": math.nan})
+    assert "MILAN: no number for fine-tuning." in table.order_sentences(read_results(metrics, PUBLISHED, recipe()))
+
+
+def test_a_zero_shot_score_of_one_seed_is_missed_and_one_of_no_seed_is_not(metrics):
+    write(metrics / "linear_eval/milan-1.json", **{"linear_eval/top1": 37.04, "linear_eval/knn_top1": 36, **dict.fromkeys(ZERO_SHOT, math.nan)})
+    said = table.notes(read_results(metrics, PUBLISHED, recipe()))
+    assert any(text.endswith(": zero-shot of MILAN, seed 1; zero-shot, masked of MILAN, seed 1.") for text in said)
+
+
+def test_means_of_exact_halves_are_rounded_up(metrics):
+    """Means of 5.3 and 5.4, and of 11.7 and 11.8."""
+    for seed, value in enumerate((5.3, 5.4)):
+        write(metrics / f"linear_eval/mae-{seed}.json", **{"linear_eval/top1": value, "linear_eval/knn_top1": value + 6.4})
+    assert cells(table.markdown(read_results(metrics, PUBLISHED, recipe())), "MAE")[4:6] == ["5.4 (5.3–5.4)", "11.8 (11.7–11.8)"]
+
+
+def test_words_in_place_of_a_number_are_named(metrics):
+    write(metrics / "finetune/mae-0.json", **{"finetune/top1": "high"})
+    with pytest.raises(UserError, match="mae-0.json: finetune/top1 is 'high' and no number"):
+        read_results(metrics, PUBLISHED, recipe())
+
+
+def test_names_of_any_characters_stay_in_their_cells(metrics, tmp_path):
+    """A method named like markup in published numbers, and a model's name."""
+    odd = r"a|b \ {x} ^ ~ $y$ <b> _z_"
+    rows = read_published(PUBLISHED)
+    rows.loc[0, ["method", "source"]] = [odd, f"{odd} https://example.org/a|b"]
+    rows.to_csv(tmp_path / "published.csv", index=False)
+    r = read_results(metrics, tmp_path / "published.csv", recipe(model=dataclasses.replace(recipe().model, name=odd)))
+    text, tex = table.markdown(r), table.latex(r)
+    bars = {len(re.findall(r"(?<!\\)\|", line)) for line in text.split("## Published")[1].splitlines() if line.startswith("|")}
+    assert len(bars) == 1 and text.count(r"a\|b \\ {x} ^ \~ \$y\$ \<b> \_z\_") == 2 + len(LINEAR)
+    assert "(https://example.org/a%7Cb)" in text
+    escaped = r"a\textbar{}b \textbackslash{} \{x\} \textasciicircum{} \textasciitilde{} \$y\$ \textless{}b\textgreater{} \_z\_"
+    assert tex.count(escaped) == 1 + len(LINEAR)
+    assert list(csv.DictReader(io.StringIO(table.csv(r))))[0]["backbone"] == odd
 
 
 def test_means_that_print_alike_are_level(metrics):
@@ -163,7 +221,7 @@ def test_notes_name_the_teacher_and_the_captions(metrics):
     said = table.notes(read_results(metrics, PUBLISHED, recipe()))
     assert "The teacher's own accuracy: zero-shot 75.6, linear 79.2, k-NN 77.5." in said
     assert (
-        "40.6 % of the teacher's patch importance falls on the object, which covers 14.9 % of the image; in 97.2 % of "
+        "40.6 % of the teacher's patch importance falls on the object, which covers 14.9 % of the image; in 97.3 % of "
         "the images the first share is larger."
     ) in said
     assert said[-1] == table.CAPTIONS_CAVEAT and "extra information" in said[-1]

@@ -28,6 +28,7 @@ from milan.evaluation.classifier import ClassifierInfo, save_classifier
 from milan.params import Model, TransformerSize
 from milan.serve.classify import ImageClassifier
 from milan.tracking import logger, tracker
+from milan.tracking.store import store_uri
 from tests.tracking.test_tracker import write_spool
 
 MODEL = Model("small", 16, 8, TransformerSize(16, 2, 2), TransformerSize(16, 1, 2))
@@ -82,7 +83,7 @@ def bomb(side: int) -> bytes:
 def desk(tmp_path_factory):
     """Make a folder in which three finetune stages have ended: two results of milan, then the first one made again. A queued
     experiment, in a workspace of DVC's, has then made the second one again."""
-    folder = tmp_path_factory.mktemp("serving")
+    folder = tmp_path_factory.mktemp("serving #1? 100%20 a")  # characters that mean something in a URI
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -102,7 +103,7 @@ def desk(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(desk) -> mlflow.MlflowClient:
-    return mlflow.MlflowClient(f"sqlite:///{desk}/mlflow.db")
+    return mlflow.MlflowClient(store_uri())
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +112,7 @@ def server(desk):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = "-m mlflow models serve -m models:/milan-test-classifier@milan --env-manager local --host 127.0.0.1"
-    environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{desk}/mlflow.db"}
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": "sqlite:///mlflow.db"}
     environment.pop("PYTHONPATH", None)
     with open(desk / "served.txt", "wb") as log:
         process = subprocess.Popen(

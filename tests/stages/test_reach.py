@@ -81,3 +81,15 @@ def test_other_addresses_are_unchanged(uri, monkeypatch):
 def test_an_empty_address_means_the_default(workplace, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
     assert store.store_uri() == f"sqlite:///{workplace}/mlflow.db"
+    odd = workplace / "a #1? 100%"
+    (odd / ".dvc/tmp/exps/tmp1").mkdir(parents=True)
+    monkeypatch.chdir(odd)
+    assert store.store_uri() == "sqlite:///mlflow.db"
+    monkeypatch.chdir(odd / ".dvc/tmp/exps/tmp1")
+    assert store.store_uri() == "sqlite:///../../../../mlflow.db"
+
+
+def test_the_file_of_a_store():
+    files = {"sqlite:////a#b/c d/m.db?timeout=9": "/a#b/c d/m.db", "sqlite:///m.db": "m.db", "file:///a%20b/%23c": "/a b/#c", "x/y#z": "x/y#z"}
+    assert {uri: str(store.file_of(uri)) for uri in files} == files
+    assert store.file_of("https://example.org/a") is None

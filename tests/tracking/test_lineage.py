@@ -177,10 +177,10 @@ def test_pretrained_models_side_by_side(store):
 
 
 def test_the_notebook_says_when_the_store_is_out_of_reach(tmp_path, monkeypatch, store):
-    assert "| milan-0 | 30.0 | – | – | – | 34.5 | – |" in compare.in_markdown("test")
-    assert compare.in_markdown("smoke") == "MLflow has no pretrained model of the experiment milan-smoke yet."
+    assert "| milan-0 | 30.0 | – | – | – | 34.5 | – |" in compare.markdown("test")
+    assert compare.markdown("smoke") == "MLflow has no pretrained model of the experiment milan-smoke yet."
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/nowhere.db")
-    assert "nowhere.db" in compare.in_markdown("test") and "no runs are compared" in compare.in_markdown("test")
+    assert "nowhere.db" in compare.markdown("test") and "no runs are compared" in compare.markdown("test")
 
 
 def test_from_dvc_lock_to_the_runs(store):

@@ -138,6 +138,7 @@ class FakeSender:
 
     sent: list = []
     fail_at: str | None = None
+    refuse: Exception | None = None
 
     def __init__(self, *state):
         self.run_id, self.model_id = (*state, None)[:2]
@@ -145,6 +146,8 @@ class FakeSender:
     def send(self, events: list[dict]) -> None:
         if any(event["kind"] == FakeSender.fail_at for event in events):
             raise ConnectionError("the store is gone")
+        if FakeSender.refuse:
+            raise FakeSender.refuse
         FakeSender.sent += [event.get("value", event["kind"]) for event in events]
         self.run_id = "run"
 
@@ -154,7 +157,7 @@ def fake(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr(sender, "Sender", FakeSender)
-    FakeSender.sent, FakeSender.fail_at = [], None
+    FakeSender.sent, FakeSender.fail_at, FakeSender.refuse = [], None, None
     return FakeSender
 
 
@@ -336,9 +339,38 @@ def test_earlier_failures_are_reported(fake, capsys):
     tracker.SPOOLS.mkdir(parents=True)
     tracker.warn_of_undelivered()
     assert capsys.readouterr().err == ""
-    (tracker.SPOOLS / "1-2.failed").touch()
+    for name, reason in (("1-2", "MLflow says (E): no"), ("2-2", "MLflow cannot be reached"), ("3-2", "MLflow says (E): no")):
+        (tracker.SPOOLS / f"{name}.failed").write_text(reason)
     tracker.warn_of_undelivered()
-    assert "out of reach for 1 run(s)" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said.startswith("3 run(s) have not arrived. MLflow says (E): no. MLflow cannot be reached. Their events are kept")
+
+
+def test_what_mlflow_refuses_is_said_in_its_own_words(fake, capsys):
+    spool = write_spool([{"kind": "start"}])
+    fake.refuse = mlflow.MlflowException("Invalid alias name: 'a.b'.\nNames may ...", error_code=1000)
+    logger.deliver(spool)
+    reason = "MLflow says (MlflowException): Invalid alias name: 'a.b'. Names may"
+    assert spool.with_suffix(".failed").read_text() == reason and reason in capsys.readouterr().out
+    assert spool.exists()
+
+
+def test_a_deleted_experiment_is_named_with_the_command_that_restores_it(store, monkeypatch):
+    """Nothing of the run is lost: it arrives once the experiment is restored."""
+    folder, client, _ = store
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    number = client.create_experiment("milan-gone")
+    client.delete_experiment(number)
+    start = {"kind": "start", "name": "late", "experiment": "milan-gone", "pipeline": "9-9", "tags": {"stage": "late", "scale": "test"}}
+    odd = {"dvc:my (own).csv": "1", "dvc:../x.csv": "1", "dvc:reports/a b.csv": "2"}
+    spool = write_spool([start, {"kind": "tags", "values": odd}, {"kind": "end", "status": "FINISHED"}])
+    assert not logger.deliver(spool)
+    assert f"`mlflow experiments restore --experiment-id {number}`" in spool.with_suffix(".failed").read_text()
+    client.restore_experiment(number)
+    assert logger.deliver(spool) and not spool.with_suffix(".failed").exists()
+    (run,) = client.search_runs([number], "attributes.run_name = 'late'")
+    assert {key: value for key, value in run.data.tags.items() if key.startswith("dvc:")} == {"dvc:reports/a b.csv": "2"}
 
 
 def test_no_stage_needs_mlflow(monkeypatch):
