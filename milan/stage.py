@@ -17,7 +17,7 @@ from milan.core.code import changed_files, stage_code
 from milan.core.errors import PREEMPTED, Preempted, UserError, nearest
 from milan.core.files import SCRATCH, dvc_hash, existing_parent, explain_os_errors, json_digest, write_json, write_whole
 from milan.core.identity import Identity, flatten, identify, present
-from milan.core.program import alone, fail
+from milan.core.program import alone, explain_shortage, fail, workers_ended
 from milan.params import Params, read_params
 from milan.tracking import machine, tracker
 
@@ -88,6 +88,13 @@ class Stage:
         """<stage>-<variant>-<seed>, for names of files."""
         return "-".join([self.name, *self.variation.values()])
 
+    @property
+    def images_at_a_time(self) -> str:
+        """The setting that says how many images a process computes at a time, with its value; "" for a stage without one."""
+        key = "batch_size" if self.name in ("teacher", "extract_targets") else "micro_batch"
+        value = getattr(getattr(self.params, self.name, None), key, None)
+        return f"{self.name}.{key}, which is {value}" if value else ""
+
     def identify(self, sections: dict[str, object], **inputs: Path | str) -> Identity:
         """Return what the result follows from besides code: sections of the recipe, and inputs (files, or digests)."""
         return identify({"stage": self.name, **self.variation, **sections}, inputs)
@@ -144,7 +151,8 @@ def run(name: str, main: Callable[[Stage], None], doc: str, kind: Kind) -> None:
     """Parse the arguments, read the recipe, call main(stage) under a tracking run.
 
     Exit status 0, or 1 with one paragraph on what is wrong; a traceback only for a fault of this program. After a SIGTERM
-    75, which DVC does not pass on, so .scratch/preempted says it too (docs/slurm.sh looks for that)."""
+    75, which DVC does not pass on, so .scratch/preempted says it too (docs/slurm.sh looks for that). Whatever is raised, the
+    program ends at once, and its workers with it."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="the recipe (default: %(default)s)")
     for argument, of in kind.arguments.items():
@@ -152,11 +160,11 @@ def run(name: str, main: Callable[[Stage], None], doc: str, kind: Kind) -> None:
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, preempt)
     try:
-        with explain_os_errors():
+        with workers_ended(), explain_os_errors():
             stage = Stage(name, args, read_params(args.params), kind)
             refuse_what_is_not_there(stage.params)
             refuse_what_cannot_be_written(stage)
-            with alone(stage.title):
+            with alone(stage.title), explain_shortage(stage.images_at_a_time):
                 tracked(stage, main)
     except UserError as error:
         fail(str(error))

@@ -514,3 +514,19 @@ def test_sigterm_to_the_launcher_saves_and_the_next_run_continues(workplace):
     assert len(run.saved.saves()) == 1
     launched(2, train, Points(), run, workplace / "out")
     assert digest(workplace / "out") == digest(workplace / "undisturbed")
+
+
+def deaf_beside_a_failure() -> dict:
+    """Fail in rank 1, while rank 0 hears no signal, as inside a collective operation of NCCL's."""
+    if rank_of(1):
+        raise ZeroDivisionError("a fault of the program")
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(60)
+
+
+def test_a_process_that_hears_no_signal_ends_with_the_first_failure(workplace, monkeypatch):
+    monkeypatch.setattr(distributed, "FAIL_SECONDS", 0.5)
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match="ZeroDivisionError: a fault of the program"):
+        launched(2, deaf_beside_a_failure)
+    assert time.monotonic() - began < 20
