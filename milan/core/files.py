@@ -13,7 +13,12 @@ from typing import BinaryIO
 from milan.core.errors import UserError
 
 OTHER_DIGEST = "the digest is not the one that it was written with"
-FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+ROOM = dict.fromkeys(
+    FULL,
+    "Free some space (`dvc gc --all-commits --all-experiments` drops the results that no commit and no experiment uses; not "
+    "in a cache that projects share)",
+) | {errno.EFBIG: "Raise the limit (`ulimit -f unlimited`), or move the project off a file system such as FAT,"}
 REFUSED = (  # errors of the file system that the user can mend
     errno.EACCES,
     errno.EPERM,
@@ -70,13 +75,15 @@ def explain_full_disk(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in FULL:
-            free = shutil.disk_usage(existing_parent(path)).free
-            raise UserError(
-                f"The disk that holds {path} is full ({free / 1e6:.1f} MB free). No file was left half-written. "
-                "Free some space (`dvc gc -w` drops unused results) and run `dvc repro` again: it continues."
-            ) from None
-        raise
+        if error.errno not in FULL:
+            raise
+        free = shutil.disk_usage(existing_parent(path)).free
+        full = f"The disk that holds {path} is full ({free / 1e6:.1f} MB free)."
+        if error.errno == errno.EFBIG:
+            full = f"{path} would be larger than a file may be here."
+        raise UserError(
+            f"{full} No file was left half-written. {ROOM[error.errno]} and run `dvc repro` again: it continues."
+        ) from None
 
 
 @contextlib.contextmanager
@@ -91,7 +98,8 @@ def explain_os_errors() -> Iterator[None]:
         place = str(error.filename or "A file that was being written")
         place = place if len(place) <= 300 else f"{place[:300]}..."
         if error.errno in FULL:
-            raise UserError(f"The disk is full ({place}). Free some space (`dvc gc -w`) and run it again.") from None
+            full = "A file would be larger than it may be here" if error.errno == errno.EFBIG else "The disk is full"
+            raise UserError(f"{full} ({place}). {ROOM[error.errno]} and run it again.") from None
         raise UserError(
             f"{place}: {error.strerror}. Mend that place (its rights, or what lies there) or give another one, and run it again."
         ) from None

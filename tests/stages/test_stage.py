@@ -147,6 +147,16 @@ def test_too_few_images_stop_the_first_stage_before_it_packs(desk, tree):
     assert "pretrain takes 64 images a step and has 2" in said and "-S pretrain.batch_size=2 -S pretrain.micro_batch=2" in said
 
 
+def test_fine_tuning_s_batch_is_compared_with_the_labels_that_are_drawn(desk, tree):
+    """Half of five images is two of each class, by Python's rounding: 2 x 2 of 10 images, not 5."""
+    class_folders(desk / "images", {f"train/{wnid}/{k}.JPEG": jpeg() for wnid in ("n01", "n02") for k in range(4)})
+    change(tree, "finetune.labels", 0.5)
+    tree["finetune"] |= {"batch_size": 5, "micro_batch": 5}
+    change(tree, "data.imagenet", str(desk / "images"))
+    write_recipe(tree)
+    assert "finetune takes 5 images a step and has 4" in run_light("prepare_imagenet", *PREPARE)
+
+
 def test_other_counts_than_expected_stop_the_stage_before_it_decodes(desk, tree):
     class_folders(desk / "images", {"train/n01/broken.JPEG": b"no image"})
     change(tree, "data.imagenet", str(desk / "images"))
