@@ -405,7 +405,7 @@ class Params(Section):
 def read_params(path: str | Path = "params.yaml") -> Params:
     """Return the whole recipe, validated. Raises UserError naming the file and the keys at fault."""
     try:
-        tree = yaml.safe_load(Path(path).read_text())
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing: run from the repository's root (git checkout -- {path} restores it).") from None
     except OSError as error:

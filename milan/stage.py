@@ -6,7 +6,6 @@ import functools
 import io
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,13 +14,23 @@ from typing import Protocol
 
 from milan.core.code import changed_files, stage_code
 from milan.core.errors import PREEMPTED, Preempted, UserError, nearest
-from milan.core.files import SCRATCH, dvc_hash, existing_parent, explain_os_errors, json_digest, write_json, write_whole
+from milan.core.files import (
+    SCRATCH,
+    dvc_hash,
+    existing_parent,
+    explain_os_errors,
+    json_digest,
+    project_root,
+    write_json,
+    write_whole,
+)
 from milan.core.identity import Identity, flatten, identify, present
 from milan.core.program import alone, explain_shortage, fail, workers_ended
+from milan.core.repository import refuse_lost_experiments, revision
 from milan.params import Params, read_params
 from milan.tracking import machine, tracker
 
-STOPPED = "Stopped. What was saved is kept; run `dvc repro` again to continue."
+STOPPED = "Stopped. What was saved is kept; type the same command (`dvc repro`, `dvc exp run ...`) again to continue."
 
 
 class SavedState(Protocol):
@@ -164,6 +173,8 @@ def run(name: str, main: Callable[[Stage], None], doc: str, kind: Kind) -> None:
             stage = Stage(name, args, read_params(args.params), kind)
             refuse_what_is_not_there(stage.params)
             refuse_what_cannot_be_written(stage)
+            if project_root() != Path.cwd():  # DVC's workspace of an experiment
+                refuse_lost_experiments()
             with alone(stage.title), explain_shortage(stage.images_at_a_time):
                 tracked(stage, main)
     except UserError as error:
@@ -218,7 +229,7 @@ def refuse_what_cannot_be_written(stage: Stage) -> None:
 
 
 def tracked(stage: Stage, main: Callable[[Stage], None]) -> None:
-    tags = {"stage": stage.name, "scale": stage.params.scale, "git_revision": git_revision(), **stage.variation}
+    tags = {"stage": stage.name, "scale": stage.params.scale, "git_revision": revision(), **stage.variation}
     tags["code"] = json_digest(stage.code)  # taken here, before the work: close() compares
     tags["hardware"] = machine.hardware(stage.params.compute.device)
     logger = tracker.LoggerProcess(stage.title, f"milan-{stage.params.scale}", tags, flatten(stage.params))
@@ -243,15 +254,3 @@ def hashes(args: argparse.Namespace) -> dict[str, str]:
     given = [path for name, path in vars(args).items() if isinstance(path, Path) and name != "params"]
     paths = {str(path) for path in given if path.exists() and not path.is_absolute()}
     return {f"dvc:{path}": digest for path in sorted(paths) if (digest := dvc_hash(Path(path)))}
-
-
-def git_revision() -> str:
-    """Revision of the working tree, with "+changes" when it has any; "none" outside git."""
-    try:
-        revision = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run(
-            ["git", "status", "--porcelain", "-uno", "milan", "stages", "conf"], capture_output=True, text=True
-        ).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return "none"
-    return revision + ("+changes" if changed.strip() else "")

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -144,7 +145,7 @@ def write_json(path: Path, value) -> None:
 def read_json(path: Path, **keys: type) -> dict:
     """Return the JSON object that a stage wrote. Raises UserError for anything but an object with values of these types."""
     try:
-        entries = json.loads(path.read_text())
+        entries = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing: run `dvc repro`, which makes it, or `dvc pull`, which fetches it.") from None
     except (ValueError, RecursionError):  # JSON's and UTF-8's errors are ValueErrors
@@ -170,10 +171,13 @@ def read_checked(path: Path, **keys: type) -> dict:
 def damaged(path: Path, fault: str) -> UserError:
     """Return the error for a damaged file in a stage's out.
 
-    Where DVC links files (.dvc/config), its cache holds the same file: deleting the out alone would bring it back."""
+    DVC's cache, wherever it lies, may hold the same bytes, linked or copied: deleting the out alone would bring them back."""
+    file, folder = shlex.quote(str(path)), shlex.quote(str(Path(path).parent))
+    size = Path(path).stat().st_size if Path(path).exists() else 0
     return UserError(
-        f"{path} is damaged: {fault}. Delete it and its twin in DVC's cache (`find .dvc/cache -samefile {path} -delete; "
-        f"rm -r {Path(path).parent}`) and run `dvc repro` again, which makes what the cache lacks."
+        f"{path} is damaged: {fault}. Delete it and its twin in DVC's cache "
+        f"(`find \"$(dvc cache dir)\" -type f -size {size}c -exec cmp -s {{}} {file} ';' -delete; rm -r {folder}`) "
+        "and run `dvc repro` again, which makes what the cache lacks."
     )
 
 

@@ -1,8 +1,8 @@
 """What every program of the project does alike: one process at a time for a task, errors as one paragraph, and an end."""
 
 import contextlib
-import fcntl
 import multiprocessing
+import os
 import re
 import signal
 import sys
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 from milan.core.errors import UserError
 from milan.core.files import SCRATCH
+from milan.core.locks import lock
 
 
 @contextlib.contextmanager
@@ -19,13 +20,15 @@ def alone(title: str) -> Iterator[int]:
     """One process a stage and variation: another one (a second `dvc repro`, a run whose terminal died) is waited for. Yields
     the lock's file number, for a child to hold it too."""
     SCRATCH.mkdir(exist_ok=True)
-    with open(SCRATCH / f"{title.replace(' ', '-')}.lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"{title} is already being run by another process; waiting for it to end.", file=sys.stderr, flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield lock.fileno()
+    path = SCRATCH / f"{title.replace(' ', '-')}.lock"
+    held = lock(path, wait=False)
+    if held is None:
+        print(f"{title} is already being run by another process; waiting for it to end.", file=sys.stderr, flush=True)
+        held = lock(path)
+    try:
+        yield held
+    finally:
+        os.close(held)
 
 
 def fail(text: str, status: int = 1) -> None:
