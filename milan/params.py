@@ -26,10 +26,11 @@ Above0 = Annotated[Float, Field(gt=0)]
 AtLeast0 = Annotated[Float, Field(ge=0)]
 Share = Annotated[Float, Field(ge=0, le=1)]
 ShareAbove0 = Annotated[Float, Field(gt=0, le=1)]
+Below1 = Annotated[Float, Field(ge=0, lt=1)]
 Pair = Field(min_length=2, max_length=2)
 Ascending = must(lambda values: sorted(values) == values, "{} must not fall: the smallest comes first")
 Distinct = must(lambda values: len(set(values)) == len(values), "{} names one of them twice")
-Betas = Annotated[list[Annotated[Float, Field(ge=0, lt=1)]], Strict(), Pair]  # of Adam
+Betas = Annotated[list[Below1], Strict(), Pair]  # of Adam
 CropScale = Annotated[list[ShareAbove0], Strict(), Pair, Ascending]  # smallest and largest share of the area
 Folder = Annotated[Text, must(str.strip, "an empty path; give the folder of the data, or null for the built-in world")]
 Sha256 = Annotated[Text, must("[0-9a-fA-F]{64}", "{!r} is no SHA-256: 64 hexadecimal digits (null: not checked)")]
@@ -67,7 +68,7 @@ class Runtime(Section):
     On GPUs it also sets the batch of segmentation's batch norm (see stages/segment.py)."""
 
     processes: Few  # on this machine; where torchrun started the stage, its world size counts instead
-    workers: Count  # loader processes of each process
+    workers: Annotated[Int, Field(ge=0, le=1024)]  # loader processes of each process
     save_seconds: AtLeast0  # seconds between two saves of a training's state
 
 
@@ -281,10 +282,10 @@ class LinearEval(Training):
     """A linear probe on the frozen encoder's class token (the release's LINPROBE.sh)."""
 
     optimizer: Literal["lars", "adamw"]
-    momentum: Share  # of LARS
+    momentum: Below1  # of LARS; of AdamW the first beta
     crop_scale: CropScale
     views: Count  # 0, as published: a new crop every epoch; above 0: features of so many fixed crops, extracted once
-    resize: Positive  # short side of a validation image before the central crop
+    resize: Few  # short side of a validation image before the central crop
 
 
 @dataclass(frozen=True)
@@ -294,12 +295,12 @@ class Finetune(Training):
     labels: ShareAbove0  # share of the training labels in use
     betas: Betas
     layer_decay: ShareAbove0  # factor of the learning rate from a block to the one below it
-    drop_path: Share  # of the last block; the first has 0 (stochastic depth)
+    drop_path: Below1  # of the last block; the first has 0 (stochastic depth)
     crop_scale: CropScale
     rand_augment: RandAugment | None
     mixup: AtLeast0  # alpha of mixup; 0: off
     cutmix: AtLeast0  # alpha of cutmix; 0: off
-    label_smoothing: Share
+    label_smoothing: Below1
     random_erasing: Share  # probability
     pooling: Pooling  # of the tokens, before the head
     resize: Few
@@ -309,9 +310,9 @@ class Finetune(Training):
 class SceneTraining(Training):
     """The keys that the stages on scenes share: crops as mmsegmentation's ADE20K pipeline draws them, and AdamW."""
 
-    crop_size: Positive
-    stride: Positive  # of the sliding window, in evaluation
-    resize: Annotated[list[Positive], Strict(), Pair]  # long and short side of a scene before the random scale
+    crop_size: Few
+    stride: Few  # of the sliding window, in evaluation
+    resize: Annotated[list[Few], Strict(), Pair]  # long and short side of a scene before the random scale
     resize_ratio: Annotated[list[Above0], Strict(), Pair, Ascending]  # smallest and largest random scale
     max_class_share: Share  # of a crop: crops with more of one class are drawn again
     photometric: Bool  # distortion of brightness, contrast, saturation and hue
@@ -325,9 +326,9 @@ class Segment(SceneTraining):
     """UPerNet on the encoder (mmsegmentation, configs/mae)."""
 
     layer_decay: ShareAbove0
-    drop_path: Share
-    channels: Positive  # of UPerNet
-    aux_channels: Positive  # of the auxiliary head
+    drop_path: Below1
+    channels: Few  # of UPerNet
+    aux_channels: Few  # of the auxiliary head
     out_blocks: Annotated[list[Int], Strict()]  # the encoder's blocks that UPerNet reads, from 0
 
 
@@ -381,11 +382,26 @@ class Params(Section):
         for variant in self.variants:
             if variant not in rows:
                 yield f"variants: {variant!r} is no row of pretrain.ablation{nearest(variant, rows)}; there are {', '.join(rows)}"
-        for name, size in {"segment": segment.crop_size, "dense_probe": self.dense_probe.crop_size}.items():
-            if size % patch:
-                yield f"{name}.crop_size {size} is no multiple of the patch size"
-            if size < 2 * patch:
-                yield f"{name}.crop_size {size} must be two patches of {patch} at least"
+        size = self.model.image_size
+        for key in ("linear_eval.resize", "finetune.resize"):
+            side = getattr(self, key.split(".")[0]).resize
+            if side < size:
+                yield f"{key} {side} is below model.image_size {size}: images would be padded with black; take the same or more"
+        for name, section in {"segment": segment, "dense_probe": self.dense_probe}.items():
+            crop = section.crop_size
+            if crop % patch:
+                yield f"{name}.crop_size {crop} is no multiple of the patch size"
+            if crop < 2 * patch:
+                yield f"{name}.crop_size {crop} must be two patches of {patch} at least"
+            if crop < size:
+                yield (
+                    f"{name}.crop_size {crop} is below model.image_size {size}: the encoder would see smaller images than in "
+                    "pretraining; take the same or more"
+                )
+            if section.stride > crop:
+                yield f"{name}.stride {section.stride} is above {name}.crop_size {crop}: it would leave out pixels"
+        if self.prepare_imagenet.short_side and not self.data.imagenet:
+            yield "prepare_imagenet.short_side shrinks real images: set it to null, or data.imagenet to their folder"
         patches, ratio = self.model.n_patches, self.pretrain.mask_ratio
         kept = int(patches * (1 - ratio))  # as in milan/method/masking.py
         if not 0 < kept < patches:
@@ -413,14 +429,17 @@ class Params(Section):
             yield f"teacher.batch_size {batch} cannot be shared by {world_size} processes: change it or runtime.processes"
         if (finetune.mixup or finetune.cutmix) and finetune.micro_batch % 2:
             yield f"finetune.micro_batch {finetune.micro_batch} must be even: mixup mixes pairs"
-        if segment.micro_batch < 2:
-            yield "segment.micro_batch must be at least 2: its batch norm has no variance over one image"
+        for name in ("linear_eval", "segment"):
+            if getattr(self, name).micro_batch < 2:
+                yield f"{name}.micro_batch must be at least 2: its batch norm has no variance over one image"
+        if self.teacher.tiny and batch < 2:
+            yield "teacher.batch_size must be at least 2: a caption is contrasted with those of other images"
 
 
 def read_params(path: str | Path = "params.yaml") -> Params:
     """Return the whole recipe, validated. Raises UserError naming the file and the keys at fault."""
     try:
-        tree = yaml.safe_load(Path(path).read_text())
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing: run from the repository's root (git checkout -- {path} restores it).") from None
     except OSError as error:

@@ -7,7 +7,6 @@ import io
 import os
 import re
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,13 +15,23 @@ from typing import Protocol
 
 from milan.core.code import changed_files, stage_code
 from milan.core.errors import PREEMPTED, Preempted, UserError, nearest
-from milan.core.files import SCRATCH, dvc_hash, existing_parent, explain_os_errors, json_digest, write_json, write_whole
+from milan.core.files import (
+    SCRATCH,
+    dvc_hash,
+    existing_parent,
+    explain_os_errors,
+    json_digest,
+    project_root,
+    write_json,
+    write_whole,
+)
 from milan.core.identity import Identity, flatten, identify, present
-from milan.core.program import alone, fail
+from milan.core.program import alone, explain_shortage, fail, workers_ended
+from milan.core.repository import refuse_lost_experiments, revision
 from milan.params import Params, read_params
 from milan.tracking import machine, tracker
 
-STOPPED = "Stopped. What was saved is kept; run `dvc repro` again to continue."
+STOPPED = "Stopped. What was saved is kept; type the same command (`dvc repro`, `dvc exp run ...`) again to continue."
 
 
 class SavedState(Protocol):
@@ -89,6 +98,13 @@ class Stage:
         """<stage>-<variant>-<seed>, for names of files."""
         return "-".join([self.name, *self.variation.values()])
 
+    @property
+    def images_at_a_time(self) -> str:
+        """The setting that says how many images a process computes at a time, with its value; "" for a stage without one."""
+        key = "batch_size" if self.name in ("teacher", "extract_targets") else "micro_batch"
+        value = getattr(getattr(self.params, self.name, None), key, None)
+        return f"{self.name}.{key}, which is {value}" if value else ""
+
     def identify(self, sections: dict[str, object], **inputs: Path | str) -> Identity:
         """Return what the result follows from besides code: sections of the recipe, and inputs (files, or digests)."""
         return identify({"stage": self.name, **self.variation, **sections}, inputs)
@@ -148,7 +164,8 @@ def run(name: str, main: Callable[[Stage], None], doc: str, kind: Kind) -> None:
     """Parse the arguments, read the recipe, call main(stage) under a tracking run.
 
     Exit status 0, or 1 with one paragraph on what is wrong; a traceback only for a fault of this program. After a SIGTERM
-    75, which DVC does not pass on, so .scratch/preempted says it too (docs/slurm.sh looks for that)."""
+    75, which DVC does not pass on, so .scratch/preempted says it too (docs/slurm.sh looks for that). Whatever is raised, the
+    program ends at once, and its workers with it."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="the recipe (default: %(default)s)")
     for argument, of in kind.arguments.items():
@@ -156,14 +173,16 @@ def run(name: str, main: Callable[[Stage], None], doc: str, kind: Kind) -> None:
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, preempt)
     try:
-        with explain_os_errors():
+        with workers_ended(), explain_os_errors():
             params = read_params(args.params)
             for argument, of in kind.arguments.items():
                 setattr(args, argument, typed(argument, filled(getattr(args, argument), params), of))
             stage = Stage(name, args, params, kind)
             refuse_what_is_not_there(stage.params)
             refuse_what_cannot_be_written(stage)
-            with alone(stage.title):
+            if project_root() != Path.cwd():  # DVC's workspace of an experiment
+                refuse_lost_experiments()
+            with alone(stage.title), explain_shortage(stage.images_at_a_time):
                 tracked(stage, main)
     except UserError as error:
         fail(str(error))
@@ -239,7 +258,7 @@ def refuse_what_cannot_be_written(stage: Stage) -> None:
 
 
 def tracked(stage: Stage, main: Callable[[Stage], None]) -> None:
-    tags = {"stage": stage.name, "scale": stage.params.scale, "git_revision": git_revision(), **stage.variation}
+    tags = {"stage": stage.name, "scale": stage.params.scale, "git_revision": revision(), **stage.variation}
     tags["code"] = json_digest(stage.code)  # taken here, before the work: close() compares
     tags["hardware"] = machine.hardware(stage.params.compute.device)
     logger = tracker.LoggerProcess(stage.title, f"milan-{stage.params.scale}", tags, flatten(stage.params))
@@ -264,15 +283,3 @@ def hashes(args: argparse.Namespace) -> dict[str, str]:
     given = [path for name, path in vars(args).items() if isinstance(path, Path) and name != "params"]
     paths = {str(path) for path in given if path.exists() and not path.is_absolute()}
     return {f"dvc:{path}": digest for path in sorted(paths) if (digest := dvc_hash(Path(path)))}
-
-
-def git_revision() -> str:
-    """Revision of the working tree, with "+changes" when it has any; "none" outside git."""
-    try:
-        revision = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run(
-            ["git", "status", "--porcelain", "-uno", "milan", "stages", "conf"], capture_output=True, text=True
-        ).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return "none"
-    return revision + ("+changes" if changed.strip() else "")

@@ -7,11 +7,13 @@ release's clip_demo.py.
 Costs: demo about 20 s; ImageNet 260 GB a view, teacher speed.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from milan.core.errors import UserError
 from milan.core.files import whole_folder
 from milan.core.progress import Progress
 from milan.data.evaluation_view import CentreSamples, object_cover
@@ -26,6 +28,7 @@ from milan.training import distributed
 from milan.training.device import resolve_params, set_up
 from milan.training.weights import save_weights
 
+Targets = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 KIND = Kind(reads=("records", "teacher"), folders=("out",), files=("metrics",))
 
 
@@ -55,26 +58,56 @@ def nothing(params: Params, folder: Path) -> dict:
 
 
 def extract(params: Params, records: Path, teacher: Path, folder: Path) -> dict:
-    """Write this process's part of the bank; rank 0 also writes the figure images and closes the bank. Return the metrics."""
+    """Write this process's part of the bank; rank 0 also writes the figure images, first, because they show whether the teacher
+    is any use, and closes the bank. Return the metrics."""
     device, section = set_up(params.compute), params.extract_targets
     tower = load_tower(teacher, params.compute, device)
-    train = Records(records, "train")
+    targets = checked_targets(params, tower, teacher, device)
+    train, metrics = Records(records, "train"), {}
+    if distributed.rank() == 0:
+        metrics = write_figure_images(params, Records(records, "val"), targets, teacher, folder / "figure_images.safetensors")
     if section.views:
         size = target_bank.bank_bytes(len(train), section.views, params.model.n_patches, tower.feature_dim)
         if distributed.rank() == 0:
             target_bank.refuse_when_too_big(folder, size)
-        write_bank(params, train, tower, folder, device)
+        write_bank(params, train, targets, folder)
         distributed.barrier()
-    if distributed.rank() != 0:
-        return {}
-    metrics = write_figure_images(params, Records(records, "val"), tower, folder / "figure_images.safetensors", device)
-    target_bank.finish(
-        folder, views=section.views, shard_images=section.shard_images, feature_dim=tower.feature_dim, images=len(train)
-    )
+    if distributed.rank() == 0:
+        target_bank.finish(
+            folder, views=section.views, shard_images=section.shard_images, feature_dim=tower.feature_dim, images=len(train)
+        )
     return metrics
 
 
-def write_bank(params: Params, train: Records, tower: Tower, folder: Path, device: torch.device) -> None:
+def checked_targets(params: Params, tower: Tower, teacher: Path, device: torch.device) -> Targets:
+    """Return a function from crops, uint8 (B, 3, S, S), to the teacher's features, float16 (B, 1+N, D), and importance (B, N).
+
+    It raises UserError naming the teacher where one of them is not finite, or no patch has importance."""
+
+    def targets(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        features, importance = compute_targets(
+            tower, images.to(device), params.compute, params.extract_targets.normalisation, params.model.grid
+        )
+        features = features.half()
+        if not features.isfinite().all():
+            raise useless(params, teacher, "gives features that are NaN, infinite or above 65504, float16's largest number")
+        if not (importance.isfinite().all() and (importance.sum(dim=1) > 0).all()):
+            raise useless(params, teacher, "gives an importance that is NaN or infinite, or zero for all patches of an image")
+        return features, importance
+
+    return targets
+
+
+def useless(params: Params, teacher: Path, fault: str) -> UserError:
+    released = params.teacher.pretrained
+    name = f"{released.model}, {released.file or released.tag or 'of timm'}" if released else "trained here"
+    return UserError(
+        f"The teacher in {teacher} ({name}) {fault}: no student can learn from it. "
+        + ("Check teacher.pretrained and its file." if released else "Its training failed: lower teacher.lr or train it longer.")
+    )
+
+
+def write_bank(params: Params, train: Records, targets: Targets, folder: Path) -> None:
     """Write this process's share of the missing shards."""
     section = params.extract_targets
     starts = range(0, len(train), section.shard_images)
@@ -85,21 +118,18 @@ def write_bank(params: Params, train: Records, tower: Tower, folder: Path, devic
     progress = Progress("target bank (images)", sum(map(len, spans.values())), shown=distributed.rank() == 0)
     for number, span in spans.items():
         views = BankViews(train, span, section.views, section.seed, params.model.image_size, params.pretrain.crop_scale)
-        target_bank.write_shard(folder, number, shard_arrays(params, views, tower, device))
+        target_bank.write_shard(folder, number, shard_arrays(params, views, targets))
         progress.update(len(span))
     progress.close()
 
 
-def shard_arrays(params: Params, views: BankViews, tower: Tower, device: torch.device) -> dict[str, np.ndarray]:
+def shard_arrays(params: Params, views: BankViews, targets: Targets) -> dict[str, np.ndarray]:
     """Return the arrays of one shard, (images, views, ...) each."""
     parts: dict[str, list] = {name: [] for name in target_bank.ARRAYS}
     loader = torch.utils.data.DataLoader(views, batch_size=params.extract_targets.batch_size, num_workers=params.runtime.workers)
     for batch in loader:
-        images = batch["image"].to(device)
-        features, importance = compute_targets(
-            tower, images, params.compute, params.extract_targets.normalisation, params.model.grid
-        )
-        parts["features"].append(features.half().cpu().numpy())
+        features, importance = targets(batch["image"])
+        parts["features"].append(features.cpu().numpy())
         parts["importance"].append(importance.cpu().numpy())
         parts["boxes"].append(batch["box"].numpy())
     return {
@@ -107,26 +137,30 @@ def shard_arrays(params: Params, views: BankViews, tower: Tower, device: torch.d
     }
 
 
-def write_figure_images(params: Params, val: Records, tower: Tower, path: Path, device: torch.device) -> dict:
-    """Write images, features and importance of evenly spaced validation images. Return how the importance is spread."""
+def write_figure_images(params: Params, val: Records, targets: Targets, teacher: Path, path: Path) -> dict:
+    """Write images, features and importance of evenly spaced validation images. Return how the importance is spread.
+
+    Raises UserError naming the teacher where its features are the same for all of them."""
     count = min(params.extract_targets.figure_images, len(val))
     chosen = torch.linspace(0, len(val) - 1, count).long().unique().tolist()
     samples = CentreSamples(val, params.linear_eval.resize, params.model.image_size)
     images = torch.stack([samples[i]["image"] for i in chosen])
-    settings = (params.compute, params.extract_targets.normalisation, params.model.grid)
-    features, importance = compute_targets(tower, images.to(device), *settings)
-    tensors = {
-        "images": images,
-        "features": features.half(),
-        "importance": importance,
-        "index": torch.tensor(chosen),
-    }
-    save_weights(path, tensors)
+    features, importance = targets(images)
+    if is_constant(features):
+        raise useless(params, teacher, f"gives the same features for {len(chosen)} different images")
+    save_weights(path, {"images": images, "features": features, "importance": importance, "index": torch.tensor(chosen)})
     return {
         "extract_targets/figure_images": len(chosen),
         "extract_targets/perplexity": perplexity(importance),
-        **importance_on_objects(params, val, tower, device),
+        **importance_on_objects(params, val, targets),
     }
+
+
+def is_constant(features: torch.Tensor) -> bool:
+    """Return whether features (B, 1+N, D) are the same for all images, up to a thousandth of the largest of them; of a single
+    image, whether they are the same for all its tokens."""
+    rows = features.float() if len(features) > 1 else features[0].float()
+    return bool((rows - rows.mean(dim=0)).abs().max() <= 1e-3 * rows.abs().max())
 
 
 def perplexity(importance: torch.Tensor) -> float:
@@ -135,17 +169,16 @@ def perplexity(importance: torch.Tensor) -> float:
     return (-(probability * probability.clamp_min(1e-12).log()).sum(dim=1)).exp().mean().item()
 
 
-def importance_on_objects(params: Params, val: Records, tower: Tower, device: torch.device) -> dict:
+def importance_on_objects(params: Params, val: Records, targets: Targets) -> dict:
     """Return object_shares of the validation images that have an object mask; empty where none has."""
-    if "mask" not in val.table(0).column_names:
-        return {}
     known = [i for i, mask in enumerate(val.column("mask")) if mask is not None]
+    if not known:
+        return {}
     samples = CentreSamples(val, params.linear_eval.resize, params.model.image_size)
     images = torch.stack([samples[i]["image"] for i in known])
     sizes = (params.linear_eval.resize, params.model.image_size, params.model.grid)
     cover = torch.stack([object_cover(val[i]["mask"], *sizes) for i in known])
-    settings = (params.compute, params.extract_targets.normalisation, params.model.grid)
-    importance = compute_targets(tower, images.to(device), *settings)[1].cpu()
+    importance = targets(images)[1].cpu()
     return object_shares(importance, cover)
 
 

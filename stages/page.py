@@ -10,9 +10,10 @@ to run: the page is in git and no out of DVC's, and dvc.lock stays as it is. Cos
 
 from milan.core.files import write_whole
 from milan.core.redaction import redact
+from milan.core.repository import revision
 from milan.report import page, provenance, reproduction
 from milan.report.results import read_results
-from milan.stage import Kind, Stage, git_revision, present, run
+from milan.stage import Kind, Stage, present, run
 from milan.tracking import machine
 
 KIND = Kind(
@@ -29,10 +30,10 @@ def main(stage: Stage) -> None:
     data = [provenance.read_data(args.imagenet, params.data.imagenet), provenance.read_data(args.ade20k, params.data.ade20k)]
     trail = provenance.origins(lock, runs_known(stage))
     bars = page.picture(present(args.plots / "bars.png"), "Our variants", page.BARS)
-    here = {"revision": git_revision(), "hardware": machine.hardware(params.compute.device)}
+    here = {"revision": revision(), "hardware": machine.hardware(params.compute.device)}
     verdict = reproduction.judge(results, args.params, args.lock, args.evidence)
     pictures = page.read_pictures(args.figures, args.notebooks)
-    text = page.render(results, verdict, pictures, bars, trail, data, here, redact(args.params.read_text()))
+    text = page.render(results, verdict, pictures, bars, trail, data, here, redact(args.params.read_text(encoding="utf-8")))
     write_whole(args.out, text.encode())
     stage.tracker.artifact(args.out, "report")
     known = sum(origin.run is not None for origin in trail)

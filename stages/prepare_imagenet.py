@@ -19,12 +19,14 @@ Costs: the demo's world about 30 s; ImageNet about an hour on 16 cores, 145 GB.
 
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 
 from milan.core.errors import UserError
 from milan.core.files import SCRATCH, whole_folder
 from milan.core.progress import Progress
 from milan.data import records
+from milan.data.shares import images_of_share
 from milan.ingest import imagenet
 from milan.ingest.packing import Packing
 from milan.ingest.world import drawing, writing
@@ -74,7 +76,7 @@ def pack(root: Path, folder: Path, params: Params, given: str | None) -> dict:
         counts = {"train": len(images.train), "val": len(images.val), "classes": len(images.classes)}
         imagenet.refuse_other_counts("prepare_imagenet", counts, section.expect)
     pairs = captioned(root, images, params)
-    imagenet.refuse_too_few(needs(params, len(images.train), len(pairs), bool(images.classes)), params.world_size)
+    imagenet.refuse_too_few(needs(params, images, len(pairs)), params.world_size)
     packing = Packing(folder, section.shard_images, os.cpu_count(), section.short_side)
     splits = packing.pack({"train": images.train, "val": images.val, **({"pairs": pairs} if pairs else {})})
     manifest = records.write_manifest(folder, splits=splits, wnids=images.wnids, classes=images.classes)
@@ -100,12 +102,14 @@ def captioned(root: Path, images: imagenet.Images, params: Params) -> list[dict]
     return []
 
 
-def needs(section: Params, train: int, pairs: int, labelled: bool) -> dict[str, tuple[int, int]]:
+def needs(section: Params, images: imagenet.Images, pairs: int) -> dict[str, tuple[int, int]]:
     """Return {stage: (its batch size, the images that it trains on)} of the stages that will run."""
-    counts = {}
-    if labelled:
+    counts, train = {}, len(images.train)
+    if images.classes:
+        of_classes = Counter(item["label"] for item in images.train).values()
+        drawn = sum(images_of_share(count, section.finetune.labels) for count in of_classes)
         counts["linear_eval"] = (section.linear_eval.batch_size, train)
-        counts["finetune"] = (section.finetune.batch_size, round(section.finetune.labels * train))
+        counts["finetune"] = (section.finetune.batch_size, drawn)
     if section.pretrain.weights is None and any(section.pretrain.ablation[v].target != "none" for v in section.variants):
         counts["pretrain"] = (section.pretrain.batch_size, train)
     return counts | ({"teacher": (section.teacher.batch_size, pairs)} if section.teacher.tiny else {})

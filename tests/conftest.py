@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SLOWEST = ("test_pipeline.py", "test_rehearsal.py")
 SLOW = (  # files, or tests, that run stages, servers or processes: `make test-fast` leaves them out
     "convert/test_released_weights.py",
+    "core/test_mending.py",
     "core/test_parallel.py::test_no_worker_outlives_a_killed_parent",
     "report/test_browser.py",
     "report/test_readme.py::test_the_plan_is_what_the_planner_says",

@@ -147,6 +147,19 @@ WRONG = {
     "unknown library": ("teacher.pretrained", {**PRETRAINED, "library": "tim"}, ["library", "did you mean 'timm'"]),
     "expectation of less than one image": ("prepare_imagenet.expect", {"train": 0, "val": 1, "classes": 2}, ["expect.train", "above 0"]),
     "half an expectation": ("prepare_ade20k.expect", {"train": 5}, ["prepare_ade20k.expect: missing key val"]),
+    "a window that leaves out pixels": ("segment.stride", 49, ["segment.stride 49 is above segment.crop_size 48"]),
+    "a probe's batch norm over one image": ("linear_eval.micro_batch", 1, ["linear_eval.micro_batch must be at least 2"]),
+    "a segmenter's batch norm over one image": ("segment.micro_batch", 1, ["segment.micro_batch must be at least 2"]),
+    "a momentum that keeps all": ("linear_eval.momentum", 1, ["linear_eval.momentum", "must be below 1"]),
+    "a block that is always dropped": ("finetune.drop_path", 1, ["finetune.drop_path", "must be below 1"]),
+    "labels without a word of the class": ("finetune.label_smoothing", 1, ["finetune.label_smoothing", "must be below 1"]),
+    "padded images of the probe": ("linear_eval.resize", 40, ["linear_eval.resize 40 is below model.image_size 48", "black"]),
+    "padded images of fine-tuning": ("finetune.resize", 40, ["finetune.resize 40 is below model.image_size 48", "black"]),
+    "scenes smaller than the images": ("segment.crop_size", 40, ["segment.crop_size 40 is below model.image_size 48"]),
+    "a built-in world that is shrunk": ("prepare_imagenet.short_side", 32, ["prepare_imagenet.short_side", "set it to null"]),
+    "a side beyond all memory": ("linear_eval.resize", 10**6, ["linear_eval.resize", "at most 65536"]),
+    "no figure": ("extract_targets.figure_images", 0, ["extract_targets.figure_images", "above 0"]),
+    "workers beyond all processes": ("runtime.workers", 10**5, ["runtime.workers", "at most 1024"]),
     "no teacher": ("teacher.tiny", None, ["teacher", "either tiny"]),
 }
 
@@ -175,6 +188,21 @@ def test_contradictions_between_sections_are_named_at_once(tree):
     change(tree, "variants", ["milano"])
     change(tree, "segment.crop_size", 50)
     assert all(words in refusal(tree) for words in ("'milano' is no row", "segment.crop_size 50"))
+
+
+def test_a_larger_image_names_every_section_that_must_follow(tree):
+    change(tree, "model.image_size", 96)
+    said = refusal(tree)
+    assert all(f"{key} 48 is below model.image_size 96" in said for key in ("linear_eval.resize", "finetune.resize", "segment.crop_size"))
+    for section, key in (("linear_eval", "resize"), ("finetune", "resize"), ("segment", "crop_size")):
+        tree[section][key] = 96
+    assert validate(Params, tree, "p").model.grid == 12
+
+
+def test_a_teacher_s_contrast_needs_two_images(tree):
+    change(tree, "runtime.processes", 1)
+    tree["teacher"] |= {"batch_size": 1, "micro_batch": 1}
+    assert "teacher.batch_size must be at least 2" in refusal(tree)
 
 
 def test_of_many_mistakes_five_are_named_and_the_rest_counted(tree):

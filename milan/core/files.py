@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,12 @@ from typing import BinaryIO
 from milan.core.errors import UserError
 
 OTHER_DIGEST = "the digest is not the one that it was written with"
-FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+ROOM = dict.fromkeys(
+    FULL,
+    "Free some space (`dvc gc --all-commits --all-experiments` drops the results that no commit and no experiment uses; not "
+    "in a cache that projects share)",
+) | {errno.EFBIG: "Raise the limit (`ulimit -f unlimited`), or move the project off a file system such as FAT,"}
 REFUSED = (  # errors of the file system that the user can mend
     errno.EACCES,
     errno.EPERM,
@@ -70,13 +76,15 @@ def explain_full_disk(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in FULL:
-            free = shutil.disk_usage(existing_parent(path)).free
-            raise UserError(
-                f"The disk that holds {path} is full ({free / 1e6:.1f} MB free). No file was left half-written. "
-                "Free some space (`dvc gc -w` drops unused results) and run `dvc repro` again: it continues."
-            ) from None
-        raise
+        if error.errno not in FULL:
+            raise
+        free = shutil.disk_usage(existing_parent(path)).free
+        full = f"The disk that holds {path} is full ({free / 1e6:.1f} MB free)."
+        if error.errno == errno.EFBIG:
+            full = f"{path} would be larger than a file may be here."
+        raise UserError(
+            f"{full} No file was left half-written. {ROOM[error.errno]} and run `dvc repro` again: it continues."
+        ) from None
 
 
 @contextlib.contextmanager
@@ -91,7 +99,8 @@ def explain_os_errors() -> Iterator[None]:
         place = str(error.filename or "A file that was being written")
         place = place if len(place) <= 300 else f"{place[:300]}..."
         if error.errno in FULL:
-            raise UserError(f"The disk is full ({place}). Free some space (`dvc gc -w`) and run it again.") from None
+            full = "A file would be larger than it may be here" if error.errno == errno.EFBIG else "The disk is full"
+            raise UserError(f"{full} ({place}). {ROOM[error.errno]} and run it again.") from None
         raise UserError(
             f"{place}: {error.strerror}. Mend that place (its rights, or what lies there) or give another one, and run it again."
         ) from None
@@ -136,7 +145,7 @@ def write_json(path: Path, value) -> None:
 def read_json(path: Path, **keys: type) -> dict:
     """Return the JSON object that a stage wrote. Raises UserError for anything but an object with values of these types."""
     try:
-        entries = json.loads(path.read_text())
+        entries = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing: run `dvc repro`, which makes it, or `dvc pull`, which fetches it.") from None
     except (ValueError, RecursionError):  # JSON's and UTF-8's errors are ValueErrors
@@ -162,10 +171,13 @@ def read_checked(path: Path, **keys: type) -> dict:
 def damaged(path: Path, fault: str) -> UserError:
     """Return the error for a damaged file in a stage's out.
 
-    Where DVC links files (.dvc/config), its cache holds the same file: deleting the out alone would bring it back."""
+    DVC's cache, wherever it lies, may hold the same bytes, linked or copied: deleting the out alone would bring them back."""
+    file, folder = shlex.quote(str(path)), shlex.quote(str(Path(path).parent))
+    size = Path(path).stat().st_size if Path(path).exists() else 0
     return UserError(
-        f"{path} is damaged: {fault}. Delete it and its twin in DVC's cache (`find .dvc/cache -samefile {path} -delete; "
-        f"rm -r {Path(path).parent}`) and run `dvc repro` again, which makes what the cache lacks."
+        f"{path} is damaged: {fault}. Delete it and its twin in DVC's cache "
+        f"(`find \"$(dvc cache dir)\" -type f -size {size}c -exec cmp -s {{}} {file} ';' -delete; rm -r {folder}`) "
+        "and run `dvc repro` again, which makes what the cache lacks."
     )
 
 

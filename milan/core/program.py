@@ -1,12 +1,18 @@
-"""What every program of the project does alike: one process at a time for a task, and errors as one paragraph."""
+"""What every program of the project does alike: one process at a time for a task, errors as one paragraph, and an end."""
 
 import contextlib
-import fcntl
+import multiprocessing
+import os
+import re
+import signal
 import sys
 import textwrap
+import traceback
 from collections.abc import Iterator
 
+from milan.core.errors import UserError
 from milan.core.files import SCRATCH
+from milan.core.locks import lock
 
 
 @contextlib.contextmanager
@@ -14,15 +20,80 @@ def alone(title: str) -> Iterator[int]:
     """One process a stage and variation: another one (a second `dvc repro`, a run whose terminal died) is waited for. Yields
     the lock's file number, for a child to hold it too."""
     SCRATCH.mkdir(exist_ok=True)
-    with open(SCRATCH / f"{title.replace(' ', '-')}.lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"{title} is already being run by another process; waiting for it to end.", file=sys.stderr, flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield lock.fileno()
+    path = SCRATCH / f"{title.replace(' ', '-')}.lock"
+    held = lock(path, wait=False)
+    if held is None:
+        print(f"{title} is already being run by another process; waiting for it to end.", file=sys.stderr, flush=True)
+        held = lock(path)
+    try:
+        yield held
+    finally:
+        os.close(held)
 
 
 def fail(text: str, status: int = 1) -> None:
-    print("\n" + textwrap.fill(f"error: {text}", 100, break_long_words=False, break_on_hyphens=False), file=sys.stderr)
+    """Print an error as a paragraph, in which no line breaks a `command`, and exit."""
+    text = re.sub("`[^`]*`", lambda command: command[0].replace(" ", "\0"), f"error: {text}")
+    paragraph = textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False).replace("\0", " ")
+    print(f"\n{paragraph}", file=sys.stderr)
     sys.exit(status)
+
+
+@contextlib.contextmanager
+def workers_ended() -> Iterator[None]:
+    """After an error, end the processes that multiprocessing started here, so that nothing keeps this one from ending.
+
+    The interpreter's exit would wait for ever for loader workers, which ignore SIGTERM (milan/training/loop.py). They end by
+    themselves with their loader, which the frames of the error hold; those that do not are killed."""
+    try:
+        yield
+    except BaseException as error:
+        link = error
+        while link:
+            traceback.clear_frames(link.__traceback__)
+            link = link.__context__
+        kill_workers()
+        raise
+
+
+def kill_workers() -> None:
+    """Kill the processes that multiprocessing started here."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for them
+    for child in multiprocessing.active_children():
+        child.kill()
+
+
+SHORTAGES = {  # pattern of an error's text: what is short, and how to mend it
+    r"CUDA out of memory|CUDA error: out of memory|_STATUS_ALLOC_FAILED": (
+        "The GPU's memory is full. {lower}`nvidia-smi` lists the programs that use it."
+    ),
+    r"/dev/shm|out of shared memory|</torch_.*(No space left|Cannot allocate)": (
+        "The shared memory of this machine (/dev/shm) is full; loader workers pass images through it. Enlarge it (docker run: "
+        "`--shm-size=8g` or `--ipc=host`), or lower runtime.workers, to 0 for none: that changes no result."
+    ),
+    r"an't allocate memory|Cannot allocate memory|MemoryError|DataLoader worker.*(signal: Killed|exited unexpectedly)": (
+        "The memory of this machine is full. {lower}Fewer loader workers (runtime.workers) and other programs leave more of it."
+    ),
+    r"Too many open files|items of ancdata": (
+        "This process may not open more files. Raise the limit (`ulimit -n 65536`), or lower runtime.workers."
+    ),
+}
+
+
+@contextlib.contextmanager
+def explain_shortage(lower: str) -> Iterator[None]:
+    """Raise an error that says that memory of some kind, or files, are short as a UserError. It is known by its text: torch
+    raises RuntimeErrors, and the error of another process is text.
+
+    lower: the setting that says how many images are computed at a time, with its value; "" where there is none."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+        for pattern, advice in SHORTAGES.items():
+            if cause := re.search(f".*({pattern}).*", said):
+                kept = f"What was saved is kept; run it again and it continues. ({cause[0].strip()[:200]})"
+                raise UserError(f"{advice.format(lower=f'Lower {lower}. ' if lower else '')} {kept}") from None
+        raise

@@ -168,8 +168,11 @@ class Records:
         return record
 
     def column(self, name: str) -> list:
-        """Return a whole column, such as "label", without reading the images. The CRC-32 of images and masks is not compared."""
-        return [value for number in range(len(self.shards)) for value in self.table(number).column(name).to_pylist()]
+        """Return a whole column, such as "label", without reading the images: None where a shard has no such column. The CRC-32
+        of images and masks is not compared."""
+        tables = [self.table(number) for number in range(len(self.shards))]
+        columns = [table.column(name).to_pylist() if name in table.column_names else [None] * len(table) for table in tables]
+        return [value for column in columns for value in column]
 
     def columns(self, number: int) -> dict[str, pa.ChunkedArray]:
         """Return a shard's columns by name. They are kept, because a look-up takes as long as reading a record."""

@@ -5,6 +5,7 @@ from torch.utils.data import Dataset
 
 from milan.data import seeding, transforms
 from milan.data.records import Records
+from milan.data.shares import images_of_share
 
 
 class LabelledSamples(Dataset):
@@ -54,4 +55,4 @@ def balanced_subset(labels: list[int], share: float, seed: int) -> list[int] | N
     by_class: dict[int, list[int]] = {}
     for index in seeding.permutation(len(labels), seed, "subset").tolist():
         by_class.setdefault(labels[index], []).append(index)
-    return sorted(index for members in by_class.values() for index in members[: max(1, round(share * len(members)))])
+    return sorted(index for members in by_class.values() for index in members[: images_of_share(len(members), share)])

@@ -349,6 +349,9 @@ def refuse_other_counts(section: str, counts: dict[str, int], expect) -> None:
         )
 
 
+AT_LEAST_TWO = ("linear_eval", "segment", "teacher")  # images of a micro-batch, for batch norms and the teacher's contrast
+
+
 def refuse_too_few(needs: dict[str, tuple[int, int]], processes: int) -> None:
     """Raise one UserError that names all stages whose batch is larger than their images, with options that mend it.
 
@@ -356,11 +359,16 @@ def refuse_too_few(needs: dict[str, tuple[int, int]], processes: int) -> None:
     short = {stage: available for stage, (batch, available) in needs.items() if batch > available}
     if not short:
         return
+    faults = ", ".join(f"{stage} takes {needs[stage][0]} images a step and has {count}" for stage, count in short.items())
     options = []
     for stage, available in short.items():
         micro_batch = 2 ** max(0, (max(1, available // processes)).bit_length() - 1)
         options += [f"-S {stage}.batch_size={micro_batch * processes}", f"-S {stage}.micro_batch={micro_batch}"]
-    faults = ", ".join(f"{stage} takes {needs[stage][0]} images a step and has {count}" for stage, count in short.items())
+        if micro_batch < 2 and stage in AT_LEAST_TWO:
+            raise UserError(
+                f"Too few images for the recipe's batches: {faults}. Add images: {stage} needs two at least for each process "
+                f"(runtime.processes is {processes})."
+            )
     raise UserError(f"Too few images for the recipe's batches: {faults}. Add images, or {' '.join(options)}.")
 
 

@@ -12,7 +12,6 @@ bank.json, with the bank's sizes and a digest of its content, is written last: a
 """
 
 import hashlib
-import os
 import shutil
 import zlib
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 
 from milan.core.errors import UserError
-from milan.core.files import OTHER_DIGEST, damaged, existing_parent, explain_full_disk, read_checked, write_checked
+from milan.core.files import OTHER_DIGEST, damaged, existing_parent, read_checked, whole_file, write_checked
 from milan.data import seeding, transforms
 
 # name: dtype and number of dimensions
@@ -58,15 +57,14 @@ def readable(size: float) -> str:
 
 
 def write_shard(folder: Path, number: int, arrays: dict[str, np.ndarray]) -> None:
-    """Write one shard. arrays: {name of ARRAYS: array}. Each file is written whole under a temporary name, then renamed.
+    """Write one shard. arrays: {name of ARRAYS: C-contiguous array}. Each file is written whole or not at all.
 
     Raises UserError on a full disk."""
-    folder.mkdir(parents=True, exist_ok=True)
     for name, array in {**arrays, "crc": checksums(arrays)}.items():
-        path = folder / f"{name}-{number:05d}.npy"
-        with explain_full_disk(path):
-            np.save(path.with_suffix(".part.npy"), array, allow_pickle=False)
-            os.replace(path.with_suffix(".part.npy"), path)
+        with whole_file(folder / f"{name}-{number:05d}.npy") as file:
+            # As np.save does, which does not tell a full disk from other errors.
+            np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+            file.write(array.data)
 
 
 def checksums(arrays: dict[str, np.ndarray]) -> np.ndarray:

@@ -56,7 +56,7 @@ def render(
     rows = table.our_rows(results, lambda text, path: text)
     ours = [{title: cell for title, cell in row.items() if title not in LINKS} for row in rows]
     runs = [origin.run for origin in trail if origin.run]
-    return environment.from_string(TEMPLATE.read_text()).render(
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         scale=results.params.scale,
         heading=table.heading(results),
         measured=table.measured_on(results),

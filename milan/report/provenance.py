@@ -54,7 +54,7 @@ def read_lock(path: Path, params: Params) -> dict[str, dict]:
 
     Raises UserError when dvc.lock is missing or damaged."""
     try:
-        stages = runs.parse_yaml(path.read_text()).get("stages", {})
+        stages = runs.parse_yaml(path.read_text(encoding="utf-8")).get("stages", {})
         return stage_hashes(runs.recipe_stages(stages, params.variants, params.seeds))
     except FileNotFoundError:
         raise UserError(f"{path} is missing: `dvc repro` writes it, and git checkout -- {path} restores it.") from None

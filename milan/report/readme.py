@@ -28,7 +28,7 @@ SOURCES = "Top-1 and mIoU in %; a dash: not measured or not published. [All meas
 def main() -> None:
     try:
         with explain_os_errors():
-            write_whole(README, replace(present(README).read_text(), render()).encode())
+            write_whole(README, replace(present(README).read_text(encoding="utf-8"), render()).encode())
     except UserError as error:
         fail(str(error))
     print(f"{README}: results of {TABLE} and {', '.join(map(str, STUDIES.values()))}")
@@ -38,7 +38,7 @@ def render() -> str:
     """Return the table in Markdown and one sentence on the verdicts, from the reports in the current folder."""
     results = pd.read_csv(present(TABLE), dtype={"seeds": "Int64"})
     ours, others = results[results.kind == "ours"], results[results.kind != "ours"]
-    rows = [] if scale_of(ours) == "paper" else [planned_row(present(PLAN).read_text())]
+    rows = [] if scale_of(ours) == "paper" else [planned_row(present(PLAN).read_text(encoding="utf-8"))]
     others = others[others.method.str.contains("MILAN")].groupby("kind", sort=False).head(1)
     rows += [row(run.method, run.data, run, KINDS[run.kind].lower()) for run in others.itertuples()]
     data = Markdown(f"{in_markdown(ours.data.iloc[0])}, `{scale_of(ours)}`")

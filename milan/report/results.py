@@ -91,7 +91,7 @@ def edited_runs(metrics: Path) -> tuple[str, ...]:
 def read_metrics(path: Path) -> dict:
     """Read a metrics file. Raises UserError when it is missing or not an object of numbers and words."""
     try:
-        metrics = json.loads(path.read_text())
+        metrics = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
             f"{path} is missing: an earlier stage writes it. Run `dvc repro`, which runs the stages in order."

@@ -125,7 +125,7 @@ def point_name(name: str, value, settings: list[str]) -> str:
 def remove_killed(points: list[str]) -> None:
     """Remove the temporary workspaces of killed runs of these points, which DVC keeps and lists as running."""
     for path in EXECUTIONS.glob("*/*.run"):
-        execution = json.loads(path.read_text())
+        execution = json.loads(path.read_text(encoding="utf-8"))
         if execution["name"] in points:
             shutil.rmtree(execution["root_dir"], ignore_errors=True)
 

@@ -25,6 +25,7 @@ from milan.core.errors import UserError, nearest
 from milan.core.files import write_whole
 from milan.core.identity import flatten
 from milan.core.program import fail
+from milan.core.repository import refuse_lost_experiments
 from milan.report import costs, plots
 from milan.report.costs import COSTS
 from milan.report.plots import Figure, plt
@@ -94,6 +95,7 @@ def keep(folder: Path, experiment: Experiment) -> None:
 
 def read_experiments() -> list[Experiment]:
     """Return this commit's results and those of DVC's finished experiments on it, the oldest first."""
+    refuse_lost_experiments()
     _, commit = json.loads(dvc("exp", "show", "--json", capture_output=True, text=True).stdout)
     done = [made for made in commit["experiments"] or [] if (made["executor"] or {}).get("state", "success") == "success"]
     states = [(made["name"], made["revs"][0]) for made in done]
@@ -109,7 +111,7 @@ def read_experiment(name: str, state: dict) -> Experiment:
     folder = f"reports/metrics/{recipe['scale']}"
     metrics = {os.path.relpath(path, folder): file["data"] for path, file in state["data"]["metrics"].items() if "data" in file}
     held = git("ls-tree", "--name-only", state["rev"], "dvc.lock")
-    return Experiment(name, recipe, metrics, read_lock(git("show", f"{state['rev']}:dvc.lock") if held else "", recipe))
+    return Experiment(name, recipe, metrics, read_lock(git("show", f"{state['rev']}:./dvc.lock") if held else "", recipe))
 
 
 def read_lock(text: str, recipe: dict) -> dict:

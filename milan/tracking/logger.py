@@ -8,17 +8,17 @@ all that is left. One logger works at a time, in the order of the stages. Stages
 """
 
 import contextlib
-import fcntl
 import json
+import os
 import sys
 import time
 import warnings
 from itertools import groupby
 from pathlib import Path
-from typing import TextIO
 
 import psutil
 
+from milan.core.locks import lock
 from milan.core.redaction import redact
 from milan.tracking.store import check_reachable, store_uri
 from milan.tracking.tracker import SPOOLS, warn_of_undelivered
@@ -29,25 +29,15 @@ def serve(spool: Path | None) -> None:
 
     None delivers all spools."""
     SPOOLS.mkdir(parents=True, exist_ok=True)
-    with open(SPOOLS / "lock", "w") as lock:
-        while not try_lock(lock):
-            if spool and not spool.exists():
-                return  # another logger has delivered it
-            time.sleep(0.5)
-        pipeline = pipeline_of(spool) if spool else None
-        go_on = [deliver(each) for each in spools() if spool is None or each.name <= spool.name]
-        while all(go_on) and is_running(pipeline):
-            time.sleep(0.5)
-            go_on = [deliver(each) for each in spools() if pipeline_of(each) == pipeline]
-
-
-def try_lock(lock: TextIO, kind: int = fcntl.LOCK_EX) -> bool:
-    """Lock a file until it is closed, and return True; return False when another process has locked it."""
-    try:
-        fcntl.flock(lock, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+    while lock(SPOOLS / "lock", wait=False) is None:
+        if spool and not spool.exists():
+            return  # another logger has delivered it
+        time.sleep(0.5)
+    pipeline = pipeline_of(spool) if spool else None
+    go_on = [deliver(each) for each in spools() if spool is None or each.name <= spool.name]
+    while all(go_on) and is_running(pipeline):
+        time.sleep(0.5)
+        go_on = [deliver(each) for each in spools() if pipeline_of(each) == pipeline]
 
 
 def spools() -> list[Path]:
@@ -57,7 +47,7 @@ def spools() -> list[Path]:
 
 def pipeline_of(spool: Path) -> str | None:
     """Return the pipeline execution of a spool's stage; None when the spool is gone or has no first line yet."""
-    with contextlib.suppress(OSError, ValueError, AttributeError), open(spool) as file:
+    with contextlib.suppress(OSError, ValueError, AttributeError), open(spool, encoding="utf-8") as file:
         return json.loads(file.readline()).get("pipeline")
 
 
@@ -94,8 +84,10 @@ def reason_of(error: Exception) -> str:
 
 def stage_alive(spool: Path) -> bool:
     """Return whether the stage that writes this spool still runs: it holds a lock on it."""
-    with open(spool) as file:
-        return not try_lock(file, fcntl.LOCK_SH)
+    unlocked = lock(spool, shared=True, wait=False)
+    if unlocked is not None:
+        os.close(unlocked)
+    return unlocked is None
 
 
 def send_spool(spool: Path) -> bool:
@@ -105,7 +97,11 @@ def send_spool(spool: Path) -> bool:
     from milan.tracking.sender import Sender  # here: without mlflow installed, deliver() keeps the spool
 
     state_file = spool.with_suffix(".place")
-    state = json.loads(state_file.read_text()) if state_file.exists() else {"offset": 0, "run_id": None, "model_id": None}
+    state = (
+        json.loads(state_file.read_text(encoding="utf-8"))
+        if state_file.exists()
+        else {"offset": 0, "run_id": None, "model_id": None}
+    )
     sender = Sender(state["run_id"], state["model_id"], stage_alive(spool))
     ended = False
     with open(spool, "rb") as file:
@@ -123,7 +119,7 @@ def send_spool(spool: Path) -> bool:
                 sender.send(events)
                 offset = state["offset"] + sum(map(len, sent))
                 state = {"offset": offset, "run_id": sender.run_id, "model_id": sender.model_id}
-                state_file.write_text(json.dumps(state))
+                state_file.write_text(json.dumps(state), encoding="utf-8")
     spool.unlink()
     state_file.unlink()
     return bool(events[-1].get("last"))

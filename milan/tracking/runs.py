@@ -45,7 +45,7 @@ def recipe_stages(stages: dict, variants: list[str], seeds: list[int]) -> dict:
 def read_yaml(path: Path) -> dict:
     """Read a YAML file; empty without the file. Raises UserError when it does not hold keys and values."""
     try:
-        tree = parse_yaml(path.read_text()) if path.exists() else {}
+        tree = parse_yaml(path.read_text(encoding="utf-8")) if path.exists() else {}
     except (yaml.YAMLError, ValueError, RecursionError):
         raise damaged_error(path) from None
     if not isinstance(tree, dict):

@@ -7,7 +7,6 @@ load mlflow (milan/tracking/sender.py); stages do without it.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -19,6 +18,7 @@ from pathlib import Path
 import psutil
 
 from milan.core.files import dvc_hash, project_root
+from milan.core.locks import lock
 from milan.core.redaction import redact
 
 SPOOLS = Path(".scratch/tracking")
@@ -35,7 +35,7 @@ class Tracker:
     def event(self, kind: str, **values) -> None:
         """Append one event with the current time, as a line of JSON."""
         line = json.dumps({"kind": kind, "time": int(time.time() * 1000), **values}, default=str)
-        with open(self.spool, "a") as file:
+        with open(self.spool, "a", encoding="utf-8") as file:
             file.write(line + "\n")
 
     def point(self, point: dict, prefix: str = "train") -> None:
@@ -79,12 +79,12 @@ class LoggerProcess:
         SPOOLS.mkdir(parents=True, exist_ok=True)
         warn_of_undelivered()
         self.tracker = Tracker(SPOOLS / f"{time.time_ns()}-{os.getpid()}.jsonl")
-        self.spool_lock = lock_spool(self.tracker.spool)
+        self.spool_lock = lock(self.tracker.spool)  # for as long as the stage lives; the system unlocks it at its end
         self.tracker.event("start", name=name, experiment=experiment, pipeline=pipeline_execution(), tags=tags)
         self.tracker.event("params", values={name: redact(value) for name, value in params.items()})
         # In its own session: Ctrl-C in the terminal ends the stage, and the logger reports that to MLflow.
         command = [sys.executable, "-m", "milan.tracking.logger", str(self.tracker.spool)]
-        with open(LOG, "a") as log:
+        with open(LOG, "a", encoding="utf-8") as log:
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
 
     def finish(self, status: str, wait: bool = False) -> None:
@@ -133,10 +133,3 @@ def pipeline_execution() -> str:
             if "dvc" in [Path(word).name for word in parent.cmdline()[:3]]:
                 return f"{parent.pid}-{int(parent.create_time())}"
     return f"{os.getpid()}-by-hand"
-
-
-def lock_spool(spool: Path) -> int:
-    """Lock a spool for as long as the stage lives, and return the open file's number; the system unlocks it at its end."""
-    descriptor = os.open(spool, os.O_CREAT | os.O_RDWR)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    return descriptor

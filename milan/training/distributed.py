@@ -16,6 +16,8 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -32,6 +34,7 @@ from milan.training.failures import FAILURE, HERE, LostProcess, end, first_failu
 
 PR_SET_PDEATHSIG = 1  # prctl(2): the signal that a process gets when its parent dies
 STOP_SECONDS = 300  # between the signal that asks a process to save and end, and the one that ends it
+FAIL_SECONDS = 5  # between the first word of a failure and the end of the processes that do not hear of it
 CONNECT_WAIT = datetime.timedelta(minutes=1)  # for torchrun's store, which is there before its processes
 START_WAIT = datetime.timedelta(minutes=10)  # for the slowest rank to start
 LAUNCH_WAIT = datetime.timedelta(days=1)  # for rank 0's launch; it ends when rank 0 ends without one
@@ -118,6 +121,7 @@ def run_here(path: str, function: Callable[..., dict], params: Params, arguments
     with contextlib.suppress(AttributeError):  # of Linux; torch asks for SIGINT, which in training would mean: save and end
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     store = dist.FileStore(path, params.runtime.processes)
+    threading.Thread(target=end_after_failure, args=[store], daemon=True).start()
     try:
         kind = resolve_device(params.compute).type
         check_devices(kind, params.compute)
@@ -128,6 +132,15 @@ def run_here(path: str, function: Callable[..., dict], params: Params, arguments
     except BaseException as error:
         leave_word(store, error)
         end(error)
+
+
+def end_after_failure(store: dist.Store) -> None:
+    """End this process soon after any process left word of its failure. It may wait for that process inside a collective
+    operation, where it hears no signal, and the launcher would grant it STOP_SECONDS."""
+    while not store.check([FAILURE]):
+        time.sleep(0.5)
+    time.sleep(FAIL_SECONDS)
+    os._exit(1)
 
 
 def end_by_signals() -> None:

@@ -116,8 +116,8 @@ def fit(
     a batch is such a dict on the model's device. Continues from settings.saved where that holds a state. Every process calls
     fit with the same arguments.
 
-    Raises UserError on a non-finite loss, naming the step and the last good save, and where the micro-batches cannot be
-    shared evenly by the processes; Preempted after a signal, once the state is saved."""
+    Raises UserError on a loss or weights that are not finite, naming the step and the last good save, and where the
+    micro-batches cannot be shared evenly by the processes; Preempted after a signal, once the state is saved."""
     return Loop(model, dataset, optimizer, settings, to_inputs).train()
 
 
@@ -247,11 +247,7 @@ class Loop:
         mean = torch.stack(losses).mean()
         loss, asked = distributed.mean(torch.stack([mean, torch.full_like(mean, self.asked_to_stop)])).tolist()
         if not math.isfinite(loss):
-            raise UserError(
-                f"{self.settings.name}: the loss became {loss} at or shortly before step {self.step} of {self.order.total_steps} "
-                f"(learning rate {self.lr:.3g}); {self.settings.saved.kept()}. Lower this stage's lr, set clip_grad, or use "
-                "compute.precision=bf16 or fp32."
-            )
+            raise self.diverged(f"the loss became {loss} at or shortly before step {self.step}")
         self.checked.append(loss)
         if self.ends_point():
             self.add_point(sum(self.checked) / len(self.checked))
@@ -274,15 +270,32 @@ class Loop:
 
     def save_when_due(self, asked_to_stop: bool) -> None:
         """Save every save_seconds, when asked to stop, which then raises Preempted, and after the last step, so that an
-        interrupted evaluation repeats no step."""
+        interrupted evaluation repeats no step. Raises UserError instead where the state is not finite."""
         due = time.monotonic() - self.saved_at >= self.settings.runtime.save_seconds
         if self.rank == 0 and (due or asked_to_stop or self.step == self.order.total_steps):
+            self.refuse_broken_weights()
             self.settings.saved.save(self.step, self.state())
             self.saved_at = time.monotonic()
         if asked_to_stop:
             distributed.barrier()  # no process leaves before the state is saved: the first to leave ends the others
             self.say(f"stopped by a signal at step {self.step}; saved.")
             raise Preempted
+
+    def refuse_broken_weights(self) -> None:
+        """Raise UserError where a number of the model or the optimizer is not finite: the update after a finite loss may do that.
+
+        The largest number of all is one reduction and one wait for the device."""
+        moments = (value for state in self.optimizer.state.values() for value in state.values())
+        tensors = [*self.model.state_dict().values(), *moments]
+        numbers = [tensor for tensor in tensors if isinstance(tensor, Tensor) and tensor.is_floating_point()]
+        if not nn.utils.get_total_norm(numbers, math.inf).isfinite():
+            raise self.diverged(f"the weights or the optimizer's moments are not finite after step {self.step}")
+
+    def diverged(self, what: str) -> UserError:
+        return UserError(
+            f"{self.settings.name}: {what} of {self.order.total_steps} (learning rate {self.lr:.3g}); "
+            f"{self.settings.saved.kept()}. Lower this stage's lr, set clip_grad, or use compute.precision=bf16 or fp32."
+        )
 
     def state(self) -> dict:
         return {

@@ -18,13 +18,16 @@ OTHER_MODEL = "Were the pretrained weights made with another model section of pa
 
 
 def save_weights(path: Path, weights: dict[str, torch.Tensor], **about: str | int) -> None:
-    """Write weights as safetensors, whole or not at all. Equal weights give equal bytes. Raises UserError on a full disk.
+    """Write weights as safetensors, whole or not at all. Equal weights give equal bytes. Raises UserError on a full disk
+    and, before it writes, where a number is not finite.
 
     about: described in the file's metadata, with the digest of the weights, as JSON under the one key "milan" (safetensors
     writes several keys in random order)."""
     # Cloned, because safetensors refuses tensors that share memory, such as tied weights of a released checkpoint.
     layout = torch.contiguous_format
     tensors = {name: tensor.detach().cpu().clone(memory_format=layout) for name, tensor in sorted(weights.items())}
+    if broken := [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]:
+        raise UserError(f"{path} is not written, since not all its numbers are finite: {listed(broken)}.")
     metadata = json.dumps({**about, "sha256": weights_digest(tensors)}, sort_keys=True)
     write_whole(path, safetensors_bytes(tensors, {"milan": metadata}))
 

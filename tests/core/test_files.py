@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from milan.core import files
 from milan.core.errors import UserError
 from milan.params import TransformerSize
-from tests.conftest import ROOT
+from tests.conftest import ROOT, forked
 
 
 def names(folder: Path) -> list[str]:
@@ -97,6 +98,21 @@ def test_write_json_is_sorted(tmp_path):
 def test_what_the_file_system_refuses_is_said(number, words):
     with pytest.raises(UserError, match=words), files.explain_os_errors():
         raise OSError(number, os.strerror(number), "it")
+
+
+def test_a_limit_on_the_size_of_files_is_said(tmp_path):
+    """`ulimit -f` and FAT refuse a byte that lies too far."""
+
+    def write() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+        for data, explained in ((b"x" * 101, files.explain_full_disk(tmp_path / "w")), (b"y" * 101, files.explain_os_errors())):
+            too_large = pytest.raises(UserError, match=r"larger than .* may be here.*`ulimit -f unlimited`")
+            with too_large as error, explained, open(tmp_path / "w", "wb", buffering=0) as file:
+                while data:
+                    data = data[file.write(data) :]
+            assert "full" not in str(error.value)
+
+    assert forked(write) == 0
 
 
 def test_a_fault_of_the_program_passes():

@@ -59,6 +59,12 @@ def test_masks_where_only_some_have_one(tmp_path):
     assert split[1] == {"image": b"b", "name": "y", "mask": None}
 
 
+def test_a_column_that_only_some_shards_have(tmp_path):
+    rows = [{**row, "mask": b"m"} if number == 5 else row for number, row in enumerate(ROWS)]
+    masks = Records(write_records(tmp_path, rows), "train").column("mask")
+    assert masks == [None] * 5 + [b"m"] + [None] * 5
+
+
 def test_the_manifest_tells_the_files_digests(tmp_path):
     write_records(tmp_path)
     shards = json.loads((tmp_path / "manifest.json").read_text())["splits"]["train"]["shards"]

@@ -628,6 +628,15 @@ def test_too_few_images_are_refused_with_the_options_that_mend_it():
     assert "-S teacher.batch_size=8 -S teacher.micro_batch=4 -S finetune.batch_size=2 -S finetune.micro_batch=1" in message
 
 
+@pytest.mark.parametrize("stage", ["linear_eval", "segment", "teacher"])
+def test_a_micro_batch_of_one_is_no_option_where_two_images_are_needed(stage):
+    with pytest.raises(UserError, match=f"{stage} needs two at least for each process") as error:
+        imagenet.refuse_too_few({stage: (64, 3), "pretrain": (64, 3)}, 2)
+    assert "-S" not in str(error.value)
+    with pytest.raises(UserError, match=f"-S {stage}.batch_size=4 -S {stage}.micro_batch=2 -S pretrain.batch_size=4"):
+        imagenet.refuse_too_few({stage: (64, 4), "pretrain": (64, 4)}, 2)
+
+
 def test_other_counts_than_the_recipe_s_are_refused_with_the_remedy():
     counts = {"train": 1281166, "val": 50000, "classes": 999}
     with pytest.raises(UserError) as error:

@@ -1,6 +1,7 @@
 """The target bank: written views are read back, views follow from their keys, and a disk that is too small is refused first."""
 
 import io
+import resource
 import shutil
 from collections import namedtuple
 
@@ -16,7 +17,7 @@ from milan.method import target_bank
 from milan.method.samples import BankViews, PretrainSamples
 from milan.method.target_bank import Bank
 from stages.extract_targets import object_shares
-from tests.conftest import write_split
+from tests.conftest import forked, write_split
 
 IMAGES, VIEWS, N, D, SHARD = 5, 3, 4, 2, 2
 SIDE = 64
@@ -51,6 +52,24 @@ def write_bank(folder, shard: int = SHARD, first: float = 0) -> None:
 def bank(tmp_path) -> Bank:
     write_bank(tmp_path / "bank")
     return Bank(tmp_path / "bank")
+
+
+def test_the_files_are_those_of_np_save(bank, tmp_path):
+    for name in (*target_bank.FILES,):
+        np.save(tmp_path / "plain.npy", np.load(bank.file(name, 0)))
+        assert bank.file(name, 0).read_bytes() == (tmp_path / "plain.npy").read_bytes()
+
+
+def test_a_disk_that_fills_up_within_a_shard_is_said(tmp_path):
+    """np.save itself would raise an OSError that does not tell why."""
+
+    def write() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))
+        with pytest.raises(UserError, match="features-00000.npy would be larger than a file may be here"):
+            write_bank(tmp_path / "bank")
+        assert list((tmp_path / "bank").iterdir()) == []
+
+    assert forked(write) == 0
 
 
 def test_every_view_of_every_image_comes_back(bank):

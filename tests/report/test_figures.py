@@ -50,6 +50,18 @@ def test_notebooks_run_in_order_each_in_an_empty_namespace(tmp_path, capfd):
     assert "1.ipynb (1 of 3)" in printed and "2.ipynb (2 of 3)" in printed and "3.ipynb (3" not in printed
 
 
+def test_a_folder_that_takes_no_sockets_is_left_alone(tmp_path, monkeypatch):
+    """The kernel's sockets lie in the system's temporary folder; where that takes none, the kernel is talked to by TCP."""
+    assert stage.transport(tmp_path) == {"transport": "ipc", "ip": str(tmp_path / "kernel")}
+    assert stage.transport(tmp_path / ("long" * 30)) == {"transport": "tcp"}
+    (empty := tmp_path / "empty").mkdir()
+    listing = notebook(tmp_path / "1.ipynb", "import os, tempfile\nassert os.listdir() == [], os.listdir()")
+    monkeypatch.chdir(empty)
+    stage.execute_all([listing])
+    monkeypatch.setattr(stage, "transport", lambda _: {"transport": "tcp"})
+    stage.execute_all([listing])
+
+
 def test_stage_and_notebooks_use_the_same_variable():
     assert stage.FOLDERS == FOLDERS
 

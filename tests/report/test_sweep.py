@@ -218,6 +218,16 @@ def test_finished_experiments_are_read_oldest_first(shown, tree):
     assert new.recipe == tree and new.lock == {"teacher": {"cmd": "t"}}
 
 
+def test_a_project_in_a_folder_of_a_larger_repository_reads_its_own_lock(tree, workplace, monkeypatch):
+    change(tree, "variants", ["milan"])
+    for folder, stage in (("papers/milan", "teacher"), (".", "another")):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        Path(folder, "dvc.lock").write_text(f"schema: '2.0'\nstages: {{{stage}: {{cmd: t}}}}")
+    revision = commit("two locks")
+    monkeypatch.chdir("papers/milan")
+    assert sweep.read_experiment("x", state(tree, revision, "2026-11-27T10:19:10", {})).lock == {"teacher": {"cmd": "t"}}
+
+
 def test_without_a_lock_there_is_none(shown):
     Path("dvc.lock").unlink()
     revision = commit("none")

@@ -3,6 +3,7 @@
 import copy
 import importlib
 import io
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -143,6 +145,16 @@ def test_too_few_images_stop_the_first_stage_before_it_packs(desk, tree):
     write_recipe(tree)
     said = run_light("prepare_imagenet", *PREPARE)
     assert "pretrain takes 64 images a step and has 2" in said and "-S pretrain.batch_size=2 -S pretrain.micro_batch=2" in said
+
+
+def test_fine_tuning_s_batch_is_compared_with_the_labels_that_are_drawn(desk, tree):
+    """Half of five images is two of each class, by Python's rounding: 2 x 2 of 10 images, not 5."""
+    class_folders(desk / "images", {f"train/{wnid}/{k}.JPEG": jpeg() for wnid in ("n01", "n02") for k in range(4)})
+    change(tree, "finetune.labels", 0.5)
+    tree["finetune"] |= {"batch_size": 5, "micro_batch": 5}
+    change(tree, "data.imagenet", str(desk / "images"))
+    write_recipe(tree)
+    assert "finetune takes 5 images a step and has 4" in run_light("prepare_imagenet", *PREPARE)
 
 
 def test_other_counts_than_expected_stop_the_stage_before_it_decodes(desk, tree):
@@ -361,6 +373,49 @@ def test_a_fault_of_the_program_keeps_its_traceback(desk, monkeypatch):
     monkeypatch.setattr("milan.ingest.world.writing.write_imagenet", fail)
     status, said = run_heavy("prepare_imagenet", *PREPARE)
     assert status == 1 and "Traceback" in said and "ZeroDivisionError: a fault" in said and not Path("outs/data").exists()
+
+
+CRASHES = {  # what a step raises: what the stage says
+    "of the GPU": (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "Lower linear_eval.micro_batch, which is 2."),
+    "of a worker": (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's "
+        "workers are out of shared memory. Please try to raise your shared memory limit."), "`--shm-size=8g`"),
+    "of a sample": (RuntimeError("unable to write to file </torch_7_8_9>: No space left on device (28)"), "/dev/shm"),
+    "of the machine": (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        "The memory of this machine is full"),
+    "of files": (RuntimeError("received 0 items of ancdata"), "`ulimit -n 65536`"),
+    "of the program": (ZeroDivisionError("a fault"), "ZeroDivisionError: a fault"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case, processes", [*((case, 1) for case in CRASHES), ("of the GPU", 2), ("of the program", 2)])
+def test_a_crash_beside_loader_workers_ends_the_stage_and_them(desk, tree, monkeypatch, case, processes):
+    """Raise in the second step. Loader workers ignore SIGTERM, and the exit of Python waits for them."""
+    arguments = pretrained_folder(desk)
+    save_weights(desk / "weights" / "encoder.safetensors", Encoder(validate(Params, tree, "p").model).vit.state_dict())
+    tree["runtime"] |= {"processes": processes, "workers": 1}
+    for name in ("pretrain", "linear_eval", "finetune", "segment"):
+        tree[name]["batch_size"] = 4
+    tree["linear_eval"] |= {"epochs": 3, "views": 0}
+    write_recipe(tree)
+    error, words = CRASHES[case]
+    workers = []
+
+    def step(loop, batches) -> torch.Tensor:
+        workers.extend(child.pid for child in multiprocessing.active_children())
+        Path(f"workers-{os.getpid()}").write_text(" ".join(map(str, workers)))
+        raise error
+
+    monkeypatch.setattr("milan.training.loop.Loop.one_step", step)
+    began = time.monotonic()
+    status, said = run_heavy("linear_eval", *arguments, "--teacher", "teacher")
+    assert status == 1 and time.monotonic() - began < 30, said
+    assert words in (said if case == "of the program" else refused(said, "metrics.json", "curve.csv"))
+    started = [int(number) for path in Path().glob("workers-*") for number in path.read_text().split()]
+    deadline = time.monotonic() + 20
+    while running := [number for number in started if psutil.pid_exists(number)]:
+        assert time.monotonic() < deadline, running
+        time.sleep(0.2)
+    assert len(started) == processes
 
 
 @pytest.mark.parametrize(

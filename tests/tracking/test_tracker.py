@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from milan.core.code import closure
+from milan.core.locks import lock
 from milan.tracking import logger, sender, tracker
 from tests.conftest import ROOT
 from tests.stages.test_dvc import STAGES
@@ -218,7 +219,7 @@ def test_a_line_truncated_by_a_kill_is_left_out(fake):
 def test_the_logger_waits_for_the_rest_of_a_line(fake, monkeypatch):
     """The stage has written half of the line when the logger reads."""
     spool = write_spool([{"kind": "start"}])
-    stage = tracker.lock_spool(spool)
+    stage = lock(spool)
     whole = json.dumps({**point(1), "time": 1}) + "\n"
     rest = [whole[:9], whole[9:], json.dumps({"kind": "end", "status": "FINISHED", "time": 1}) + "\n"]
 
@@ -235,7 +236,7 @@ def test_the_logger_waits_for_the_rest_of_a_line(fake, monkeypatch):
 def test_a_stage_is_alive_as_long_as_it_locks_its_spool(fake):
     """Also when it is killed and its process number is reused."""
     spool = write_spool([{"kind": "start"}])
-    holding = f"import time; from pathlib import Path; from milan.tracking import tracker; f = tracker.lock_spool(Path({str(spool)!r})); print(1, flush=True); time.sleep(60)"
+    holding = f"import time; from pathlib import Path; from milan.core.locks import lock; lock(Path({str(spool)!r})); print(1, flush=True); time.sleep(60)"
     stage = subprocess.Popen([sys.executable, "-c", holding], env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE)
     stage.stdout.readline()
     assert logger.stage_alive(spool)

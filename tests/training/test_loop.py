@@ -21,7 +21,7 @@ from milan.method.model import MaskedPretraining
 from milan.params import AblationRow, Compute, Model, Runtime, Training, TransformerSize
 from milan.training import distributed, optim
 from milan.training.device import set_up
-from milan.training.loop import FitSettings, Order, fit
+from milan.training.loop import FitSettings, Loop, Order, fit
 from milan.training.resume import SavedState
 from milan.training.weights import save_weights
 from tests.conftest import forked, saved_state
@@ -392,6 +392,30 @@ def test_a_non_finite_loss_stops_the_run_and_names_step_and_save(workplace, numb
     assert settings().saved.load()["step"] == step - 1
 
 
+@pytest.mark.parametrize("step", [4, STEPS])
+@pytest.mark.parametrize("part", ["a weight", "a moment"])
+def test_weights_that_an_update_breaks_are_neither_saved_nor_written(workplace, monkeypatch, part, step):
+    """The loss of the step is still finite; the state of the step before is kept, and is finite."""
+    update = Loop.update_weights
+
+    def update_and_break(loop: Loop) -> None:
+        update(loop)
+        if loop.step == step - 1:
+            weight = loop.model.layers[3].weight
+            broken = weight.data if part == "a weight" else loop.optimizer.state[weight]["exp_avg_sq"]
+            broken[0, 7] = float("nan" if part == "a weight" else "inf")
+
+    monkeypatch.setattr(Loop, "update_weights", update_and_break)
+    with pytest.raises(UserError) as error:
+        train(Points(), settings(), workplace / "out")
+    said = str(error.value)
+    assert f"tiny: the weights or the optimizer's moments are not finite after step {step} of {STEPS}" in said
+    assert f"state-{step - 1:09d}.pt" in said and "Lower this stage's lr" in said
+    assert not (workplace / "out").exists()
+    kept = settings().saved.load()
+    assert kept["step"] == step - 1 and all(tensor.isfinite().all() for tensor in kept["model"].values())
+
+
 def test_a_full_disk_while_saving_names_what_is_kept(workplace, undisturbed, monkeypatch):
     """The disk is full at the third save: the second is named, whole, and continued from."""
     real, calls = os.fsync, []
@@ -514,3 +538,19 @@ def test_sigterm_to_the_launcher_saves_and_the_next_run_continues(workplace):
     assert len(run.saved.saves()) == 1
     launched(2, train, Points(), run, workplace / "out")
     assert digest(workplace / "out") == digest(workplace / "undisturbed")
+
+
+def deaf_beside_a_failure() -> dict:
+    """Fail in rank 1, while rank 0 hears no signal, as inside a collective operation of NCCL's."""
+    if rank_of(1):
+        raise ZeroDivisionError("a fault of the program")
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(60)
+
+
+def test_a_process_that_hears_no_signal_ends_with_the_first_failure(workplace, monkeypatch):
+    monkeypatch.setattr(distributed, "FAIL_SECONDS", 0.5)
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match="ZeroDivisionError: a fault of the program"):
+        launched(2, deaf_beside_a_failure)
+    assert time.monotonic() - began < 20

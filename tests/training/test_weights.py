@@ -36,6 +36,14 @@ def test_equal_weights_give_equal_bytes_and_metadata_is_kept(tmp_path):
         assert file.get_tensor("x").tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite_are_not_written(tmp_path, number):
+    weights = {"good": torch.ones(3), "bad": torch.tensor([1, number]), "worse": torch.full((2,), number).half(), "n": torch.tensor(3)}
+    with pytest.raises(UserError, match="w is not written, since not all its numbers are finite: bad, worse"):
+        save_weights(tmp_path / "w", weights)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_any_flipped_byte_of_weights_is_found_and_the_file_named(tmp_path):
     path, weights = tmp_path / "w.safetensors", {"x": torch.arange(6.0).view(2, 3), "n": torch.tensor(3), "b": torch.tensor([True])}
     save_weights(path, weights, seed=3)

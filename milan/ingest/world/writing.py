@@ -39,10 +39,12 @@ def write_imagenet(
     Raises UserError for a folder that holds files."""
     names = [f"{split}/{wnid}" for split in ("train", "val") for wnid in world.wnids]
     with _whole_folder(folder, [*names, "val_objects", "pairs"]) as root:
-        (root / "classes.json").write_text(json.dumps(dict(zip(world.wnids, world.classes, strict=True)), indent=1) + "\n")
+        (root / "classes.json").write_text(
+            json.dumps(dict(zip(world.wnids, world.classes, strict=True)), indent=1) + "\n", encoding="utf-8"
+        )
         counts = {"train": train, "val": val, "pairs": pairs}
         rows = _run(partial(_write_object_scenes, root, world, seed, size, objects), counts, progress, processes)
-        with open(root / "pairs/captions.csv", "w", newline="") as file:
+        with open(root / "pairs/captions.csv", "w", encoding="utf-8", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows([("file", "caption"), *rows])
 
 
@@ -61,7 +63,7 @@ def write_ade20k(
     names = [f"{kind}/{split}" for kind in ("images", "annotations") for split in ("training", "validation")]
     with _whole_folder(folder, names) as root:
         lines = [f"{number}\t{name}\n" for number, name in enumerate(world.scene_classes, 1)]
-        (root / "objectInfo.txt").write_text("".join(["Idx\tName\n", *lines]))
+        (root / "objectInfo.txt").write_text("".join(["Idx\tName\n", *lines]), encoding="utf-8")
         write = partial(_write_stuff_scenes, root, world, seed, size)
         _run(write, {"training": train, "validation": val}, progress, processes)
 

@@ -1,0 +1,51 @@
+"""What every program does alike: errors as a paragraph, whose commands can be copied, and UTF-8 in every locale."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from milan.core.program import fail
+from tests.conftest import ROOT
+
+
+def test_no_line_breaks_a_command(capsys):
+    command = "`find . -name " + "word " * 30 + "-delete`"
+    with pytest.raises(SystemExit) as end:
+        fail(f"{'Something is wrong here. ' * 6}Run {command} and then run it again.", 3)
+    said = capsys.readouterr().err
+    lines = said.strip().splitlines()
+    assert end.value.code == 3 and lines[0].startswith("error: Something is wrong")
+    assert [line for line in lines if command in line] and all(len(line) <= 100 for line in lines if command not in line)
+
+
+# Python's UTF-8 mode is off, and the locale is not UTF-8, as en_US.ISO-8859-1 is not.
+OTHER_LOCALE = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+
+
+def test_a_locale_that_is_not_utf_8_changes_no_name(workplace, tree):
+    names = ["cafe\u0301", "\u9e64 crane"]
+    for split in ("train", "val"):
+        for name in names:
+            Path("images", split, name).mkdir(parents=True)
+            for number in range(2):
+                Image.effect_noise((64, 64), 60).convert("RGB").save(Path("images", split, name, f"\u00fc{number}.JPEG"))
+    tree["data"]["imagenet"] = "images"
+    tree["scale"] = "gr\u00f6\u00dfer"
+    tree["runtime"]["processes"] = 1
+    for name in ("teacher", "pretrain", "linear_eval", "finetune"):
+        tree[name] |= {"batch_size": 2, "micro_batch": 2}
+    tree["finetune"]["labels"] = 1.0
+    Path("reports").mkdir()
+    Path("reports/published.csv").touch()
+    Path("params.yaml").write_text(yaml.safe_dump(tree, allow_unicode=True), encoding="utf-8")
+    environment = {**os.environ, **OTHER_LOCALE, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "stages.prepare_imagenet", "--out", "records", "--metrics", "m.json"]
+    done = subprocess.run(command, env=environment, capture_output=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(Path("records/manifest.json").read_text(encoding="utf-8"))["classes"] == sorted(names)
