@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import posixpath
 import re
 import tempfile
 import time
@@ -139,7 +138,7 @@ class Sender:
             self.client.log_batch(self.run_id, params=params[first : first + 100])
 
     def send_tags(self, event: dict) -> None:
-        tags = {key: value for key, value in event["values"].items() if KEY.fullmatch(key) and posixpath.normpath(key) == key}
+        tags = {key: value for key, value in event["values"].items() if KEY.fullmatch(key)}
         if refused := event["values"].keys() - tags.keys():  # a path with other characters: the run is the same without it
             print(f"MLflow takes no such key: {', '.join(sorted(refused))}", flush=True)
         self.client.log_batch(self.run_id, tags=[entities.RunTag(key, str(value)) for key, value in tags.items()])

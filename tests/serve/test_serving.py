@@ -83,7 +83,7 @@ def bomb(side: int) -> bytes:
 def desk(tmp_path_factory):
     """Make a folder in which three finetune stages have ended: two results of milan, then the first one made again. A queued
     experiment, in a workspace of DVC's, has then made the second one again."""
-    folder = tmp_path_factory.mktemp("serving #1? 100%20 a")  # characters that mean something in a URI
+    folder = tmp_path_factory.mktemp("serving #1? 100% a")  # characters that mean something in a URI
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
