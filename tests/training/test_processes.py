@@ -164,7 +164,7 @@ def small(tree) -> Params:
     tree["model"] |= {"image_size": 16, "encoder": tower, "decoder": tower}
     tree["linear_eval"]["optimizer"] = "lars"
     tree["finetune"] |= {"mixup": 0.8, "cutmix": 1.0, "drop_path": 0.5, "random_erasing": 0.5, "label_smoothing": 0.1}
-    tree["segment"] |= {"crop_size": 16, "channels": 8, "aux_channels": 8, "drop_path": 0.5}
+    tree["segment"] |= {"crop_size": 16, "stride": 16, "channels": 8, "aux_channels": 8, "drop_path": 0.5}
     tree["teacher"]["tiny"] |= {"width": 32, "layers": 1, "text_width": 24, "context_length": 6, "embed_dim": 16}
     return validate(Params, tree, "params.yaml")
 
