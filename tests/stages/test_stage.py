@@ -24,7 +24,7 @@ from milan.core.validation import validate
 from milan.data import records
 from milan.method.encoder import Encoder
 from milan.params import Params
-from milan.stage import Stage, filled
+from milan.stage import Kind, Stage, filled, name_leftovers
 from milan.tracking.tracker import Tracker
 from milan.training.weights import save_weights
 from stages import prepare_imagenet, pretrain
@@ -545,6 +545,22 @@ def test_metrics_and_curve_are_written_as_dvc_reads_them(workplace, tree):
     made.write_curve([])
     assert Path("c/c.csv").read_text() == "step,epoch,loss,lr\n"
     assert made.title == "pretrain milan seed 3"
+
+
+def test_results_of_removed_variants_are_named_where_a_stage_depends_on_their_folder(workplace, tree, capsys):
+    change(tree, "variants", ["milan", "clip_target"])
+    change(tree, "seeds", [0, 1])
+    for name in ("milan-0.json", "clip_target-1.json", "milan-2.json", "mae-0.json"):
+        (path := Path("metrics/pretrain", name)).parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    for name in ("segment/clip_target-0", "segment/mae-0", "imagenet/train-00000"):
+        Path("outs", name).mkdir(parents=True)
+    params, given = validate(Params, tree, "p"), Namespace(metrics=Path("metrics"), outs=Path("outs"))
+    for kind in (Kind(), Kind(reads=("other",)), Kind(reads=("outs", "metrics"))):
+        assert capsys.readouterr().err == ""
+        name_leftovers(Stage("figures", given, params, kind))
+    said = capsys.readouterr().err
+    assert said.startswith("figures: metrics/pretrain/mae-0.json, metrics/pretrain/milan-2.json, outs/segment/mae-0: of variants")
 
 
 def test_the_recipe_is_flattened_for_mlflow(tree):
