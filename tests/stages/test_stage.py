@@ -1,6 +1,7 @@
 """Stages with a wrong input: they print one paragraph that names it, exit with a status other than 0, and write no out."""
 
 import copy
+import errno
 import importlib
 import io
 import multiprocessing
@@ -382,6 +383,7 @@ CRASHES = {  # what a step raises: what the stage says
     "of a sample": (RuntimeError("unable to write to file </torch_7_8_9>: No space left on device (28)"), "/dev/shm"),
     "of the machine": (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
         "The memory of this machine is full"),
+    "of a semaphore": (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "/dev/shm"),
     "of files": (RuntimeError("received 0 items of ancdata"), "`ulimit -n 65536`"),
     "of the program": (ZeroDivisionError("a fault"), "ZeroDivisionError: a fault"),
 }  # fmt: skip
@@ -403,7 +405,8 @@ def test_a_crash_beside_loader_workers_ends_the_stage_and_them(desk, tree, monke
     def step(loop, batches) -> torch.Tensor:
         workers.extend(child.pid for child in multiprocessing.active_children())
         Path(f"workers-{os.getpid()}").write_text(" ".join(map(str, workers)))
-        raise error
+        # A semaphore's error tells no more than the file that raised it.
+        exec(compile("raise error", "multiprocessing/synchronize.py" if case == "of a semaphore" else "a.py", "exec"), {"error": error})
 
     monkeypatch.setattr("milan.training.loop.Loop.one_step", step)
     began = time.monotonic()
