@@ -395,7 +395,7 @@ def test_a_crash_beside_loader_workers_ends_the_stage_and_them(desk, tree, monke
     arguments = pretrained_folder(desk)
     save_weights(desk / "weights" / "encoder.safetensors", Encoder(validate(Params, tree, "p").model).vit.state_dict())
     tree["runtime"] |= {"processes": processes, "workers": 1}
-    for name in ("pretrain", "linear_eval", "finetune", "segment"):
+    for name in ("pretrain", "linear_eval", "finetune", "segment", "dense_probe"):
         tree[name]["batch_size"] = 4
     tree["linear_eval"] |= {"epochs": 3, "views": 0}
     write_recipe(tree)
