@@ -7,6 +7,7 @@ import io
 import os
 import re
 import signal
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -182,6 +183,7 @@ def run(name: str, main: Callable[[Stage], None], doc: str, kind: Kind) -> None:
             refuse_what_cannot_be_written(stage)
             if project_root() != Path.cwd():  # DVC's workspace of an experiment
                 refuse_lost_experiments()
+            name_leftovers(stage)
             with alone(stage.title), explain_shortage(stage.images_at_a_time):
                 tracked(stage, main)
     except UserError as error:
@@ -255,6 +257,24 @@ def refuse_what_cannot_be_written(stage: Stage) -> None:
             raise UserError(f"--{name} {path}: nothing can be written in {folder}. Change its rights or give another path.")
         if path.exists() and path.is_dir() != is_folder:
             raise UserError(f"--{name} {path} is a {'file' if is_folder else 'folder'}. Remove it or give another path.")
+
+
+def name_leftovers(stage: Stage) -> None:
+    """Name the results of variants and seeds that the recipe no longer has, in folders that this stage depends on as a whole:
+    another clone does not get them, so that `dvc status` would not be clean there."""
+    variations = {f"{variant}-{seed}" for variant in stage.params.variants for seed in stage.params.seeds}
+    folders = [getattr(stage.args, name) for name in ("metrics", "curves", "outs") if name in stage.kind.reads]
+    kinds = ("pretrain", "linear_eval", "finetune", "segment", "dense_probe")
+    paths = [path for folder in folders for kind in kinds for path in sorted((folder / kind).glob("*-*"))]
+    left = [str(path) for path in paths if (path.name if path.is_dir() else path.stem) not in variations]
+    if left:
+        more = f", and {len(left) - 5} more" if len(left) > 5 else ""
+        print(
+            f"{stage.title}: {', '.join(left[:5])}{more}: of variants or seeds that the recipe does not have. Where they stay, "
+            "`dvc status` in another clone is not clean; delete them and run `dvc repro` again (dvc.lock and the cache still have "
+            "those of earlier commits).",
+            file=sys.stderr,
+        )
 
 
 def tracked(stage: Stage, main: Callable[[Stage], None]) -> None:

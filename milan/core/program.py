@@ -9,6 +9,7 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
 
 from milan.core.errors import UserError
 from milan.core.files import SCRATCH
@@ -67,7 +68,7 @@ SHORTAGES = {  # pattern of an error's text: what is short, and how to mend it
     r"CUDA out of memory|CUDA error: out of memory|_STATUS_ALLOC_FAILED": (
         "The GPU's memory is full. {lower}`nvidia-smi` lists the programs that use it."
     ),
-    r"/dev/shm|out of shared memory|</torch_.*(No space left|Cannot allocate)": (
+    r"/dev/shm|out of shared memory|</torch_.*(No space left|Cannot allocate)|No space left.* in synchronize.py": (
         "The shared memory of this machine (/dev/shm) is full; loader workers pass images through it. Enlarge it (docker run: "
         "`--shm-size=8g` or `--ipc=host`), or lower runtime.workers, to 0 for none: that changes no result."
     ),
@@ -91,7 +92,8 @@ def explain_shortage(lower: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        said = f"{type(error).__name__}: {error}"
+        place = Path(traceback.extract_tb(error.__traceback__)[-1].filename).name  # a semaphore that fails tells no more
+        said = f"{type(error).__name__}: {error} in {place}"
         for pattern, advice in SHORTAGES.items():
             if cause := re.search(f".*({pattern}).*", said):
                 kept = f"What was saved is kept; run it again and it continues. ({cause[0].strip()[:200]})"

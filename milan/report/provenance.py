@@ -114,7 +114,7 @@ def wait_for_turn(spool: Path, timeout: float = LOGGER_TIMEOUT) -> None:
     end, failed = time.monotonic() + timeout, spool.with_suffix(".failed")
     while not spool.with_suffix(".place").exists():
         if failed.exists():
-            raise UserError(failed.read_text())
+            raise UserError(failed.read_text(encoding="utf-8"))
         if time.monotonic() > end:
             raise UserError(f"MLflow has not answered for {timeout:.0f} s")
         time.sleep(0.1)

@@ -29,15 +29,18 @@ def serve(spool: Path | None) -> None:
 
     None delivers all spools."""
     SPOOLS.mkdir(parents=True, exist_ok=True)
-    while lock(SPOOLS / "lock", wait=False) is None:
+    while (held := lock(SPOOLS / "lock", wait=False)) is None:
         if spool and not spool.exists():
             return  # another logger has delivered it
         time.sleep(0.5)
-    pipeline = pipeline_of(spool) if spool else None
-    go_on = [deliver(each) for each in spools() if spool is None or each.name <= spool.name]
-    while all(go_on) and is_running(pipeline):
-        time.sleep(0.5)
-        go_on = [deliver(each) for each in spools() if pipeline_of(each) == pipeline]
+    try:
+        pipeline = pipeline_of(spool) if spool else None
+        go_on = [deliver(each) for each in spools() if spool is None or each.name <= spool.name]
+        while all(go_on) and is_running(pipeline):
+            time.sleep(0.5)
+            go_on = [deliver(each) for each in spools() if pipeline_of(each) == pipeline]
+    finally:
+        os.close(held)
 
 
 def spools() -> list[Path]:
@@ -71,7 +74,7 @@ def deliver(spool: Path) -> bool:
         mark.unlink(missing_ok=True)
         return not last
     except Exception as error:  # no error of the store may lose events
-        mark.write_text(reason := reason_of(error))
+        mark.write_text(reason := reason_of(error), encoding="utf-8")
         print(f"{spool.name}: {reason}; kept for the next logger.", flush=True)
         return False
 

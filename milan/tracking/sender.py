@@ -18,7 +18,7 @@ import milan
 from milan.core.errors import UserError
 from milan.core.files import SCRATCH, dvc_hash, project_root
 from milan.tracking import runs
-from milan.tracking.store import store_uri
+from milan.tracking.store import follow_project, store_uri
 
 SKIPPED = "skipped."  # prefix of a parent run's tags that name the runs of skipped stages
 KEY = re.compile(r"[/\w.\- :]{1,250}")  # what MLflow takes as the key of a tag
@@ -42,6 +42,8 @@ class Sender:
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         self.run_id, self.model_id, self.live, self.monitor = run_id, model_id, live, None
+        if not os.environ.get("MLFLOW_TRACKING_URI"):
+            follow_project(project_root())
         self.client = mlflow.MlflowClient(store_uri())
 
     def send(self, events: list[dict]) -> None:

@@ -1,14 +1,22 @@
-"""The address of MLflow's store, and a quick check that its server answers."""
+"""The address of MLflow's store, a quick check that its server answers, and the project's own store after a move."""
 
 import contextlib
 import os
 import socket
+import sqlite3
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from milan.core.files import project_root
 
 ANSWER_TIMEOUT = 10.0  # seconds
+ARTIFACTS = "/mlartifacts/"  # the folder of artifacts in the project
+LOCATIONS = {  # table: column that holds the absolute path of artifacts
+    "experiments": "artifact_location",
+    "runs": "artifact_uri",
+    "logged_models": "artifact_location",
+    "model_versions": "storage_location",
+}
 
 
 def store_uri() -> str:
@@ -53,3 +61,18 @@ def check_reachable(uri: str) -> None:
                 raise ConnectionError(f"{uri} answers {answer.status_code} {answer.reason}")
     elif parts.hostname and parts.port:
         socket.create_connection((parts.hostname, parts.port), timeout=ANSWER_TIMEOUT).close()
+
+
+def follow_project(root: Path) -> None:
+    """Correct the artifacts' paths in the project's own store after the project's folder was moved, renamed or copied.
+
+    MLflow stores absolute paths: new artifacts would go to the old place, and the served model could not be loaded."""
+    database, here = root / "mlflow.db", root.as_uri() + ARTIFACTS
+    if not database.exists():
+        return
+    with contextlib.closing(sqlite3.connect(database)) as store, store:
+        known = [location for (location,) in store.execute("SELECT artifact_location FROM experiments")]
+        places = {location.rpartition(ARTIFACTS)[0] + ARTIFACTS for location in known if ARTIFACTS in location}
+        for place in places - {here}:
+            for table, column in LOCATIONS.items():
+                store.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", [place, here])

@@ -114,7 +114,7 @@ def warn_of_undelivered() -> None:
     reasons = []
     for mark in sorted(SPOOLS.glob("*.failed")):
         with contextlib.suppress(FileNotFoundError):  # a logger has just delivered it
-            reasons.append(mark.read_text())
+            reasons.append(mark.read_text(encoding="utf-8"))
     if reasons:
         print(
             f"{len(reasons)} run(s) have not arrived. {'. '.join(dict.fromkeys(reasons))}. Their events are kept, and sent with the "

@@ -1,6 +1,7 @@
 """Stages with a wrong input: they print one paragraph that names it, exit with a status other than 0, and write no out."""
 
 import copy
+import errno
 import importlib
 import io
 import multiprocessing
@@ -24,7 +25,7 @@ from milan.core.validation import validate
 from milan.data import records
 from milan.method.encoder import Encoder
 from milan.params import Params
-from milan.stage import Stage, filled
+from milan.stage import Kind, Stage, filled, name_leftovers
 from milan.tracking.tracker import Tracker
 from milan.training.weights import save_weights
 from stages import prepare_imagenet, pretrain
@@ -382,6 +383,7 @@ CRASHES = {  # what a step raises: what the stage says
     "of a sample": (RuntimeError("unable to write to file </torch_7_8_9>: No space left on device (28)"), "/dev/shm"),
     "of the machine": (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
         "The memory of this machine is full"),
+    "of a semaphore": (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "/dev/shm"),
     "of files": (RuntimeError("received 0 items of ancdata"), "`ulimit -n 65536`"),
     "of the program": (ZeroDivisionError("a fault"), "ZeroDivisionError: a fault"),
 }  # fmt: skip
@@ -393,7 +395,7 @@ def test_a_crash_beside_loader_workers_ends_the_stage_and_them(desk, tree, monke
     arguments = pretrained_folder(desk)
     save_weights(desk / "weights" / "encoder.safetensors", Encoder(validate(Params, tree, "p").model).vit.state_dict())
     tree["runtime"] |= {"processes": processes, "workers": 1}
-    for name in ("pretrain", "linear_eval", "finetune", "segment"):
+    for name in ("pretrain", "linear_eval", "finetune", "segment", "dense_probe"):
         tree[name]["batch_size"] = 4
     tree["linear_eval"] |= {"epochs": 3, "views": 0}
     write_recipe(tree)
@@ -403,7 +405,8 @@ def test_a_crash_beside_loader_workers_ends_the_stage_and_them(desk, tree, monke
     def step(loop, batches) -> torch.Tensor:
         workers.extend(child.pid for child in multiprocessing.active_children())
         Path(f"workers-{os.getpid()}").write_text(" ".join(map(str, workers)))
-        raise error
+        # A semaphore's error tells no more than the file that raised it.
+        exec(compile("raise error", "multiprocessing/synchronize.py" if case == "of a semaphore" else "a.py", "exec"), {"error": error})
 
     monkeypatch.setattr("milan.training.loop.Loop.one_step", step)
     began = time.monotonic()
@@ -545,6 +548,22 @@ def test_metrics_and_curve_are_written_as_dvc_reads_them(workplace, tree):
     made.write_curve([])
     assert Path("c/c.csv").read_text() == "step,epoch,loss,lr\n"
     assert made.title == "pretrain milan seed 3"
+
+
+def test_results_of_removed_variants_are_named_where_a_stage_depends_on_their_folder(workplace, tree, capsys):
+    change(tree, "variants", ["milan", "clip_target"])
+    change(tree, "seeds", [0, 1])
+    for name in ("milan-0.json", "clip_target-1.json", "milan-2.json", "mae-0.json"):
+        (path := Path("metrics/pretrain", name)).parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    for name in ("segment/clip_target-0", "segment/mae-0", "imagenet/train-00000"):
+        Path("outs", name).mkdir(parents=True)
+    params, given = validate(Params, tree, "p"), Namespace(metrics=Path("metrics"), outs=Path("outs"))
+    for kind in (Kind(), Kind(reads=("other",)), Kind(reads=("outs", "metrics"))):
+        assert capsys.readouterr().err == ""
+        name_leftovers(Stage("figures", given, params, kind))
+    said = capsys.readouterr().err
+    assert said.startswith("figures: metrics/pretrain/mae-0.json, metrics/pretrain/milan-2.json, outs/segment/mae-0: of variants")
 
 
 def test_the_recipe_is_flattened_for_mlflow(tree):

@@ -1,6 +1,7 @@
 """Links in MLflow: from a run to its data, its model and the runs it builds on; from dvc.lock to the run."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from milan.data.records import Records
 from milan.report import compare
 from milan.stage import Stage
 from milan.tracking import logger, runs, tracker
+from milan.tracking.store import follow_project
 from tests.conftest import ROOT, write_split
 from tests.tracking.test_tracker import write_spool
 
@@ -150,6 +152,29 @@ def test_a_parent_links_the_runs_of_the_stages_that_dvc_skipped(store):
         f"- [linear_eval milan seed 0](#/experiments/{probe.experiment_id}/runs/{probe.run_id})",
         f"- [pretrain milan seed 0](#/experiments/{probe.experiment_id}/runs/{pretrain.run_id})",
     ]
+
+
+def test_a_moved_project_takes_its_artifacts_along(store, tmp_path):
+    """Runs, models and versions that are served name the new folder; nothing is written to the old one."""
+    before, after = Path.cwd(), tmp_path / "new name"
+    (model,) = store.search_logged_models([experiment(store)])
+    store.create_registered_model("classifier")
+    store.create_model_version("classifier", f"models:/{model.model_id}", model.source_run_id, model_id=model.model_id)
+    after.mkdir()
+    shutil.copy("mlflow.db", after)
+    for _ in range(2):
+        follow_project(after)
+    moved = mlflow.MlflowClient(f"sqlite:///{after}/mlflow.db")
+    places = [
+        moved.get_experiment(experiment(store)).artifact_location,
+        moved.get_run(model.source_run_id).info.artifact_uri,
+        moved.get_logged_model(model.model_id).artifact_location,
+        moved.get_model_version_download_uri("classifier", "1"),
+    ]
+    assert all(place.startswith(f"{after.as_uri()}/mlartifacts/milan-test") for place in places), places
+    moved.log_artifact(model.source_run_id, "dvc.lock", "kept")
+    assert list(after.glob("mlartifacts/**/kept/dvc.lock")) and not list(before.glob("mlartifacts/**/kept/dvc.lock"))
+    follow_project(tmp_path / "without a store")
 
 
 def test_a_parent_that_executed_all_stages_links_nothing(store):
