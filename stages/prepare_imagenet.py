@@ -3,7 +3,7 @@
 Give data.imagenet a folder that holds one of these; with null the built-in captioned world is drawn as real JPEG files in
 the first layout and packed by the very same code:
 
-    train/<class>/ and val/<class>/     or a flat val/, with its labels as below
+    train/<class>/ and val/<class>/     or a val/ of images alone, with its labels as below (or as in Tiny ImageNet)
     ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, read in place, with the val labels in one of
         ILSVRC2012_devkit_t12.tar.gz    as published
         LOC_val_solution.csv            as on Kaggle

@@ -6,6 +6,7 @@ The examples of a run are always the same (derandomize). A fault that a longer c
 of the module at fault.
 """
 
+import contextlib
 import copy
 import dataclasses
 import io
@@ -30,7 +31,7 @@ from milan.core.errors import UserError
 from milan.core.validation import arithmetic, validate
 from milan.data import records, transforms
 from milan.evaluation.classifier import ClassifierInfo, load_classifier, save_classifier
-from milan.ingest import archives, labels, packing
+from milan.ingest import archives, imagenet, labels, packing
 from milan.ingest.archives import File
 from milan.method import target_bank
 from milan.method.encoder import build_vit
@@ -350,7 +351,7 @@ def test_annotations(tmp_path):
 
     def attempt(data: bytes) -> None:
         row = packed(tmp_path / "x.jpg", picture, mask=saved(tmp_path / "m.png", data))
-        assert transforms.decode_annotation(row["mask"]).max() <= 11
+        assert set(transforms.decode_annotation(row["mask"]).unique().tolist()) <= {*range(12), 255}  # 255 is void
 
     attempt(whole)
     shades = st.integers(0, 255).map(lambda value: encoded(Image.fromarray(np.full((12, 9), value, np.uint8)), "PNG"))
@@ -381,6 +382,45 @@ def test_archives(tmp_path):
     assert campaign("a parquet file", damages(whole), lambda data: read(archives.parquet_rows(saved(path, data))[0]), 4)[
         "refused"
     ]
+
+
+PARTS = ["train", "val", "test", "a", "b", "images", ".hidden", "Thumbs.db", "__MACOSX", "x.jpg", "._x.jpg", "y.PNG", "n.txt"]
+TARGETS = ["..", ".", "../b", "../../train", "/nowhere", "../../../disk"]
+
+
+def test_image_folders(tmp_path):
+    """Trees of real files and links: no file of a class is dropped or gets another label, and no leftover is read."""
+    numbers = iter(range(10**9))
+    paths = st.lists(st.sampled_from(PARTS), min_size=1, max_size=4).map("/".join)
+    classes = st.sampled_from([[], [f"{split}/{name}/x.jpg" for split in ("train", "val") for name in ("a", "b")]])
+
+    def attempt(tree) -> None:
+        always, names, links = tree
+        root = tmp_path / str(next(numbers)) / "set"
+        (root.parent / "disk").mkdir(parents=True)
+        (root.parent / "disk" / "d.jpg").write_bytes(b"disk")
+        real = []
+        for name, target in [*((name, None) for name in [*always, *names]), *links]:
+            with contextlib.suppress(OSError):  # a file where this tree has a folder already
+                (root / name).parent.mkdir(parents=True, exist_ok=True)
+                (root / name).symlink_to(target) if target else (root / name).write_bytes(name.encode())
+                real += [] if target or (root / name).parent.resolve() != (root / name).parent else [name]
+        dataset = imagenet.read_images(root)
+        splits = {"train": dataset.train, "val": dataset.val}
+        for item in [*dataset.train, *dataset.val]:
+            assert item["image"].read() and not archives.passed_over(item["name"])
+            assert "label" not in item or item["name"].split("/")[0] == dataset.wnids[item["label"]]
+        wanted = [name for name in real if imagenet.is_image(name) and not archives.passed_over(name)]
+        if dataset.wnids:
+            for split, items in splits.items():
+                inside = {root / name for name in wanted if name.startswith(f"{split}/") and name.count("/") > 1}
+                assert inside <= {item["image"].path for item in items}
+        else:
+            read = {item["image"].path.resolve() for items in splits.values() for item in items}
+            assert {(root / name).resolve() for name in wanted} <= read
+
+    links = st.lists(st.tuples(paths, st.sampled_from(TARGETS)), max_size=2)
+    campaign("image folders", st.tuples(classes, st.lists(paths, max_size=8), links), attempt, share=4)
 
 
 @pytest.mark.parametrize("reader", [labels.kaggle_labels, labels.listed_labels, labels.read_class_names, labels.devkit_labels])

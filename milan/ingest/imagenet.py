@@ -144,7 +144,9 @@ def from_unlabelled(listing: Listing) -> Images:
         raise UserError(f"{root} holds no images ({', '.join(sorted(IMAGES))}) to train on. Expected {LAYOUTS}.")
     held_out = {item["name"] for item in val}
     train = [item for item in items if item["name"] not in held_out]
-    print(f"{root} is read as images without labels: {len(train):,} of training, {len(val):,} of validation.", flush=True)
+    also = [folder for folder in class_folders(listing, "") if folder.lower() in VALIDATION - {"val"} or folder in ("Val", "VAL")]
+    more = f" Images of {listed(also)} are of training, too: only val/ is held out." if also else ""
+    print(f"{root} is read as images without labels: {len(train):,} of training, {len(val):,} of validation.{more}", flush=True)
     return Images(train, val, wnids=[], classes=[])
 
 

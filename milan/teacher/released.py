@@ -318,10 +318,11 @@ def refuse_other_gelu(source: Pretrained, tower: Tower, trained: bool | None) ->
     if trained is None and source.file and not source.tag:
         print(f"teacher: the file does not say its GELU; {source.model} computes the {names[quick]}.", flush=True)
     if trained is not None and trained != quick:
-        other = "one with quickgelu in its name" if trained else "the one without quickgelu in its name"
+        plain = source.model.replace("-quickgelu", "").replace("_quickgelu", "")
+        right = (f"{plain}-quickgelu" if source.library == "open_clip" else plain.replace("_clip", "_clip_quickgelu")) if trained else plain
         raise UserError(
             f"{source.file or source.tag} was trained with the {names[trained]}, and {source.model} computes the {names[quick]}: "
-            f"set teacher.pretrained.model to {other}, such as {'ViT-B-16-quickgelu' if trained else 'ViT-B-16'}."
+            f"set teacher.pretrained.model to {right}."
         )
 
 

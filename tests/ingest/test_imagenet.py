@@ -495,6 +495,11 @@ def test_folders_without_classes_or_without_validation_are_no_labelled_set(tmp_p
     assert len(dataset.train) == len(dataset.val) == 1
 
 
+def test_folders_of_validation_under_another_name_are_said_to_be_trained_on(tmp_path, capsys):
+    imagenet.read_images(class_tree(tmp_path, {f"{name}.jpg": b"1" for name in ("a/1", "test/1", "Val/1")}))
+    assert "2 of training, 1 of validation. Images of Val, test are of training, too: only val/ is held out." in capsys.readouterr().out
+
+
 def unlabelled_names(items: list[dict]) -> list[str]:
     """Return the names of items, which must have no label."""
     assert all(set(item) == {"image", "name"} for item in items)

@@ -131,13 +131,16 @@ def test_a_program_says_the_gelu_that_it_computes(quick, tmp_path):
     assert released.trained_with_quick_gelu(tmp_path / "a.pt", {}) is quick
 
 
-@pytest.mark.parametrize("library, model", [("open_clip", "ViT-exact-tiny"), ("timm", "vit_golden_tiny")])
-def test_openai_s_weights_under_a_model_of_the_exact_gelu_are_refused(library, model, state, tmp_path):
+@pytest.mark.parametrize("library, model, right", [
+    ("open_clip", "ViT-exact-tiny", "ViT-exact-tiny-quickgelu"),
+    ("timm", "vit_base_patch32_clip_224", "vit_base_patch32_clip_quickgelu_224"),
+])  # fmt: skip
+def test_openai_s_weights_under_a_model_of_the_exact_gelu_are_refused(library, model, right, state, tmp_path):
     """The tensors fit, and every feature would be wrong."""
     (tmp_path / f"{model}.json").write_text(json.dumps({**CONFIG, "quick_gelu": False}))
     open_clip.add_model_config(tmp_path / f"{model}.json")
     path = write("OpenAI pth", state, tmp_path)
-    with pytest.raises(UserError, match=f"trained with the quick GELU, and {model} computes the exact GELU: set .*quickgelu"):
+    with pytest.raises(UserError, match=f"trained with the quick GELU, and {model} computes the exact GELU: set .* to {right}\\."):
         released.fetch_teacher(Pretrained(library, model, None, str(path), None), tmp_path / "teacher")
     assert not (tmp_path / "teacher").exists()
 
