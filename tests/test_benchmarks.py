@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as everything
-from benchmarks import bank, causes, cost, cpu, kernels, loader, measure, parts, plain, scaling, step, tasks, teacher
+from benchmarks import bank, causes, cost, cpu, kernels, loader, measure, parts, plain, scaling, startup, step, tasks, teacher
 from milan.method import masking
 from milan.method.model import MaskedPretraining
 from milan.params import Model, TransformerSize
@@ -65,6 +65,7 @@ SCRIPTS = {
     parts: (["--model", "tiny", "--batch", "2", "--precision", "fp32"], 8),
     causes: (["--model", "tiny", "--batch", "2", "--precision", "bf16"], 4),
     cpu: (["--model", "tiny", "--batch", "1", "--channels", "8"], 20),
+    startup: (["--stages", "prepare_imagenet"], 3),
     scaling: (["--model", "tiny", "--batch", "2", "--steps", "1", "--processes", "1", "2"], 2),
 }
 
@@ -78,7 +79,7 @@ def test_a_benchmark_prints_a_table_and_writes_json(script, monkeypatch, tmp_pat
     found = json.loads(path.read_text())
     printed = capsys.readouterr().out
     assert all(f"| {row['case']} " in printed for row in found["rows"]) and len(found["rows"]) >= rows
-    assert all(row.get("images/s", row.get("ms a step")) > 0 for row in found["rows"])
+    assert all(row.get("images/s", row.get("ms a step", row.get("processor s"))) > 0 for row in found["rows"])
     assert found["about"]["torch"] == torch.__version__
 
 
