@@ -99,7 +99,7 @@ def spread(images: int) -> list[int]:
 
 def memory() -> float:
     """Return the MB of this process that no file backs."""
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    lines = Path("/proc/self/smaps_rollup").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) / 1000 for line in lines if line.startswith("Anonymous:"))
 
 
