@@ -32,6 +32,8 @@ FULL = {  # name: script, options, seconds at most; compiled only where that is 
     "bank": ("bank", ["--no-compile"], 100),
     "cost": ("cost", ["--no-compile"], 100),
     "cpu": ("cpu", [], 100),
+    "startup": ("startup", [], 300),
+    "growth": ("growth", [], 300),
 }
 USUAL = list(FULL)[:7]  # on a GPU; the others by name
 LEAST = 5  # seconds, under which none is started
@@ -48,6 +50,8 @@ QUICK = {
     "bank": ("bank", ["--model", "tiny", "--images", "32", "--batch", "8", "--repeats", "3"], 100),
     "cost": ("cost", ["--model", "tiny", "--batches", "4", "16", "--sizes", "64", "--repeats", "3"], 100),
     "cpu": ("cpu", ["--model", "tiny", "--repeats", "3"], 100),
+    "startup": ("startup", ["--stages", "pretrain", "--repeats", "3"], 100),
+    "growth": ("growth", ["--only", "records", "bank", "report", "--repeats", "1"], 100),
 }
 
 

@@ -27,7 +27,7 @@ from milan.core.files import (
     write_whole,
 )
 from milan.core.identity import Identity, flatten, identify, present
-from milan.core.program import alone, explain_shortage, fail, workers_ended
+from milan.core.program import alone, explain_shortage, fail, loaded, workers_ended
 from milan.core.repository import refuse_lost_experiments, revision
 from milan.params import Params, read_params
 from milan.tracking import machine, tracker
@@ -167,6 +167,7 @@ def run(name: str, main: Callable[[Stage], None], doc: str, kind: Kind) -> None:
     Exit status 0, or 1 with one paragraph on what is wrong; a traceback only for a fault of this program. After a SIGTERM
     75, which DVC does not pass on, so .scratch/preempted says it too (docs/slurm.sh looks for that). Whatever is raised, the
     program ends at once, and its workers with it."""
+    loaded()
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="the recipe (default: %(default)s)")
     for argument, of in kind.arguments.items():

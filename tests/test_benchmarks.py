@@ -10,7 +10,23 @@ import pytest
 import torch
 
 from benchmarks import __main__ as everything
-from benchmarks import bank, causes, cost, cpu, kernels, loader, measure, parts, plain, scaling, step, tasks, teacher
+from benchmarks import (
+    bank,
+    causes,
+    cost,
+    cpu,
+    growth,
+    kernels,
+    loader,
+    measure,
+    parts,
+    plain,
+    scaling,
+    startup,
+    step,
+    tasks,
+    teacher,
+)
 from milan.method import masking
 from milan.method.model import MaskedPretraining
 from milan.params import Model, TransformerSize
@@ -65,6 +81,8 @@ SCRIPTS = {
     parts: (["--model", "tiny", "--batch", "2", "--precision", "fp32"], 8),
     causes: (["--model", "tiny", "--batch", "2", "--precision", "bf16"], 4),
     cpu: (["--model", "tiny", "--batch", "1", "--channels", "8"], 20),
+    startup: (["--stages", "prepare_imagenet"], 3),
+    growth: (["--only", "records", "bank", "report", "--images", "64", "128", "--seeds", "1", "2"], 12),
     scaling: (["--model", "tiny", "--batch", "2", "--steps", "1", "--processes", "1", "2"], 2),
 }
 
@@ -78,7 +96,7 @@ def test_a_benchmark_prints_a_table_and_writes_json(script, monkeypatch, tmp_pat
     found = json.loads(path.read_text())
     printed = capsys.readouterr().out
     assert all(f"| {row['case']} " in printed for row in found["rows"]) and len(found["rows"]) >= rows
-    assert all(row.get("images/s", row.get("ms a step")) > 0 for row in found["rows"])
+    assert all(row.get("images/s", row.get("ms a step", row.get("processor s", row.get("largest size")))) > 0 for row in found["rows"])
     assert found["about"]["torch"] == torch.__version__
 
 
@@ -168,3 +186,11 @@ def test_cases_take_turns():
     said = []
     seconds = measure.in_turn({name: lambda name=name: said.append(name) for name in "ab"}, 2, torch.device("cpu"), warm=1)
     assert said == ["a", "b"] * 3 and [len(values) for values in seconds.values()] == [2, 2]
+
+
+def test_growth_by_hand():
+    """Ten times the size: ten times the cost is linear, a hundred times quadratic."""
+    assert growth.exponent([10, 100], [2.0, 20.0]) == pytest.approx(1)
+    assert growth.exponent([10, 100], [2.0, 200.0]) == pytest.approx(2)
+    assert growth.exponent([10, 100], [2.0, 2.0]) == 0
+    assert growth.exponent([10], [2.0]) is None and growth.exponent([10, 100], [0.0, 1.0]) is None

@@ -1,6 +1,8 @@
-"""What every program of the project does alike: one process at a time for a task, errors as one paragraph, and an end."""
+"""What every program of the project does alike: one process at a time for a task, errors as one paragraph, a quick start and an end."""
 
+import atexit
 import contextlib
+import gc
 import multiprocessing
 import os
 import re
@@ -10,6 +12,7 @@ import textwrap
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 from milan.core.errors import UserError
 from milan.core.files import SCRATCH
@@ -99,3 +102,18 @@ def explain_shortage(lower: str) -> Iterator[None]:
                 kept = f"What was saved is kept; run it again and it continues. ({cause[0].strip()[:200]})"
                 raise UserError(f"{advice.format(lower=f'Lower {lower}. ' if lower else '')} {kept}") from None
         raise
+
+
+def loaded() -> None:
+    """Collect garbage from here on (stages/__init__.py disables it), but not among what the libraries made while they loaded."""
+    gc.freeze()
+    gc.enable()
+    atexit.register(gc.unfreeze)  # triton reports what is still there at the end as leaks
+
+
+def end_at_once() -> NoReturn:
+    """End this process with status 0 and without Python's own teardown, which takes a second where torch is loaded."""
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

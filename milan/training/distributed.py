@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 from milan.core.errors import Preempted, UserError
 from milan.core.parallel import end_with
-from milan.core.program import fail
+from milan.core.program import end_at_once, fail, loaded
 from milan.params import Compute, Params
 from milan.training.device import resolve_device
 from milan.training.failures import FAILURE, HERE, LostProcess, end, first_failure, leave_word
@@ -159,20 +159,22 @@ def started_by_torchrun() -> bool:
 
 @contextlib.contextmanager
 def torchrun() -> Iterator[None]:
-    """Surround a stage that may launch. Of the ranks that torchrun started only 0 enters; the others run the function that
-    it launches, if it launches one, and end with status 0. Without torchrun it does nothing."""
+    """Surround a stage that may launch, and end its process when it has ended well. Of the ranks that torchrun started only 0
+    enters; the others run the function that it launches, if it launches one, and end with status 0."""
     if not started_by_torchrun():
         yield
-        return
+        end_at_once()
     end_with(os.getppid())
     if os.environ["RANK"] != "0":
+        loaded()
         take_part()
-        sys.exit()
+        end_at_once()
     try:
         yield
     finally:
         with contextlib.suppress(dist.DistError):  # the store is gone with the node that held it
             torchrun_store().set(CALL, b"")
+    end_at_once()
 
 
 @functools.cache

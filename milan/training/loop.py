@@ -69,10 +69,10 @@ class Order:
         for step in range(start_step, self.total_steps):
             epoch, batch = divmod(step, self.steps_per_epoch)
             if epoch != permuted_epoch:
-                indices, permuted_epoch = seeding.permutation(self.n, self.seed, "shuffle", epoch).tolist(), epoch
+                indices, permuted_epoch = seeding.permutation(self.n, self.seed, "shuffle", epoch), epoch
             for number in range(rank, self.micro_batches, world_size):
                 first = batch * self.batch_size + number * self.micro_batch
-                yield [(epoch, index) for index in indices[first : first + self.micro_batch]]
+                yield [(epoch, index) for index in indices[first : first + self.micro_batch].tolist()]
 
 
 def ignore_stop_signals(_worker: int) -> None:

@@ -1,5 +1,8 @@
-"""What every program does alike: errors as a paragraph, whose commands can be copied, and UTF-8 in every locale."""
+"""What every program does alike: errors as a paragraph, whose commands can be copied, UTF-8 in every locale, a quick start and end."""
 
+import atexit
+import gc
+import importlib
 import json
 import os
 import subprocess
@@ -10,8 +13,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from milan.core.program import fail
-from tests.conftest import ROOT
+import stages
+from milan.core.program import end_at_once, fail, loaded
+from tests.conftest import ROOT, forked
 
 
 def test_no_line_breaks_a_command(capsys):
@@ -49,3 +53,33 @@ def test_a_locale_that_is_not_utf_8_changes_no_name(workplace, tree):
     done = subprocess.run(command, env=environment, capture_output=True, timeout=100)
     assert done.returncode == 0, done.stderr
     assert json.loads(Path("records/manifest.json").read_text(encoding="utf-8"))["classes"] == sorted(names)
+
+
+@pytest.mark.parametrize("argument, collects", [("-m", False), ("stages/pretrain.py", True), ("pytest", True)])
+def test_no_collection_while_the_libraries_of_a_stage_load(argument, collects, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [argument])
+    try:
+        importlib.reload(stages)
+        assert gc.isenabled() == collects
+        loaded()
+        assert gc.isenabled() and gc.get_freeze_count() > 10_000
+    finally:
+        atexit.unregister(gc.unfreeze)
+        gc.unfreeze()
+        gc.enable()
+
+
+def say_and_end(out: Path) -> None:
+    os.dup2(os.open(out, os.O_CREAT | os.O_WRONLY), 1)
+    sys.stdout = os.fdopen(1, "w")
+    atexit.register(print, "from the handler")
+    print("said, ", end="")
+    try:
+        end_at_once()
+    finally:
+        print("torn down")
+
+
+def test_a_quick_end_runs_the_exit_handlers_and_writes_what_was_said(tmp_path):
+    assert forked(say_and_end, tmp_path / "out") == 0
+    assert (tmp_path / "out").read_text() == "said, from the handler\n"
