@@ -150,7 +150,7 @@ def test_a_broken_recipe_in_conf_is_named(workplace):
 
 
 @pytest.mark.parametrize("words, message", [
-    (["--scale", "papre"], "no scale 'papre'; conf/scale has demo, demo_gpu, paper"),
+    (["--scale", "papre"], "no scale 'papre'; conf/scale has demo, demo_gpu, demo_teacher, paper"),
     *[(["--scale", name], f"no scale {name!r}; conf/scale has demo") for name in ("paper,demo", "a=b", "[", "${x}", "", "../config")],
     *[(["--tflops", number], "must be a number above 0") for number in ("0", "inf", "nan", "-1")],
     (["--params", "conf"], "conf cannot be read (Is a directory)"),
