@@ -76,7 +76,7 @@ WRONG = {
     "processes that share no batch": (
         "runtime.processes",
         3,
-        ["pretrain.batch_size 128 makes 2 micro-batches of 64", "3 processes", "change pretrain.micro_batch or runtime.processes"],
+        ["pretrain.batch_size 32 makes 2 micro-batches of 16", "3 processes", "change pretrain.micro_batch or runtime.processes"],
     ),
     "bool for an int": ("runtime.processes", True, ["runtime.processes", "expected int", "True"]),
     "bool for a float": ("pretrain.lr", True, ["pretrain.lr", "expected float", "True"]),
@@ -99,7 +99,7 @@ WRONG = {
     "a scale that is a program": ("scale", "a; touch x", ["scale: 'a; touch x' names folders", "letters, digits"]),
     "a scale that leads out": ("scale", "../x", ["scale: '../x' names folders"]),
     "unknown variant": ("variants", ["milan", "milano"], ["'milano' is no row", "did you mean 'milan'"]),
-    "batch no multiple of the micro-batch": ("pretrain.micro_batch", 48, ["batch_size 128", "micro_batch 48"]),
+    "batch no multiple of the micro-batch": ("pretrain.micro_batch", 48, ["batch_size 32", "micro_batch 48"]),
     "warm-up longer than training": ("pretrain.warmup_epochs", 99, ["warmup_epochs 99", "fewer than epochs"]),
     "prompting decoder on pixels": ("pretrain.ablation.milan.target", "pixels", ["ablation.milan", "prompting decoder"]),
     "half a recipe": ("pretrain.ablation.milan.target", "none", ["ablation.milan", "all `none`"]),
