@@ -18,9 +18,10 @@ from pathlib import Path
 
 import psutil
 
+from milan.core.files import project_root
 from milan.core.locks import lock
 from milan.core.redaction import redact
-from milan.tracking.store import check_reachable, store_uri
+from milan.tracking.store import check_reachable, follow_project, store_uri
 from milan.tracking.tracker import SPOOLS, warn_of_undelivered
 
 
@@ -34,6 +35,8 @@ def serve(spool: Path | None) -> None:
             return  # another logger has delivered it
         time.sleep(0.5)
     try:
+        if spool is None:
+            follow_project(project_root())
         pipeline = pipeline_of(spool) if spool else None
         go_on = [deliver(each) for each in spools() if spool is None or each.name <= spool.name]
         while all(go_on) and is_running(pipeline):

@@ -42,8 +42,7 @@ class Sender:
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         self.run_id, self.model_id, self.live, self.monitor = run_id, model_id, live, None
-        if not os.environ.get("MLFLOW_TRACKING_URI"):
-            follow_project(project_root())
+        follow_project(project_root())
         self.client = mlflow.MlflowClient(store_uri())
 
     def send(self, events: list[dict]) -> None:

@@ -68,7 +68,7 @@ def follow_project(root: Path) -> None:
 
     MLflow stores absolute paths: new artifacts would go to the old place, and the served model could not be loaded."""
     database, here = root / "mlflow.db", root.as_uri() + ARTIFACTS
-    if not database.exists():
+    if os.environ.get("MLFLOW_TRACKING_URI") or not database.exists():
         return
     with contextlib.closing(sqlite3.connect(database)) as store, store:
         known = [location for (location,) in store.execute("SELECT artifact_location FROM experiments")]

@@ -154,16 +154,17 @@ def test_a_parent_links_the_runs_of_the_stages_that_dvc_skipped(store):
     ]
 
 
-def test_a_moved_project_takes_its_artifacts_along(store, tmp_path):
-    """Runs, models and versions that are served name the new folder; nothing is written to the old one."""
+def test_a_moved_project_takes_its_artifacts_along(store, tmp_path, monkeypatch):
+    """After `python -m milan.tracking.logger`, runs, models and versions that are served name the new folder; nothing is written to the old one."""
     before, after = Path.cwd(), tmp_path / "new name"
     (model,) = store.search_logged_models([experiment(store)])
     store.create_registered_model("classifier")
     store.create_model_version("classifier", f"models:/{model.model_id}", model.source_run_id, model_id=model.model_id)
     after.mkdir()
     shutil.copy("mlflow.db", after)
+    monkeypatch.chdir(after)
     for _ in range(2):
-        follow_project(after)
+        logger.serve(None)
     moved = mlflow.MlflowClient(f"sqlite:///{after}/mlflow.db")
     places = [
         moved.get_experiment(experiment(store)).artifact_location,
@@ -172,7 +173,7 @@ def test_a_moved_project_takes_its_artifacts_along(store, tmp_path):
         moved.get_model_version_download_uri("classifier", "1"),
     ]
     assert all(place.startswith(f"{after.as_uri()}/mlartifacts/milan-test") for place in places), places
-    moved.log_artifact(model.source_run_id, "dvc.lock", "kept")
+    moved.log_artifact(model.source_run_id, before / "dvc.lock", "kept")
     assert list(after.glob("mlartifacts/**/kept/dvc.lock")) and not list(before.glob("mlartifacts/**/kept/dvc.lock"))
     follow_project(tmp_path / "without a store")
 
