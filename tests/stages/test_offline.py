@@ -39,7 +39,7 @@ socket.getaddrinfo = lookup
 """
 
 WORK = """
-from milan.params import read_params
+from milan.params import TinyClip, read_params
 from milan.teacher.clip import Tokenizer, build_tiny
 from milan.teacher.towers import ClipTower
 from milan.evaluation.classifier import build_classifier
@@ -50,14 +50,15 @@ import stages.teacher, stages.extract_targets, stages.pretrain, stages.linear_ev
 import torch
 
 p = read_params()
-tokenizer = Tokenizer.of_corpus([prompt.format("red disc") for prompt in drawing.PROMPTS], p.teacher.tiny.context_length)
-model = build_tiny(p.teacher.tiny, p.model.image_size, p.model.patch_size, len(tokenizer))
+tiny = TinyClip(64, 128, 3, 32, True, 96, 3, 1, 20)
+tokenizer = Tokenizer.of_corpus([prompt.format("red disc") for prompt in drawing.PROMPTS], tiny.context_length)
+model = build_tiny(tiny, p.model.image_size, p.model.patch_size, len(tokenizer))
 model.encode_text(tokenizer(["a photo of a red disc"]))
 images = torch.zeros(2, 3, p.model.image_size, p.model.image_size)
 features, importance = ClipTower(model.visual)(images)
 encoder = Encoder(p.model)
 build_classifier(p.model, p.finetune, 20, encoder.vit.state_dict())(images)
-MaskedPretraining(p.model, p.pretrain.ablation["milan"], p.pretrain.mask_ratio, p.teacher.tiny.embed_dim)(
+MaskedPretraining(p.model, p.pretrain.ablation["milan"], p.pretrain.mask_ratio, tiny.embed_dim)(
     images, torch.zeros(2, p.model.n_patches), features, importance
 )
 stages.segment.build(p, p.prepare_ade20k.classes, encoder.vit.state_dict(), torch.device("cpu"))
