@@ -174,7 +174,9 @@ def plain_images(root: Path, captions: bool) -> None:
         (root / f"{k}.jpg").write_bytes(jpeg())
     if captions:
         (root / "pairs").mkdir()
-        (root / "pairs" / "captions.csv").write_text("file,caption\n../1.jpg,grey noise\n../2.jpg,more of it\n")
+        for k in (1, 2):
+            (root / "pairs" / f"{k}.jpg").write_bytes(jpeg())
+        (root / "pairs" / "captions.csv").write_text("file,caption\n1.jpg,grey noise\n2.jpg,more of it\n")
 
 
 def test_without_labels_a_teacher_that_is_trained_here_needs_captions(desk, tree):
