@@ -106,7 +106,7 @@ def draw_ours(axes: Iterable[Axes], results: Results) -> None:
         words, level = lines[column]
         axis.axhline(level, color=BLACK, ls="--", lw=1)
         axis.set_xticks(range(len(variants)), [SHORT_NAMES.get(v, v) for v in variants], fontsize=8.5)
-        axis.set_title(f"{titles[column]} %  (dashed: {words}, {float(decimal(level, 2)):g} %)")
+        axis.set_title(f"{titles[column]} %\n(dashed: {words}, {float(decimal(level, 2)):g} %)")
         axis.margins(y=0.16)
 
 
