@@ -55,7 +55,7 @@ class Compute(Section):
 
     device: Literal["auto", "cpu", "cuda"]
     threads: Few  # of each process
-    precision: Literal["auto", "fp32", "bf16", "fp16"]  # auto: the faster (milan/training/device.py); published: fp16
+    precision: Literal["auto", "fp32", "bf16", "fp16"]  # auto: by the hardware (milan/training/device.py)
     deterministic: Bool
     compile: Bool  # torch.compile
 
@@ -383,10 +383,10 @@ class Params(Section):
             if variant not in rows:
                 yield f"variants: {variant!r} is no row of pretrain.ablation{nearest(variant, rows)}; there are {', '.join(rows)}"
         size = self.model.image_size
-        for key in ("linear_eval.resize", "finetune.resize"):
-            side = getattr(self, key.split(".")[0]).resize
+        for name in ("linear_eval", "finetune"):
+            side = getattr(self, name).resize
             if side < size:
-                yield f"{key} {side} is below model.image_size {size}: images would be padded with black; take the same or more"
+                yield f"{name}.resize {side} is below model.image_size {size}: images would be padded with black; take the same or more"
         for name, section in {"segment": segment, "dense_probe": self.dense_probe}.items():
             crop = section.crop_size
             if crop % patch:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from milan.core.code import changed_files, stage_code
-from milan.core.errors import PREEMPTED, Preempted, UserError, nearest
+from milan.core.errors import PREEMPTED, Preempted, UserError, listed, nearest
 from milan.core.files import (
     SCRATCH,
     dvc_hash,
@@ -269,9 +269,8 @@ def name_leftovers(stage: Stage) -> None:
     paths = [path for folder in folders for kind in kinds for path in sorted((folder / kind).glob("*-*"))]
     left = [str(path) for path in paths if (path.name if path.is_dir() else path.stem) not in variations]
     if left:
-        more = f", and {len(left) - 5} more" if len(left) > 5 else ""
         print(
-            f"{stage.title}: {', '.join(left[:5])}{more}: of variants or seeds that the recipe does not have. Where they stay, "
+            f"{stage.title}: {listed(left)}: of variants or seeds that the recipe does not have. Where they stay, "
             "`dvc status` in another clone is not clean; delete them and run `dvc repro` again (dvc.lock and the cache still have "
             "those of earlier commits).",
             file=sys.stderr,

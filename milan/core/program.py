@@ -1,4 +1,5 @@
-"""What every program of the project does alike: one process at a time for a task, errors as one paragraph, a quick start and an end."""
+"""What every program of the project does alike: one process at a time for a task, errors as one paragraph,
+a quick start, and a quick end without orphans."""
 
 import atexit
 import contextlib
