@@ -204,8 +204,9 @@ def check_complete(encoder: State, decoder: State, path: str | Path, decoder_pat
 def convert(source: Path, target: Path, layout: str, decoder_file: Path | None = None, take: str | None = None) -> str:
     """Write `source` as `target` in another layout, and return a line that describes the result.
 
-    take: the set of weights to read, where `source` holds several. decoder_file: with layout timm the file to write the decoder to; with the others the file to read it from when `source`
-    is an encoder alone. Raises UserError for a source, a layout or a file name that does not fit."""
+    take: the set of weights to read, where `source` holds several. decoder_file: with layout timm the file to write the
+    decoder to; with the others the file to read it from when `source` is an encoder alone. Raises UserError for a source, a layout or a
+    file name that does not fit."""
     suffixes = (".safetensors",) if layout == "timm" else (".pth", ".pt")
     if target.suffix not in suffixes:
         raise UserError(f"{target}: the {layout} layout is written as {' or '.join(suffixes)}; rename OUT.")

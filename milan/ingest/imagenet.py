@@ -165,8 +165,10 @@ def refuse_set_below(listing: Listing) -> None:
     be dropped and its validation images trained on."""
     for folder in sorted(listing.folders):
         parent, _, name = folder.rpartition("/")
+        if name.lower() != "train":  # first: the rest looks at all folders again
+            continue
         beside = {sibling.lower() for sibling in class_folders(listing, parent)}
-        if name.lower() == "train" and beside & VALIDATION and class_folders(listing, folder):
+        if beside & VALIDATION and class_folders(listing, folder):
             advice = f"set data.imagenet to {listing.root / parent}" if parent else "name its folders train/ and val/"
             raise UserError(
                 f"{listing.root / folder} holds folders of classes, and {listing.root} would be read as images without labels: "
@@ -245,7 +247,7 @@ def refuse_different_classes(root: Path, train: list[str], val: list[str]) -> No
         raise UserError(f"{root}/train and {root}/val must have the same class folders: {'; '.join(differences)}.")
 
 
-def flat_val(root: Path, places: Iterable[Place], wnids: list[str]) -> list[dict]:
+def flat_val(root: Path, places: list[Place], wnids: list[str]) -> list[dict]:
     """Label validation images from the devkit or a table, and return them as items in the order of class and name. Raises
     UserError for an image without one of the training classes, and for two of one name."""
     path, wnid_of = val_labels(root)
