@@ -124,7 +124,7 @@ def spread_over_seeds(reference: pd.DataFrame) -> pd.DataFrame:
     columns = spread.groupby("column")
     freedom = columns["seeds"].transform(lambda seeds: (seeds - 1).sum())
     pooled = (columns["squares"].transform("sum") / freedom) ** 0.5
-    return spread.assign(freedom=freedom, deviation=spread["own"].clip(lower=pooled))[["mean", "seeds", "freedom", "deviation"]]
+    return spread.assign(freedom=freedom, deviation=spread["own"].fillna(pooled).clip(lower=pooled))[["mean", "seeds", "freedom", "deviation"]]
 
 
 def compare(runs: pd.DataFrame, reference: pd.DataFrame) -> pd.DataFrame:
