@@ -209,8 +209,8 @@ def test_the_seeds_page_has_table_claims_numbers_and_lock(tree, workplace):
     text = (out / "table.md").read_text()
     assert text.startswith("# Variants over seeds at scale demo\n\nDo they hold?\n\n")
     assert "| MILAN is above MAE | MILAN – MAE | Linear eval | +3.00 | +0.52 to +5.48 | 3 | supported |" in text
-    epochs = tree["pretrain"]["epochs"]
-    assert "../outs" not in text and f"| MILAN | ViT-tiny/8 | {epochs} | 128 | 13.0 (12.0–14.0) |" in text
+    epochs, batch = tree["pretrain"]["epochs"], tree["pretrain"]["batch_size"]
+    assert "../outs" not in text and f"| MILAN | ViT-tiny/8 | {epochs} | {batch} | 13.0 (12.0–14.0) |" in text
     assert (out / "table.csv").read_text().splitlines()[:2] == [
         "variant,seed,linear,knn,zero_shot,zero_shot_masked,finetune,miou,dense",
         "mae,0,10.0,10.0,,,10.0,10.0,10.0",
