@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from milan.report.text import decimal
 from milan.tracking import logger
 from tests.conftest import ROOT
 from tests.tracking.test_tracker import write_spool
@@ -70,7 +71,7 @@ def test_the_cells_are_the_numbers_of_the_table(page):
     for row in filter(lambda row: row["kind"] == "ours", table):
         shown = [cell.split(" ")[0] for cell in ours.pop(row["method"])[3:10]]
         columns = ("linear", "knn", "zero_shot", "zero_shot_masked", "finetune", "miou", "dense")
-        assert shown == [f"{float(row[column]):.1f}" if row[column] else "–" for column in columns]
+        assert shown == [decimal(float(row[column])) if row[column] else "–" for column in columns]
     assert ours == {}
     assert rows(page, "#others")["MILAN"][4:7] == ["79.9", "85.4", "52.7"]
 
