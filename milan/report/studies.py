@@ -48,7 +48,7 @@ STUDIES = {
     "seeds": Study("seeds", ("[0,1,2]",), "Do the paper's claims hold over seeds?", ()),
     "views": Study(
         "extract_targets.views",
-        (1, 2, 4, 8, 0),
+        (1, 2, 4, 0),
         "How many fixed views of an image does the target bank need? With 0 there is no bank: every epoch has a crop of its "
         "own, and the teacher runs inside pretraining.",
     ),
