@@ -4,7 +4,7 @@ images, a few validation images with theirs.
 The published recipe is views: 0: a new crop every epoch, and the teacher runs inside pretraining. A bank costs disk and
 saves the teacher's part of every step; all variants and seeds share it. Features and importance are computed as in the
 release's clip_demo.py.
-Costs: demo about 20 s; ImageNet 260 GB a view, teacher speed.
+Costs: demo about ten seconds; ImageNet 260 GB a view, teacher speed.
 """
 
 from collections.abc import Callable
@@ -100,7 +100,7 @@ def checked_targets(params: Params, tower: Tower, teacher: Path, device: torch.d
 
 def useless(params: Params, teacher: Path, fault: str) -> UserError:
     released = params.teacher.pretrained
-    name = f"{released.model}, {released.file or released.tag or 'of timm'}" if released else "trained here"
+    name = f"{released.model or 'a small CLIP'}, {released.file or released.tag or 'of timm'}" if released else "trained here"
     return UserError(
         f"The teacher in {teacher} ({name}) {fault}: no student can learn from it. "
         + ("Check teacher.pretrained and its file." if released else "Its training failed: lower teacher.lr or train it longer.")

@@ -1,7 +1,7 @@
 """End-to-end fine-tuning of the encoder with labels (main_finetune.py of the release).
 
 As published: 100 epochs, AdamW, layer-wise learning rate decay 0.65, mixup, cutmix, RandAugment, random erasing.
-Costs: demo about half a minute a variant. Expect 85.4 (paper) or 85.2 / 85.3 (independent re-runs) for MILAN
+Costs: demo a quarter of a minute a variant. Expect 85.4 (paper) or 85.2 / 85.3 (independent re-runs) for MILAN
 ViT-B/16 on ImageNet.
 """
 

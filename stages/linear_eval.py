@@ -4,7 +4,7 @@ As published: 100 epochs, LARS, a global batch of 16,384, a new crop every epoch
 features of V fixed crops are extracted once and the layer trains on them in memory. Beside it, what needs no training:
 nearest neighbours of the same features, and where the student predicts CLIP features, zero-shot classification by its own
 decoder and the teacher's texts of the classes, of whole images and of masked ones (random masks, for every variant).
-Costs: demo a few seconds. Expect 79.9 (paper) or 78.9 (two independent re-runs) for MILAN ViT-B/16 on ImageNet.
+Costs: demo about ten seconds a variant. Expect 79.9 (paper) or 78.9 (two independent re-runs) for MILAN ViT-B/16 on ImageNet.
 """
 
 from argparse import Namespace

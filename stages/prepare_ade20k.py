@@ -1,8 +1,8 @@
 """Pack the segmentation scenes into records (splits train and val, image and annotation side by side).
 
 Give data.ade20k the ADEChallengeData2016 folder, its zip (read in place) or the folder that holds either; with null,
-scenes of the built-in world are drawn in that very layout and packed by the very same code. Annotation value 0 stays "unlabelled"; training ignores it.
-The metrics also hold the scores of a constant answer, for comparison.
+scenes of the built-in world are drawn in that very layout and packed by the very same code. Annotation value 0 stays
+"unlabelled"; training ignores it. The metrics also hold the scores of a constant answer, for comparison.
 Costs: built-in world a few seconds; ADE20K some minutes, 1 GB.
 """
 

@@ -14,7 +14,7 @@ the first layout and packed by the very same code:
 
 The captions of a teacher that is trained here come from pairs/captions.csv (columns file, caption), or from the names of the
 classes. A run that was killed, or that met broken files, keeps the shards that it finished.
-Costs: the demo's world about 30 s; ImageNet about an hour on 16 cores, 145 GB.
+Costs: the demo's world a few seconds; ImageNet about an hour on 16 cores, 145 GB.
 """
 
 import os

@@ -3,7 +3,7 @@
 A variant is a row of pretrain.ablation: its target (pixels or CLIP features), decoder (MAE's or prompting) and masking
 (random or semantic aware). `scratch` is a random encoder. With pretrain.weights a released checkpoint takes the place of
 training, and only the evaluations run. Paper: section 3; release: main_pretrain.py.
-Costs: demo about half a minute a variant; paper 400 epochs, 39 h on 8 A100 as published (the release's README).
+Costs: demo about a minute a variant; paper 400 epochs, 39 h on 8 A100 as published (the release's README).
 """
 
 from argparse import Namespace

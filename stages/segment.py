@@ -1,7 +1,7 @@
 """Transfer to semantic segmentation: UPerNet on the pretrained encoder (the paper's ADE20K column).
 
 The paper's own ADE20K recipe was not released; this is the MAE-style one (512 px crops, 160,000 steps, slide
-inference). Costs: demo about half a minute a variant. Expect 52.7 mIoU (paper) for MILAN ViT-B/16 on ADE20K.
+inference). Costs: demo a quarter of a minute a variant. Expect 52.7 mIoU (paper) for MILAN ViT-B/16 on ADE20K.
 
 Batch norm sees the images of one micro-batch on all GPUs: 2 x 8 as published, so with another number of GPUs set
 segment.micro_batch to 16 / GPUs (the run says so). On CPUs it sees one process's micro-batch.

@@ -5,7 +5,7 @@ the recipe demo_teacher trained and that is kept in conf/teacher. A recipe with 
 images that no student sees. MILAN's lead over MAE includes what those captions say. With pretrain.weights there is no
 teacher: a released student is only evaluated. The text tower embeds the class names here (80,000 texts for ImageNet);
 zero-shot classification by the student and the text heat maps use these embeddings.
-Costs: demo a few seconds; demo_teacher about 10 minutes. Expect a zero-shot accuracy of 98 % on the 20 classes of both
+Costs: demo a few seconds; demo_teacher about 10 minutes. Expect a zero-shot accuracy of 97 % on the 20 classes of both
 (chance 5 %), nearly 100 % on demo_gpu's 48.
 """
 
