@@ -143,7 +143,7 @@ def test_another_learning_rate_starts_afresh_and_says_what_it_leaves(clone):
     words = words.replace("$MILAN_LAUNCHER python", sys.executable)
     said = run([*words.replace("outs/smoke/pretrain", "outs/other").split(), "--params", "other.yaml"], clone)
     assert "pretrain-milan-0: starts at step 0 and leaves the state of another recipe" in said
-    assert "pretrain.lr is 0.001, was 0.002" in said and "continuing" not in said
+    assert "pretrain.lr is 0.0006, was 0.0012" in said and "continuing" not in said
     dvc(clone, "repro", "-f", "-s", "pretrain@milan-0")
 
 
