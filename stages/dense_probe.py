@@ -14,10 +14,10 @@ from torch.utils.data import Dataset
 from milan.data import seeding, transforms
 from milan.data.records import Records
 from milan.evaluation.inference import model_outputs
-from milan.evaluation.linear import FeatureViews
+from milan.evaluation.linear import FeatureViews, ProbeLoss
 from milan.evaluation.samples import EpochView
 from milan.params import Params
-from milan.segmentation import dense, inference, scenes
+from milan.segmentation import dense, inference, scenes, upernet
 from milan.stage import Kind, Stage, run
 from milan.training import batch_norm, distributed, optim
 from milan.training.device import resolve_params, set_up
@@ -50,7 +50,7 @@ def train(params: Params, args: Namespace, saved: SavedState, stage: Stage) -> d
     settings = FitSettings(
         stage.title, section, params.compute, params.runtime, args.seed, saved, stage.tracker.point, optim.poly_lr_at
     )
-    curve = fit(dense.DenseLoss(head), samples, optimizer_of(params, head), settings, inputs)
+    curve = fit(ProbeLoss(head, upernet.pixel_loss), samples, optimizer_of(params, head), settings, inputs)
     if distributed.rank() == 0:
         save_weights(args.out / "head.safetensors", head.state_dict())
     val = Records(args.scenes, "val")

@@ -118,13 +118,20 @@ def assess(params: Params, records: Path, folder: Path) -> dict:
     device = set_up(params.compute)
     tower = load_tower(folder, params.compute, device)
 
+    settings = (params.compute, "imagenet", tower.grid)
+
     def class_tokens(split: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the teacher's class-token features (n, D) of a split as the student sees it, and its labels (n,)."""
         samples = CentreSamples(Records(records, split), params.linear_eval.resize, params.model.image_size)
-        batches = inference.rank_batches(samples, 250, device, f"teacher features, {split}", params.runtime.workers)
-        settings = (params.compute, "imagenet", tower.grid)
-        parts = [(compute_targets(tower, b["image"], *settings)[0][:, 0].float().cpu(), b["label"].cpu()) for b in batches]
-        return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+        return inference.model_outputs(
+            lambda images: compute_targets(tower, images, *settings)[0][:, 0],
+            samples,
+            250,
+            device,
+            f"teacher features, {split}",
+            params.runtime.workers,
+            prepare=lambda images: images,  # compute_targets takes uint8
+        )
 
     features, labels = class_tokens("val")
     unit = torch.nn.functional.normalize(features, dim=1)

@@ -19,14 +19,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # `make test` runs three processe
 
 import torch  # noqa: E402
 import yaml  # noqa: E402
-from hydra import compose, initialize_config_dir  # noqa: E402
-from omegaconf import OmegaConf  # noqa: E402
 
 from milan.core.identity import Identity  # noqa: E402
 from milan.data import records  # noqa: E402
 from milan.params import Params  # noqa: E402
 from milan.stage import Stage  # noqa: E402
 from milan.training.resume import SavedState  # noqa: E402
+from tests.recipes import composed  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 SLOWEST = ("test_pipeline.py", "test_rehearsal.py")
@@ -81,12 +80,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(scope="session")
 def committed_tree() -> dict:
     return yaml.safe_load((ROOT / "params.yaml").read_text())
-
-
-def composed(scale: str) -> dict:
-    """Return the recipe that DVC writes into params.yaml for this scale."""
-    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
-        return OmegaConf.to_container(compose("config", overrides=[f"scale={scale}"]), resolve=True)
 
 
 @pytest.fixture(scope="session")

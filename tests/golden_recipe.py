@@ -6,11 +6,8 @@ proves it or it has no counterpart here. A leaf without any of these is a miss."
 import math
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from milan import params
@@ -25,18 +22,15 @@ from milan.method.pos_embed import sincos_pos_embed
 from milan.training import optim
 from milan.training.loop import Order
 from stages import finetune, linear_eval
-from tests import golden_transforms
+from tests import golden_transforms, recipes
 from tests.golden_transforms import differ, eraser
 
-CONF = Path(__file__).parents[1] / "conf"
 CLASSES = 1000
 TINY = params.Model("golden", 8, 4, params.TransformerSize(16, 3, 2), params.TransformerSize(12, 2, 2))
 
 
 def composed(scale: str) -> params.Params:
-    with initialize_config_dir(str(CONF), version_base=None):
-        tree = OmegaConf.to_container(compose("config", overrides=[f"scale={scale}"]))
-    return validate(params.Params, tree, f"conf/scale/{scale}.yaml")
+    return validate(params.Params, recipes.composed(scale), f"conf/scale/{scale}.yaml")
 
 
 def recipe(content: dict) -> Iterator[tuple]:

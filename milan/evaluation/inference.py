@@ -28,14 +28,15 @@ def model_outputs(
     name: str,
     workers: int = 0,
     extra_keys: tuple[str, ...] = (),
+    prepare: Callable[[Tensor], Tensor] = transforms.normalise,
 ) -> tuple[Tensor, Tensor]:
     """Return a model's outputs for all n samples, (n, ...) float32, and their labels (n,): in order, on the CPU, on every rank.
 
-    model: called with normalised images (B, 3, H, W) and the batch entries named by extra_keys."""
+    model: called with the images (B, 3, H, W) that `prepare` makes of uint8 ones, and the batch entries named by extra_keys."""
     outputs, labels = [], []
     for batch in rank_batches(dataset, batch_size, device, name, workers):
         extra = (batch[key] for key in extra_keys)
-        outputs.append(model(transforms.normalise(batch["image"]), *extra).float().cpu())
+        outputs.append(model(prepare(batch["image"]), *extra).float().cpu())
         labels.append(batch["label"].cpu())
     return tuple(gather_rows(torch.cat(parts) if parts else torch.empty(0), len(dataset)) for parts in (outputs, labels))
 

@@ -1,5 +1,7 @@
 """Linear evaluation: batch norm without parameters and one linear layer, trained on frozen features."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -23,15 +25,15 @@ class LinearHead(nn.Module):
 
 
 class ProbeLoss(nn.Module):
-    """Cross entropy of the head; the features carry no gradient."""
+    """The loss of a head on frozen features, which carry no gradient. loss: of logits and labels."""
 
-    def __init__(self, head: LinearHead):
+    def __init__(self, head: nn.Module, loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy):
         super().__init__()
-        self.head = head
+        self.head, self.loss = head, loss
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
-        """Return the scalar loss of features (B, D) and labels (B,)."""
-        return nn.functional.cross_entropy(self.head(features.float()).float(), labels)
+        """Return the scalar loss of features (B, D, ...) and labels (B, ...)."""
+        return self.loss(self.head(features.float()).float(), labels)
 
 
 class FeatureViews(Dataset):

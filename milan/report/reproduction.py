@@ -12,7 +12,6 @@ larger: few seeds may agree by luck. With Student's t, all numbers of a run toge
 """
 
 import math
-import subprocess
 from itertools import permutations
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +24,7 @@ from milan.core.files import explain_os_errors
 from milan.core.identity import Identity, flatten
 from milan.core.program import fail
 from milan.core.redaction import redact
+from milan.core.repository import git
 from milan.params import Params, read_params
 from milan.report.claims import CONFIDENCE
 from milan.report.provenance import read_lock
@@ -73,8 +73,8 @@ def show(reproduction: Reproduction) -> None:
 def git_shows_changes() -> bool:
     """Return whether git sees changes of what a run writes. False outside git."""
     try:
-        return bool(subprocess.run(["git", "status", "--porcelain", "--", *OF_A_RUN.split()], capture_output=True).stdout)
-    except FileNotFoundError:
+        return bool(git("status", "--porcelain", "--", *OF_A_RUN.split()).stdout)
+    except OSError:
         return False
 
 

@@ -21,11 +21,11 @@ from typing import NamedTuple
 import pandas as pd
 import yaml
 
+from milan.core import repository
 from milan.core.errors import UserError, nearest
 from milan.core.files import write_whole
 from milan.core.identity import flatten
 from milan.core.program import fail
-from milan.core.repository import refuse_lost_experiments
 from milan.report import costs, plots
 from milan.report.costs import COSTS
 from milan.report.plots import Figure, plt
@@ -95,7 +95,7 @@ def keep(folder: Path, experiment: Experiment) -> None:
 
 def read_experiments() -> list[Experiment]:
     """Return this commit's results and those of DVC's finished experiments on it, the oldest first."""
-    refuse_lost_experiments()
+    repository.refuse_lost_experiments()
     _, commit = json.loads(dvc("exp", "show", "--json", capture_output=True, text=True).stdout)
     done = [made for made in commit["experiments"] or [] if (made["executor"] or {}).get("state", "success") == "success"]
     states = [(made["name"], made["revs"][0]) for made in done]
@@ -133,7 +133,8 @@ def dvc(*words: str, **options) -> subprocess.CompletedProcess:
 
 
 def git(*words: str) -> str:
-    done = subprocess.run(["git", *words], capture_output=True, text=True)
+    """Run git and return its output. Raises UserError when it fails."""
+    done = repository.git(*words)
     if done.returncode:
         raise UserError(f"git {' '.join(words)}: {done.stderr.strip()}")
     return done.stdout

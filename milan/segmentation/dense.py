@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from milan.method.encoder import Encoder
 from milan.method.pos_embed import interpolate_pos_embed
 from milan.params import Model
-from milan.segmentation.upernet import NORMS, classifier, pixel_loss
+from milan.segmentation.upernet import NORMS, classifier
 from milan.training.device import autocast
 from milan.training.weights import OTHER_MODEL, load_state, load_weights
 
@@ -32,18 +32,6 @@ class DenseHead(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Return logits (B, classes, G, G) of features (B, D, G, G)."""
         return self.linear(self.norm(features))
-
-
-class DenseLoss(nn.Module):
-    """The cross-entropy of the head's upsampled logits; the features carry no gradient."""
-
-    def __init__(self, head: DenseHead):
-        super().__init__()
-        self.head = head
-
-    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
-        """Return the scalar loss of features (B, D, G, G) and labels (B, H, W), 255 ignored."""
-        return pixel_loss(self.head(features.float()), labels)
 
 
 def frozen_encoder(path: Path, model: Model, crop_size: int, precision: str, device: torch.device) -> Callable[[Tensor], Tensor]:

@@ -81,7 +81,7 @@ def fetch_small(source: Pretrained, folder: Path, wording: Wording | None) -> No
     path = Path(source.file)
     verify(path, source)
     print(f"teacher: {path}", flush=True)
-    state, config = load_described(path)[0], describe(source)
+    state, config = load_small(path)
     with explain_misfits(path):
         model, tokenizer = build_towers(config)
     load_as_float32(model, state, path)
@@ -122,7 +122,7 @@ def describe(source: Pretrained) -> dict:
     """Return the teacher.json of a released model, without any download. Raises UserError when its library does not know it
     or it cannot be the teacher."""
     if source.library == "milan":
-        return small_config(Path(source.file))
+        return load_small(Path(source.file))[1]
     config = timm_config(source) if source.library == "timm" else open_clip_config(source)
     try:
         refuse_timm_wrapper(config)
@@ -133,14 +133,15 @@ def describe(source: Pretrained) -> dict:
     return config
 
 
-def small_config(path: Path) -> dict:
-    """Return the teacher.json that the file of a small CLIP holds. Raises UserError for any other file."""
+def load_small(path: Path) -> tuple[State, dict]:
+    """Load the weights of a small CLIP and the teacher.json that their file holds. Raises UserError for any other file."""
     require_file(path)
-    config = load_described(path)[1].get("teacher")
+    state, about = load_described(path)
+    config = about.get("teacher")
     if not isinstance(config, dict) or config.get("kind") != "tiny":
         raise UserError(f"{path} describes no small CLIP: with library milan give a teacher.safetensors of the stage teacher.")
     validate(TinyClip, config.get("tiny"), f"{path}, tiny")
-    return config
+    return state, config
 
 
 def open_clip_config(source: Pretrained) -> dict:

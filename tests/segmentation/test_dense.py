@@ -12,10 +12,12 @@ from torch.nn import functional as F
 from milan.core.errors import UserError
 from milan.core.validation import validate
 from milan.data import records, transforms
+from milan.evaluation.linear import ProbeLoss
 from milan.method.encoder import Encoder
 from milan.method.pos_embed import interpolate_pos_embed
 from milan.params import Params
-from milan.segmentation.dense import DenseHead, DenseLoss, frozen_encoder
+from milan.segmentation.dense import DenseHead, frozen_encoder
+from milan.segmentation.upernet import pixel_loss
 from milan.training.weights import save_weights
 from stages import dense_probe, prepare_ade20k
 from tests.conftest import run_main, write_split
@@ -51,7 +53,7 @@ def test_the_loss_is_that_of_the_upsampled_logits():
     with torch.no_grad():
         head.norm.running_var.fill_(1 - 1e-5)
         head.linear.weight.copy_(torch.tensor([0.0, 1.0]).reshape(2, 1, 1, 1))
-    loss = DenseLoss(head)(torch.tensor([0.0, 4.0]).reshape(1, 1, 1, 2), torch.tensor([[[0, 1, 1, 255]]]))
+    loss = ProbeLoss(head, pixel_loss)(torch.tensor([0.0, 4.0]).reshape(1, 1, 1, 2), torch.tensor([[[0, 1, 1, 255]]]))
     losses = [np.log(1 + np.exp(0)), np.log(1 + np.exp(-1)), np.log(1 + np.exp(-3))]
     assert loss.item() == pytest.approx(sum(losses) / 4, abs=1e-6)
 

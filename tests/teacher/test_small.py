@@ -82,7 +82,7 @@ def test_the_demo_s_teacher_is_the_one_that_its_recipe_trained():
     demo, trained = composed("demo")["teacher"], validate(Params, composed("demo_teacher"), "demo_teacher").teacher
     path = ROOT / demo["pretrained"]["file"]
     assert hashlib.sha256(path.read_bytes()).hexdigest() == demo["pretrained"]["sha256"]
-    config = released.small_config(path)
+    config = released.load_small(path)[1]
     assert config["tiny"] == vars(trained.tiny) and config["world"] == composed("demo")["prepare_imagenet"]["world"]
     recipe = yaml.safe_load((EVIDENCE / "params.yaml").read_text())
     assert validate(Teacher, recipe["teacher"], "teacher") == trained

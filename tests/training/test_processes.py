@@ -14,7 +14,7 @@ from milan.evaluation.classifier import FinetuneLoss, build_classifier
 from milan.evaluation.linear import LinearHead, ProbeLoss
 from milan.method.encoder import Encoder
 from milan.params import Params
-from milan.segmentation import dense
+from milan.segmentation.upernet import pixel_loss
 from milan.teacher import contrast
 from milan.teacher.clip import build_tiny
 from milan.training import batch_norm, distributed, optim
@@ -135,7 +135,7 @@ def of_segment(p: Params) -> tuple:
 def of_dense_probe(p: Params) -> tuple:
     head = dense_probe.build(p, 5, torch.device("cpu"))
     as_features = lambda images: nn.functional.pixel_unshuffle(images[:, :1].float() / 255, 4)  # noqa: E731
-    return dense.DenseLoss(head), dense_probe.optimizer_of(p, head), lambda b: (as_features(b["image"]), b["labels"])
+    return ProbeLoss(head, pixel_loss), dense_probe.optimizer_of(p, head), lambda b: (as_features(b["image"]), b["labels"])
 
 
 def of_teacher(p: Params) -> tuple:
