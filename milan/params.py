@@ -373,6 +373,11 @@ class Params(Section):
         return int(os.environ["WORLD_SIZE"]) if by_torchrun else self.runtime.processes
 
     @property
+    def world(self) -> World | None:
+        """The built-in world of the images; None for images of data.imagenet."""
+        return None if self.data.imagenet else self.prepare_imagenet.world
+
+    @property
     def no_teacher(self) -> bool:
         """Whether a released student is only evaluated, so that nothing asks for the released teacher."""
         return bool(self.pretrain.weights and self.teacher.pretrained)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from milan.core.code import changed_files, stage_code
+from milan.core.described import small_clip
 from milan.core.errors import PREEMPTED, Preempted, UserError, listed, nearest
 from milan.core.files import (
     SCRATCH,
@@ -232,6 +233,8 @@ def refuse_what_is_not_there(params: Params) -> None:
     for key, path in given.items():
         if path and not Path(path).is_file():
             raise UserError(f"{key}: {path} is missing, or no file. Mend the path, or set it to null.")
+    if params.teacher.pretrained and params.teacher.pretrained.library == "milan" and not params.no_teacher:
+        refuse_teacher_of_another_world(params)
     if not Path(params.report.published).is_file():
         raise UserError(
             f"report.published: {params.report.published} is missing, or no file. Mend the path; reports/published.csv is in git."
@@ -243,6 +246,18 @@ def refuse_what_is_not_there(params: Params) -> None:
                 f"data.{name}: the recipe {params.scale} needs real data. Give its folder (-S data.{name}=/path), or set "
                 f"prepare_{name}.size and the built-in world is drawn in that size."
             )
+
+
+def refuse_teacher_of_another_world(params: Params) -> None:
+    """Refuse a small CLIP that was trained on a built-in world as the teacher of other images."""
+    file = params.teacher.pretrained.file
+    taught = small_clip(Path(file)).get("world")
+    if taught and taught != params.world:
+        shown = f"the {params.world} built-in world" if params.world else f"the images of {params.data.imagenet}"
+        raise UserError(
+            f"teacher.pretrained: {file} is a teacher of the {taught} built-in world and knows nothing of {shown}. Train one on "
+            "captions or class names (-S scale=demo_teacher), or take a released CLIP (docs/teachers.md)."
+        )
 
 
 def refuse_what_cannot_be_written(stage: Stage) -> None:

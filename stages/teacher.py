@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 
-from milan.core.errors import UserError
 from milan.core.files import whole_folder
 from milan.data import seeding, transforms
 from milan.data.evaluation_view import CentreSamples
@@ -82,30 +81,18 @@ def train(params: Params, records: Path, folder: Path, saved: SavedState, tracke
         lambda batch: (transforms.normalise(batch["image"]), batch["tokens"]),
     )
     if distributed.rank() == 0:
-        save_teacher(folder, model, tiny_config(section.tiny, params.model, tokenizer.ids.tolist(), world(params)))
+        save_teacher(folder, model, tiny_config(section.tiny, params.model, tokenizer.ids.tolist(), params.world))
         if names := read_manifest(records)["classes"]:
             wording = Wording(names, drawing.PROMPTS)
             save_class_text(folder, wording, embed_classes(model.eval(), tokenizer, wording))
     return {"curve": curve}
 
 
-def world(params: Params) -> str | None:
-    """Return the built-in world of the images; None for images of data.imagenet."""
-    return None if params.data.imagenet else params.prepare_imagenet.world
-
-
 def fetch(params: Params, records: Path, folder: Path) -> None:
-    """Write the released teacher of the recipe to folder. Raises UserError where it is a teacher of another built-in world."""
+    """Write the released teacher of the recipe to folder."""
     source, manifest = params.teacher.pretrained, read_manifest(records)
     wording = Wording(manifest["classes"], drawing.PROMPTS) if source.library == "milan" else wording_of(manifest)
     fetch_teacher(source, folder, wording, set_up(params.compute))
-    taught = read_config(folder).get("world")
-    if taught and taught != world(params):
-        shown = f"the {world(params)} built-in world" if world(params) else f"the images of {params.data.imagenet}"
-        raise UserError(
-            f"{source.file} is a teacher of the {taught} built-in world and knows nothing of {shown}. Train one on captions or class "
-            "names (-S scale=demo_teacher), or take a released CLIP (docs/teachers.md)."
-        )
 
 
 def assess(params: Params, records: Path, folder: Path) -> dict:

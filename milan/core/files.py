@@ -181,6 +181,14 @@ def damaged(path: Path, fault: str) -> UserError:
     )
 
 
+def damaged_source(path: Path, fault: str) -> UserError:
+    """Return the error for a damaged file that the recipe names, which no stage can make again."""
+    return UserError(
+        f"{path} is damaged: {fault}. Fetch or copy it again (`git checkout -- {shlex.quote(str(path))}` restores a file that git "
+        "keeps)."
+    )
+
+
 @contextlib.contextmanager
 def whole_folder(target: Path, digest: str) -> Iterator[Path]:
     """Yield a folder to fill, and move it to `target` at the end in one step.

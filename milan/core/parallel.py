@@ -11,6 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
 from milan.core.errors import UserError
+from milan.core.program import end_with_workers
 
 AHEAD = 4  # jobs of each process that may be finished before their turn
 
@@ -56,7 +57,7 @@ def interrupts_held() -> Iterator[None]:
 
 
 def end_with(parent: int) -> None:
-    """End this process when its parent is gone (kill -9 reaches only one process), and on SIGTERM.
+    """End this process, and its own workers, when its parent is gone (kill -9 reaches only one process), and on SIGTERM.
 
     The SIGTERM handler that it inherits from a stage would only fail the current job, and a pool would wait for ever."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -64,6 +65,6 @@ def end_with(parent: int) -> None:
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.5)
-        os._exit(1)
+        end_with_workers(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 import textwrap
+import threading
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,7 +64,8 @@ def workers_ended() -> Iterator[None]:
 
 def kill_workers() -> None:
     """Kill the processes that multiprocessing started here."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for them
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for them
     for child in multiprocessing.active_children():
         child.kill()
 
@@ -110,6 +112,13 @@ def loaded() -> None:
     gc.freeze()
     gc.enable()
     atexit.register(gc.unfreeze)  # triton reports what is still there at the end as leaks
+
+
+def end_with_workers(status: int) -> NoReturn:
+    """End this process and those that multiprocessing started here, from any thread, and tidy nothing up, which could wait for
+    processes that are gone."""
+    kill_workers()
+    os._exit(status)
 
 
 def end_at_once() -> NoReturn:

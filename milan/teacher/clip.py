@@ -2,18 +2,22 @@
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
+from typing import Annotated, Literal
 
 import open_clip
 import torch
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+from pydantic import Field, Strict
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from milan.core.errors import UserError
 from milan.core.files import read_checked, write_checked
 from milan.core.progress import track
-from milan.core.validation import validate
-from milan.params import Model, TinyClip
+from milan.core.validation import Int, Section, validate
+from milan.params import Ascending, Distinct, Few, Model, TinyClip, World
 from milan.teacher.class_text import Wording
 from milan.training.weights import load_state, load_weights, save_weights
 
@@ -21,6 +25,24 @@ from milan.training.weights import load_state, load_weights, save_weights
 NO_TEXT = CLIPTextCfg(context_length=1, vocab_size=1, width=1, heads=1, layers=1)
 NO_VISION = CLIPVisionCfg(layers=1, width=1, head_width=1, patch_size=1, image_size=1)
 OTHER_TEACHER = "teacher.json beside it describes another model: delete the folder and run `dvc repro`, which makes it again."
+
+TokenId = Annotated[Int, Field(ge=0, lt=49408)]  # of open_clip's vocabulary
+
+
+@dataclass(frozen=True)
+class SmallClip(Section):
+    """The teacher.json of a small CLIP."""
+
+    kind: Literal["tiny"]
+    tiny: TinyClip
+    image_size: Few
+    patch_size: Few
+    token_ids: Annotated[list[TokenId], Strict(), Field(min_length=1), Ascending, Distinct]  # of the corpus
+    world: World | None  # the built-in world of its captions; None for captions of other images
+
+    def conflicts(self) -> Iterator[str]:
+        if self.image_size % self.patch_size:
+            yield f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}"
 
 
 def build_tiny(config: TinyClip, image_size: int, patch_size: int, vocabulary: int) -> CLIP:
@@ -116,7 +138,7 @@ def read_config(folder: Path) -> dict:
             f"{folder} holds no teacher: pretrain.weights was set when it was made. Set it to null and run `dvc repro`."
         )
     if config["kind"] == "tiny":
-        validate(TinyClip, config.get("tiny"), f"{folder}/teacher.json, tiny")
+        return asdict(validate(SmallClip, config, f"{folder}/teacher.json"))
     return config
 
 
@@ -133,16 +155,8 @@ def explain_misfits(folder: Path) -> Iterator[None]:
 
 
 def tiny_config(tiny: TinyClip, model: Model, token_ids: list[int], world: str | None) -> dict:
-    """Return the teacher.json of a small CLIP for students of this size. world: the built-in world of its captions; None for
-    captions of other images."""
-    return {
-        "kind": "tiny",
-        "tiny": vars(tiny),
-        "image_size": model.image_size,
-        "patch_size": model.patch_size,
-        "token_ids": token_ids,
-        "world": world,
-    }
+    """Return the teacher.json of a small CLIP for students of this size (SmallClip)."""
+    return asdict(SmallClip("tiny", tiny, model.image_size, model.patch_size, token_ids, world))
 
 
 def load_teacher(folder: Path) -> tuple[CLIP, Tokenizer, dict]:

@@ -10,7 +10,7 @@ is teacher.pretrained.sha256.
 import contextlib
 import re
 import zipfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -24,16 +24,17 @@ from timm.models import list_pretrained
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
+from milan.core.described import small_clip
 from milan.core.errors import UserError, nearest
-from milan.core.files import file_digest
+from milan.core.files import damaged_source, file_digest
 from milan.core.validation import validate
-from milan.params import Pretrained, TinyClip
+from milan.params import Pretrained
 from milan.teacher.class_text import Wording, save_class_text
-from milan.teacher.clip import NO_VISION, Tokenizer, build_towers, embed_classes, explain_misfits, save_teacher
+from milan.teacher.clip import NO_VISION, SmallClip, Tokenizer, build_tiny, build_towers, embed_classes, save_teacher
 from milan.teacher.frozen import build_tower
 from milan.teacher.towers import Tower
 from milan.training.foreign import check_weights, is_torchscript, members, read_foreign, require_file
-from milan.training.weights import load_described, load_state
+from milan.training.weights import checked_weights, load_state, misfits
 
 State = dict[str, Tensor]
 TEXT_SIZES = {"context_length", "vocab_size", "width", "heads", "layers"}  # the only settings that OpenAI's text towers have
@@ -82,8 +83,7 @@ def fetch_small(source: Pretrained, folder: Path, wording: Wording | None) -> No
     verify(path, source)
     print(f"teacher: {path}", flush=True)
     state, config = load_small(path)
-    with explain_misfits(path):
-        model, tokenizer = build_towers(config)
+    model, tokenizer = build_towers(config)
     load_as_float32(model, state, path)
     save_teacher(folder, model, config)
     if wording and wording.names:
@@ -134,14 +134,36 @@ def describe(source: Pretrained) -> dict:
 
 
 def load_small(path: Path) -> tuple[State, dict]:
-    """Load the weights of a small CLIP and the teacher.json that their file holds. Raises UserError for any other file."""
+    """Load the weights of a small CLIP and the teacher.json that their file holds. Raises UserError for any other file, and
+    where the two do not fit each other, before anything is built."""
     require_file(path)
-    state, about = load_described(path)
-    config = about.get("teacher")
-    if not isinstance(config, dict) or config.get("kind") != "tiny":
-        raise UserError(f"{path} describes no small CLIP: with library milan give a teacher.safetensors of the stage teacher.")
-    validate(TinyClip, config.get("tiny"), f"{path}, tiny")
-    return state, config
+    config = small_clip(path)
+    try:
+        small = validate(SmallClip, config, "its header describes no teacher")
+    except UserError as error:
+        raise damaged_source(path, str(error).removesuffix(".")) from None
+    state = checked_weights(path, damaged_source)
+    check_weights(state, path)
+    if fault := misfit_of(small, state):
+        raise damaged_source(path, f"its header describes another teacher than its tensors make: {fault}")
+    return state, asdict(small)
+
+
+def misfit_of(small: SmallClip, state: State) -> str:
+    """Say how the weights of a small CLIP differ from its description; "" where they fit.
+
+    Blocks are counted first: any other size costs nothing on the meta device, a million blocks take hours."""
+    for key, count in {"visual.transformer": small.tiny.layers, "transformer": small.tiny.text_layers}.items():
+        beginning = f"{key}.resblocks."
+        given = {name.removeprefix(beginning).partition(".")[0] for name in state if name.startswith(beginning)}
+        if len(given) != count:
+            return f"{len(given)} blocks in {key}, not {count}"
+    try:
+        with torch.device("meta"):
+            model = build_tiny(small.tiny, small.image_size, small.patch_size, len(small.token_ids))
+    except (UserError, ValueError, RuntimeError) as error:
+        return str(error)[:200]
+    return misfits(state, {name: tensor.shape for name, tensor in model.state_dict().items()})
 
 
 def open_clip_config(source: Pretrained) -> dict:

@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 from milan.core.errors import Preempted, UserError
 from milan.core.parallel import end_with
-from milan.core.program import end_at_once, fail, loaded
+from milan.core.program import end_at_once, end_with_workers, fail, loaded
 from milan.params import Compute, Params
 from milan.training.device import resolve_device
 from milan.training.failures import FAILURE, HERE, LostProcess, end, first_failure, leave_word
@@ -135,12 +135,12 @@ def run_here(path: str, function: Callable[..., dict], params: Params, arguments
 
 
 def end_after_failure(store: dist.Store) -> None:
-    """End this process soon after any process left word of its failure. It may wait for that process inside a collective
+    """End this process and its workers soon after any process left word of its failure. It may wait for that process inside a collective
     operation, where it hears no signal, and the launcher would grant it STOP_SECONDS."""
     while not store.check([FAILURE]):
         time.sleep(0.5)
     time.sleep(FAIL_SECONDS)
-    os._exit(1)
+    end_with_workers(1)
 
 
 def end_by_signals() -> None:

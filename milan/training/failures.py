@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from milan.core.errors import PREEMPTED, Preempted, UserError
-from milan.core.program import kill_workers
+from milan.core.program import end_with_workers
 
 FAILURE, LOST = "milan/failure", "milan/lost"  # keys of the store: the two kinds of words
 HERE = "milan/here/"  # and the beginning of the keys of ranks that need not be waited for: they are here, or have failed
@@ -72,9 +72,7 @@ def first_failure(store: dist.Store, error: BaseException) -> BaseException:
 
 
 def end(error: BaseException) -> None:
-    """End this process and its workers at once, with a report for its launcher: what tidies up may wait for processes that
-    are gone."""
+    """End this process and its workers at once, with a report for its launcher."""
     get_error_handler().record_exception(error)
     sys.stdout.flush(), sys.stderr.flush()
-    kill_workers()
-    os._exit(PREEMPTED if isinstance(error, Preempted) else 1)
+    end_with_workers(PREEMPTED if isinstance(error, Preempted) else 1)

@@ -2,15 +2,16 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
+from milan.core.described import read_about
 from milan.core.errors import UserError, listed
 from milan.core.files import OTHER_DIGEST, damaged, write_whole
 
@@ -43,22 +44,21 @@ def weights_digest(weights: dict[str, torch.Tensor]) -> str:
 
 def load_weights(path: Path) -> dict[str, torch.Tensor]:
     """Load a file that a stage wrote, on the CPU. Raises UserError when it is missing or when even one bit has changed."""
-    return load_described(path)[0]
+    if not Path(path).exists():
+        raise UserError(f"{path} is missing: run `dvc repro`, which makes it, or `dvc pull`, which fetches it.")
+    return checked_weights(path, damaged)
 
 
-def load_described(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
-    """Load a file that a stage wrote, as load_weights does, and what its metadata says about it (save_weights, about)."""
+def checked_weights(path: Path, fault: Callable[[Path, str], UserError]) -> dict[str, torch.Tensor]:
+    """Load a file that save_weights wrote, on the CPU. Raises fault(path, reason) when even one bit of a tensor has changed."""
+    about = read_about(path, fault)
     try:
-        with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {}).get("milan", "{}"))
         weights = load_file(path)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: run `dvc repro`, which makes it, or `dvc pull`, which fetches it.") from None
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise damaged(path, f"it cannot be read ({error})") from None
-    if not isinstance(about, dict) or about.get("sha256") != weights_digest(weights):
-        raise damaged(path, OTHER_DIGEST)
-    return weights, about
+    except (SafetensorError, OSError, ValueError) as error:
+        raise fault(path, f"it cannot be read ({str(error)[:200]})") from None
+    if about.get("sha256") != weights_digest(weights):
+        raise fault(path, OTHER_DIGEST)
+    return weights
 
 
 def load_into(module: nn.Module, path: Path) -> None:

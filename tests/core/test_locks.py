@@ -5,9 +5,12 @@ import fcntl
 import os
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
+from milan.core import locks
+from milan.core.errors import UserError
 from milan.core.locks import lock
 from tests.conftest import forked
 
@@ -62,3 +65,36 @@ def test_any_other_error_is_raised(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", flock)
     with pytest.raises(OSError, match="a broken disk"):
         lock(tmp_path / "a")
+
+
+@pytest.mark.parametrize("fault", ["another's", "open", "link", "file"])
+def test_the_twins_lie_in_a_folder_that_nobody_else_can_prepare(fault, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(locks, "locked", refuse := mock.Mock(side_effect=OSError(errno.ENOLCK, "no locks")))
+    folder = tmp_path / f"milan-locks-{os.getuid()}"
+    owner = os.getuid()
+    if fault == "another's":
+        folder.mkdir(mode=0o700)
+        monkeypatch.setattr(os, "getuid", lambda: owner + 1)
+        folder = folder.rename(tmp_path / f"milan-locks-{os.getuid()}")
+    elif fault == "open":
+        folder.mkdir(mode=0o770)
+        folder.chmod(0o770)
+    elif fault == "link":
+        (tmp_path / "elsewhere").mkdir(mode=0o700)
+        folder.symlink_to(tmp_path / "elsewhere")
+    else:
+        folder.touch()
+    with pytest.raises(UserError, match=rf"{folder} must be a folder that belongs to you .*set TMPDIR to a folder of your own"):
+        lock(tmp_path / "a")
+    assert refuse.call_args_list == [mock.call(tmp_path / "a", fcntl.LOCK_EX)]
+
+
+def test_the_folder_of_twins_is_this_user_s_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    before = os.umask(0)
+    try:
+        folder = locks.folder_of_twins()
+    finally:
+        os.umask(before)
+    assert folder.stat().st_mode & 0o777 == 0o700 and locks.folder_of_twins() == folder

@@ -4,17 +4,27 @@ import atexit
 import gc
 import importlib
 import json
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
+from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from PIL import Image
 
 import stages
-from milan.core.program import end_at_once, fail, loaded
+from milan.core.parallel import end_with
+from milan.core.program import end_at_once, end_with_workers, fail, loaded
+from milan.training import distributed
+from milan.training.failures import FAILURE
 from tests.conftest import ROOT, forked
 
 
@@ -83,3 +93,36 @@ def say_and_end(out: Path) -> None:
 def test_a_quick_end_runs_the_exit_handlers_and_writes_what_was_said(tmp_path):
     assert forked(say_and_end, tmp_path / "out") == 0
     assert (tmp_path / "out").read_text() == "said, from the handler\n"
+
+
+def hold_a_worker(note: Path, end: Callable) -> None:
+    """Start a worker that ignores SIGTERM, as those of loaders do, and let another thread or itself end this process."""
+    worker = multiprocessing.get_context("fork").Process(target=outlive_sigterm, daemon=True)
+    worker.start()
+    note.write_text(str(worker.pid))
+    end()
+    time.sleep(60)
+
+
+def outlive_sigterm() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(60)
+
+
+def in_a_thread(function: Callable, *arguments) -> None:
+    threading.Thread(target=function, args=arguments, daemon=True).start()
+
+
+@pytest.mark.parametrize("end", [
+    lambda: end_with_workers(1),
+    lambda: in_a_thread(distributed.end_after_failure, Namespace(check=lambda keys: keys == [FAILURE])),
+    lambda: end_with(parent=-1),
+], ids=["at once", "after another's failure", "with its parent"])  # fmt: skip
+def test_a_process_that_ends_at_once_leaves_no_worker(end, tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "FAIL_SECONDS", 0)
+    assert forked(hold_a_worker, tmp_path / "note", end) == 1
+    worker = int((tmp_path / "note").read_text())
+    deadline = time.monotonic() + 20
+    while psutil.pid_exists(worker) and psutil.Process(worker).status() != psutil.STATUS_ZOMBIE:  # what nobody here reaps
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

@@ -162,6 +162,7 @@ def store_tiny(folder, conv_stem: bool = True):
         "image_size": 32,
         "patch_size": 8,
         "token_ids": tokenizer.ids.tolist(),
+        "world": None,
     }
     save_teacher(folder, model, config)
     return model, tokenizer, config
