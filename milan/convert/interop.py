@@ -1,7 +1,8 @@
 """Read, write and convert checkpoints in the layouts of the official MILAN and MAE releases, mmpretrain / mmselfsup, OpenAI's
-CLIP and timm; read Hugging Face's ViTMAE. Tensors are only renamed and reshaped: a round trip gives back the same bits.
+CLIP and timm; read Hugging Face's ViTMAE; write ViTDet's backbone. Tensors are only renamed and reshaped: a round trip gives
+back the same bits.
 
-    python -m milan.convert IN OUT --to timm|official|mmpretrain|openai [--decoder FILE] [--take NAME]
+    python -m milan.convert IN OUT --to timm|official|mmpretrain|openai|vitdet [--decoder FILE] [--take NAME]
 
 Every conversion goes through the official layout, in which the encoder has timm's names:
 
@@ -9,6 +10,7 @@ Every conversion goes through the official layout, in which the encoder has timm
     mmpretrain   {"state_dict": ...} .pth backbone.layers.0.attn.qkv.weight, ..., neck.decoder_embed.weight, ...
     openai       state dict .pth          visual.transformer.resblocks.0.attn.in_proj_weight, ... (a CLIP, no MILAN)
     timm         .safetensors             the encoder alone, or the image tower of a CLIP
+    vitdet       {"model": ...} .pth      the encoder without class token and final norm, for detectron2 and mmdetection
 
 Prefixes that others' programs put before the names (module., _orig_mod., model., encoder., backbone.) are taken off. Of a file
 with several sets of weights (model, model_ema) --take names the one to read.
@@ -37,6 +39,7 @@ from milan.method.encoder import build_vit
 from milan.params import Model, TransformerSize
 from milan.training import foreign, weights
 
+NO_DECODER = TransformerSize(4, 1, 1)  # the smallest, where only the encoder of a model counts
 CLIP_INTEGERS = ("input_resolution", "context_length", "vocab_size")
 
 
@@ -146,14 +149,30 @@ def encoder_shapes(model: Model) -> dict[str, torch.Size]:
         return {name: tensor.shape for name, tensor in build_vit(model).state_dict().items()}
 
 
+def sizes_of(encoder: State, path: str | Path, num_heads: int = 1, decoder: TransformerSize = NO_DECODER) -> Model:
+    """Return the sizes that an encoder's tensors have. They do not tell the number of heads, nor the decoder, which are given.
+
+    Raises UserError where a tensor that tells a size is missing or misshapen, or the sizes do not go together."""
+    require_vit(encoder, {"pos_embed": 3, "patch_embed.proj.weight": 4}, path)
+    (_, rows, width), (*_, patch) = encoder["pos_embed"].shape, encoder["patch_embed.proj.weight"].shape
+    grid = math.isqrt(max(rows - 1, 1))
+    tower = {"embed_dim": width, "depth": depth(encoder, "blocks."), "num_heads": num_heads}
+    size = {"name": "checkpoint", "image_size": grid * patch, "patch_size": patch, "encoder": tower}
+    return validate(Model, {**size, "decoder": decoder}, f"{path} holds a model that cannot be built here")
+
+
+def decoder_kind(decoder: State) -> str:
+    """Return which of DECODERS the tensors are of: only the prompting decoder has queries of their own."""
+    return "prompt" if any(".attn.kv." in name for name in decoder) else "mae"
+
+
 def decoder_shapes(decoder: State, encoder_dim: int, grid: int) -> dict[str, torch.Size]:
     """Return the shapes of a complete decoder with the kind, depth and widths of this one; a width is 4 where the tensor that
     gives it is missing."""
-    kind = "prompt" if any(".attn.kv." in name for name in decoder) else "mae"
     rows = {name: len(tensor) for name, tensor in decoder.items() if tensor.ndim}
     dim, out_dim = rows.get("decoder_embed.weight", 4), rows.get("decoder_pred.weight", 4)
     with torch.device("meta"):
-        complete = DECODERS[kind](encoder_dim, dim, depth(decoder, "decoder_blocks."), 1, grid, out_dim)
+        complete = DECODERS[decoder_kind(decoder)](encoder_dim, dim, depth(decoder, "decoder_blocks."), 1, grid, out_dim)
     return {name: tensor.shape for name, tensor in complete.state_dict().items()}
 
 
@@ -185,16 +204,11 @@ def check(state: State, expected: dict[str, torch.Size], where: str | Path) -> N
 
 def check_complete(encoder: State, decoder: State, path: str | Path, decoder_path: str | Path) -> None:
     """Raise UserError unless a MILAN or MAE checkpoint is a complete model of the sizes that its own tensors have."""
-    require_vit(encoder, {"pos_embed": 3, "patch_embed.proj.weight": 4}, path)
-    (_, rows, width), (*_, patch) = encoder["pos_embed"].shape, encoder["patch_embed.proj.weight"].shape
-    grid = math.isqrt(max(rows - 1, 1))
     try:
-        tower = {"embed_dim": width, "depth": depth(encoder, "blocks."), "num_heads": 1}
-        size = {"name": "checkpoint", "image_size": grid * patch, "patch_size": patch, "encoder": tower}
-        model = validate(Model, {**size, "decoder": TransformerSize(4, 1, 1)}, f"{path} holds a model that cannot be built here")
+        model = sizes_of(encoder, path)
         check(encoder, encoder_shapes(model), path)
         if decoder:
-            check(decoder, decoder_shapes(decoder, width, grid), decoder_path)
+            check(decoder, decoder_shapes(decoder, model.encoder.embed_dim, model.grid), decoder_path)
     except ValueError as error:
         raise UserError(f"{path} holds a model that cannot be built here: {error}.") from None
     foreign.check_weights(encoder, path)
@@ -210,6 +224,8 @@ def convert(source: Path, target: Path, layout: str, decoder_file: Path | None =
     suffixes = (".safetensors",) if layout == "timm" else (".pth", ".pt")
     if target.suffix not in suffixes:
         raise UserError(f"{target}: the {layout} layout is written as {' or '.join(suffixes)}; rename OUT.")
+    if decoder_file and layout == "vitdet":
+        raise UserError(f"{target}: the vitdet layout has no decoder; leave out --decoder.")
     if decoder_file and layout == "timm" and (decoder_file.suffix not in suffixes or decoder_file == target):
         raise UserError(f"{decoder_file}: the decoder is written as a .safetensors of its own; rename it.")
     state = read(source, take)
@@ -240,6 +256,10 @@ def read_decoder(path: Path) -> State:
 
 def write(encoder: State, decoder: State, target: Path, layout: str, decoder_file: Path | None) -> str:
     """Write encoder and decoder in a layout, and return a line that describes the result."""
+    if layout == "vitdet":
+        backbone = layouts.to_vitdet(encoder)
+        save_pth(target, {"model": backbone})
+        return f"{target}: {len(backbone)} tensors of ViTDet's backbone, which has no class token and no final norm"
     summary = f"{target}: {len(encoder)} encoder tensors"
     if layout != "timm":
         state = {**encoder, **decoder}
@@ -282,7 +302,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("source", type=Path, metavar="IN", help="a .pth, .pt or .safetensors file in any of the layouts")
     parser.add_argument("target", type=Path, metavar="OUT", help="the file to write")
-    parser.add_argument("--to", required=True, choices=("timm", "official", "mmpretrain", "openai"), dest="layout")
+    parser.add_argument("--to", required=True, choices=("timm", "official", "mmpretrain", "openai", "vitdet"), dest="layout")
     parser.add_argument("--decoder", type=Path, metavar="FILE", dest="decoder_file", help="the decoder's own .safetensors")
     parser.add_argument("--take", metavar="NAME", help="the set of weights to read, such as model_ema, where IN holds several")
     try:

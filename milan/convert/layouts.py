@@ -155,6 +155,12 @@ def to_mmpretrain(state: State) -> State:
     return rename(state, PREFIXES, BLOCK_PARTS, 1, "The checkpoint")
 
 
+def to_vitdet(encoder: State) -> State:
+    """Leave out what the backbone of ViTDet does not have: the class token and the final norm. The other names are the same in
+    detectron2 (modeling/backbone/vit.py) and mmdetection (projects/ViTDet). Both expect the class token's row in pos_embed."""
+    return {name: tensor for name, tensor in encoder.items() if not name.startswith(("cls_token", "norm."))}
+
+
 def is_clip(state: State) -> bool:
     """Return whether the weights are a CLIP's, in OpenAI's layout, or its image tower's, in timm's."""
     return "norm_pre.weight" in state or any(name.startswith("visual.") for name in state)

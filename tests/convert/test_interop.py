@@ -441,3 +441,19 @@ def test_help_names_the_layouts(capsys):
     output = capsys.readouterr().out
     assert output.startswith("usage: python -m milan.convert ")
     assert all(word in output for word in ("timm", "official", "mmpretrain", "openai"))
+
+
+def test_vitdet_has_the_names_of_detectron2_and_mmdetection(pth, tmp_path, capsys):
+    """As read in detectron2's modeling/backbone/vit.py and mmdetection's projects/ViTDet/vitdet/vit.py, without the relative
+    positions, which start at zero there. `norm.weight` would also be the end of other names in detectron2's model."""
+    state = official()
+    assert run(pth({"model": state}), tmp_path / "v.pth", "--to", "vitdet") == 0
+    written = torch.load(tmp_path / "v.pth", weights_only=True)["model"]
+    parts = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+    blocks = {f"blocks.{i}.{part}.{kind}" for i in (0, 1) for part in parts for kind in ("weight", "bias")}
+    assert written.keys() == {"pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias", *blocks}
+    assert all(tensor.equal(state[name]) for name, tensor in written.items())
+    assert written["pos_embed"].shape == (1, 1 + 9, 24)  # both cut off the class token's row themselves
+    assert "no class token" in capsys.readouterr().out
+    assert run(tmp_path / "in.pth", tmp_path / "w.pth", "--to", "vitdet", "--decoder", tmp_path / "d.safetensors") == 1
+    assert "the vitdet layout has no decoder" in capsys.readouterr().err
