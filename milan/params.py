@@ -289,6 +289,16 @@ class LinearEval(Training):
 
 
 @dataclass(frozen=True)
+class AttentiveProbe(Training):
+    """A block of cross-attention with a learned query on all tokens of the frozen encoder, and a linear layer (V-JEPA)."""
+
+    betas: Betas
+    crop_scale: CropScale
+    views: Count  # as linear_eval's; in memory a crop takes 4 bytes x tokens x channels
+    resize: Few
+
+
+@dataclass(frozen=True)
 class Finetune(Training):
     """End-to-end fine-tuning by AdamW (the release's FINETUNE.sh); augmentation by timm."""
 
@@ -361,6 +371,7 @@ class Params(Section):
     extract_targets: ExtractTargets
     pretrain: Pretrain
     linear_eval: LinearEval
+    attentive_probe: AttentiveProbe
     finetune: Finetune
     segment: Segment
     dense_probe: DenseProbe
@@ -388,7 +399,7 @@ class Params(Section):
             if variant not in rows:
                 yield f"variants: {variant!r} is no row of pretrain.ablation{nearest(variant, rows)}; there are {', '.join(rows)}"
         size = self.model.image_size
-        for name in ("linear_eval", "finetune"):
+        for name in ("linear_eval", "attentive_probe", "finetune"):
             side = getattr(self, name).resize
             if side < size:
                 yield f"{name}.resize {side} is below model.image_size {size}: images would be padded with black; take the same or more"
@@ -422,7 +433,7 @@ class Params(Section):
         if len(blocks) != 4 or sorted(set(blocks)) != blocks or not 0 <= blocks[0] <= blocks[3] < depth:
             yield f"segment.out_blocks {blocks} must be four increasing blocks of the encoder's {depth}, from 0"
         world_size, batch = self.world_size, self.teacher.batch_size
-        for name in ("pretrain", "linear_eval", "finetune", "segment", "dense_probe"):
+        for name in ("pretrain", "linear_eval", "attentive_probe", "finetune", "segment", "dense_probe"):
             training = getattr(self, name)
             micro_batches = training.batch_size // training.micro_batch
             if micro_batches % world_size:

@@ -26,11 +26,12 @@ from milan.core.errors import UserError
 from milan.core.files import explain_os_errors
 from milan.core.program import fail
 from milan.core.validation import validate
+from milan.evaluation.attentive import AttentiveHead
 from milan.evaluation.classifier import build_classifier
 from milan.method.encoder import Encoder
 from milan.method.model import MaskedPretraining
 from milan.method.target_bank import bank_bytes
-from milan.params import AblationRow, Params, Training, read_params
+from milan.params import AblationRow, AttentiveProbe, DenseProbe, LinearEval, Model, Params, Training, read_params
 from milan.segmentation import upernet
 from milan.segmentation.dense import DenseHead
 from milan.teacher.clip import tiny_config
@@ -175,11 +176,23 @@ def fake_images(count: int, size: int) -> Tensor:
 
 
 def linear_cost(params: Params) -> Cost:
-    """Return the cost of linear evaluation, nearly all of it the frozen encoder's forward pass; fixed views are encoded once."""
-    settings, width = params.linear_eval, params.model.encoder.embed_dim
-    encoder_flops = forward_flops(build_fake(lambda: Encoder(params.model)), fake_images(1, params.model.image_size))
-    share = 1.0 if settings.views == 0 else min(1.0, settings.views / settings.epochs)
-    return Cost(width * CLASSES, encoder_flops * share, 2.0 * width * CLASSES, 4 * width)
+    """Return the cost of linear evaluation, nearly all of it the frozen encoder's forward pass."""
+    width = params.model.encoder.embed_dim
+    return Cost(width * CLASSES, frozen_flops(params.model, params.linear_eval), 2.0 * width * CLASSES, 4 * width)
+
+
+def attentive_cost(params: Params) -> Cost:
+    """Return the cost of the attentive probe: the frozen encoder's forward pass, and a block's work on keys and values."""
+    encoder = params.model.encoder
+    head = build_fake(lambda: AttentiveHead(encoder.embed_dim, encoder.num_heads, CLASSES))
+    tokens = torch.randn(2, 1 + params.model.n_patches, encoder.embed_dim)
+    return training_cost(head, lambda: head(tokens), 2, frozen_flops(params.model, params.attentive_probe))
+
+
+def frozen_flops(model: Model, settings: LinearEval | AttentiveProbe | DenseProbe) -> float:
+    """Count the FLOPs of the frozen encoder for one image of a step; fixed views are encoded once."""
+    encoder_flops = forward_flops(build_fake(lambda: Encoder(model)), fake_images(1, model.image_size))
+    return encoder_flops * (1.0 if settings.views == 0 else min(1.0, settings.views / settings.epochs))
 
 
 def finetune_cost(params: Params) -> Cost:
@@ -200,13 +213,12 @@ def segment_cost(params: Params) -> Cost:
 
 
 def dense_cost(params: Params) -> Cost:
-    """Return the cost of the dense probe, nearly all of it the frozen encoder's forward pass; fixed views are encoded once."""
+    """Return the cost of the dense probe, nearly all of it the frozen encoder's forward pass."""
     settings, width = params.dense_probe, params.model.encoder.embed_dim
     of_crop = dataclasses.replace(params.model, image_size=settings.crop_size)
-    encoder_flops = forward_flops(build_fake(lambda: Encoder(of_crop)), fake_images(1, settings.crop_size))
-    share = 1.0 if settings.views == 0 else min(1.0, settings.views / settings.epochs)
     head = build_fake(lambda: DenseHead(width, params.prepare_ade20k.classes, "batch")).train()
-    return training_cost(head, lambda: head(torch.randn(2, width, of_crop.grid, of_crop.grid)), 2, encoder_flops * share)
+    features = torch.randn(2, width, of_crop.grid, of_crop.grid)
+    return training_cost(head, lambda: head(features), 2, frozen_flops(of_crop, settings))
 
 
 def stage_plans(params: Params) -> list[StagePlan]:
@@ -225,6 +237,7 @@ def stage_plans(params: Params) -> list[StagePlan]:
     return [
         *pretraining,
         stage_plan("linear_eval", train, params.linear_eval, linear_cost(params), runs),
+        stage_plan("attentive_probe", train, params.attentive_probe, attentive_cost(params), runs),
         stage_plan("finetune", round(train * params.finetune.labels), params.finetune, finetune_cost(params), runs),
         stage_plan("segment", scenes, params.segment, segment_cost(params), runs),
         stage_plan("dense_probe", scenes, params.dense_probe, dense_cost(params), runs),

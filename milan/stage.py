@@ -280,7 +280,7 @@ def name_leftovers(stage: Stage) -> None:
     another clone does not get them, so that `dvc status` would not be clean there."""
     variations = {f"{variant}-{seed}" for variant in stage.params.variants for seed in stage.params.seeds}
     folders = [getattr(stage.args, name) for name in ("metrics", "curves", "outs") if name in stage.kind.reads]
-    kinds = ("pretrain", "linear_eval", "finetune", "segment", "dense_probe")
+    kinds = ("pretrain", "linear_eval", "attentive_probe", "finetune", "segment", "dense_probe")
     paths = [path for folder in folders for kind in kinds for path in sorted((folder / kind).glob("*-*"))]
     left = [str(path) for path in paths if (path.name if path.is_dir() else path.stem) not in variations]
     if left:

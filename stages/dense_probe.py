@@ -6,16 +6,13 @@ once and the head trains on them in memory. Costs: demo a few seconds a variant.
 """
 
 from argparse import Namespace
-from collections.abc import Callable
 
 import torch
-from torch.utils.data import Dataset
 
-from milan.data import seeding, transforms
+from milan.data import seeding
 from milan.data.records import Records
-from milan.evaluation.inference import model_outputs
-from milan.evaluation.linear import FeatureViews, ProbeLoss
-from milan.evaluation.samples import EpochView
+from milan.evaluation.frozen import training_data
+from milan.evaluation.linear import ProbeLoss
 from milan.params import Params
 from milan.segmentation import dense, inference, scenes, upernet
 from milan.stage import Kind, Stage, run
@@ -46,7 +43,8 @@ def train(params: Params, args: Namespace, saved: SavedState, stage: Stage) -> d
     encode = dense.frozen_encoder(args.weights / "encoder.safetensors", params.model, section.crop_size, precision, device)
     seeding.seed_globals(args.seed, "dense_probe init")
     head = build(params, len(records.manifest["classes"]), device)
-    samples, inputs = training_data(params, scenes.SceneSamples(records, args.seed, section), encode, device)
+    crops = scenes.SceneSamples(records, args.seed, section)
+    samples, inputs = training_data(crops, encode, section, device, params.runtime.workers)
     settings = FitSettings(
         stage.title, section, params.compute, params.runtime, args.seed, saved, stage.tracker.point, optim.poly_lr_at
     )
@@ -63,20 +61,6 @@ def build(params: Params, classes: int, device: torch.device) -> dense.DenseHead
     if norm == "sync":
         batch_norm.say_what_it_sees("dense_probe", section.batch_size, section.micro_batch)
     return dense.DenseHead(params.model.encoder.embed_dim, classes, norm).to(device)
-
-
-def training_data(
-    params: Params, crops: scenes.SceneSamples, encode: Callable, device: torch.device
-) -> tuple[Dataset, Callable]:
-    """Return the training set, and the function that turns its batches into (features, labels)."""
-    section = params.dense_probe
-    if section.views == 0:
-        return crops, lambda batch: (encode(transforms.normalise(batch["image"])), batch["label"])
-    views = [
-        model_outputs(encode, EpochView(crops, v), section.micro_batch, device, "features", params.runtime.workers)
-        for v in range(section.views)
-    ]
-    return FeatureViews(views), lambda batch: (batch["features"], batch["label"])
 
 
 def optimizer_of(params: Params, head: dense.DenseHead) -> torch.optim.Optimizer:

@@ -9,22 +9,20 @@ Costs: demo about ten seconds a variant. Expect 79.9 (paper) or 78.9 (two indepe
 
 from argparse import Namespace
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset
 
-from milan.data import seeding, transforms
+from milan.data import seeding
 from milan.data.evaluation_view import CentreSamples
 from milan.data.records import Records
-from milan.evaluation import augmentation, inference, scores, zero_shot
-from milan.evaluation.linear import FeatureViews, LinearHead, ProbeLoss
-from milan.evaluation.samples import EpochView, LabelledSamples
-from milan.method.encoder import load_encoder
+from milan.evaluation import augmentation, frozen, inference, scores, zero_shot
+from milan.evaluation.linear import LinearHead, ProbeLoss
+from milan.evaluation.samples import LabelledSamples
 from milan.params import Params
 from milan.stage import Kind, Stage, run
 from milan.training import distributed, optim
-from milan.training.device import autocast, resolve_params, set_up
+from milan.training.device import resolve_params, set_up
 from milan.training.loop import FitSettings, fit
 from milan.training.resume import SavedState
 from milan.training.weights import save_weights
@@ -51,7 +49,11 @@ def main(stage: Stage) -> None:
 
 def train(params: Params, args: Namespace, saved: SavedState, stage: Stage) -> dict:
     device, section = set_up(params.compute), params.linear_eval
-    encode = frozen_encoder(params, args.weights, device)
+    tokens = frozen.frozen_encoder(params, args.weights, device)
+
+    def encode(images: torch.Tensor) -> torch.Tensor:
+        return tokens(images)[:, 0]  # the class token
+
     records = Records(args.records, "train")
     seeding.seed_globals(args.seed, "linear_eval init")
     head = LinearHead(params.model.encoder.embed_dim, len(records.classes)).to(device)
@@ -69,32 +71,13 @@ def train(params: Params, args: Namespace, saved: SavedState, stage: Stage) -> d
     return {"curve": curve, "metrics": metrics}
 
 
-def frozen_encoder(params: Params, weights: Path, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return a function from normalised images (B, 3, S, S) to class-token features (B, D), without gradient."""
-    encoder = load_encoder(weights / "encoder.safetensors", params.model).to(device).eval()
-    precision = params.compute.precision
-
-    @torch.no_grad()
-    def encode(images: torch.Tensor) -> torch.Tensor:
-        with autocast(precision, device):
-            return encoder(images)[:, 0].float()
-
-    return encode
-
-
 def training_data(
     params: Params, seed: int, records: Records, encode: Callable, device: torch.device
 ) -> tuple[Dataset, Callable]:
     """Return the training set, and the function that turns its batches into (features, labels)."""
     section = params.linear_eval
     crops = LabelledSamples(records, seed, params.model.image_size, section.crop_scale, augmentation.draw_simple_crop)
-    if section.views == 0:
-        return crops, lambda batch: (encode(transforms.normalise(batch["image"])), batch["label"])
-    views = [
-        inference.model_outputs(encode, EpochView(crops, v), section.micro_batch, device, "features", params.runtime.workers)
-        for v in range(section.views)
-    ]
-    return FeatureViews(views), lambda batch: (batch["features"], batch["label"])
+    return frozen.training_data(crops, encode, section, device, params.runtime.workers)
 
 
 def optimizer_of(params: Params, head: LinearHead) -> torch.optim.Optimizer:

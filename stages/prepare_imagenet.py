@@ -109,6 +109,7 @@ def needs(section: Params, images: imagenet.Images, pairs: int) -> dict[str, tup
         of_classes = Counter(item["label"] for item in images.train).values()
         drawn = sum(images_of_share(count, section.finetune.labels) for count in of_classes)
         counts["linear_eval"] = (section.linear_eval.batch_size, train)
+        counts["attentive_probe"] = (section.attentive_probe.batch_size, train)
         counts["finetune"] = (section.finetune.batch_size, drawn)
     if section.pretrain.weights is None and any(section.pretrain.ablation[v].target != "none" for v in section.variants):
         counts["pretrain"] = (section.pretrain.batch_size, train)

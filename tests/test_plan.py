@@ -72,6 +72,14 @@ def test_steps_and_hours_by_hand(stages):
     assert pretrain.flops == pytest.approx(124_800 * 4096 * 87.3e9, rel=0.01)
     assert (stages["segment"].steps, stages["finetune"].steps, stages["linear_eval"].steps) == (160_000, 125_100, 7_800)
     assert stages["dense_probe"].steps == 40_000
+    assert stages["attentive_probe"].steps == 20 * (1_281_167 // 1024) == 25_020
+    # A LayerNorm, the query and its projection, keys and values, an output projection, a LayerNorm, an MLP of 4 widths, the layer.
+    layers = 768**2 + 768 + 2 * (768**2 + 768) + 768**2 + 768 + 8 * 768**2 + 5 * 768 + 768 * 1000 + 1000
+    assert stages["attentive_probe"].cost.parameters == 2 * 768 + 768 + layers + 2 * 768
+    assert stages["attentive_probe"].cost.frozen_flops == stages["linear_eval"].cost.frozen_flops
+    # 197 keys and values of one query, and what follows it.
+    attended = 2 * 197 * 2 * 768**2 + 2 * 2 * 197 * 768
+    assert stages["attentive_probe"].cost.trained_flops == attended + 2 * (2 + 8) * 768**2 + 2 * 768 * 1000
     # Frozen: the embedding of 1,024 patches of 768 values and 12 blocks of 1,025 tokens. Trained: 768 x 150 a patch.
     assert stages["dense_probe"].cost.frozen_flops == pytest.approx(2 * 1024 * 768**2 + 12 * block(1025, 1025, 768), rel=0.01)
     assert stages["dense_probe"].cost.trained_flops == 2 * 1024 * 768 * 150

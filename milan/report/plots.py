@@ -45,6 +45,7 @@ CURVES = {  # panel: (folder under curves, targets of the variants shown)
     "Pretraining, CLIP features: 2 – 2 cos": ("pretrain", ("clip",)),
     "Pretraining, pixels: squared error": ("pretrain", ("pixels",)),
     "Linear evaluation": ("linear_eval", ("none", "pixels", "clip")),
+    "Attentive probe": ("attentive_probe", ("none", "pixels", "clip")),
     "Fine-tuning": ("finetune", ("none", "pixels", "clip")),
     "Segmentation": ("segment", ("none", "pixels", "clip")),
     "Dense probe": ("dense_probe", ("none", "pixels", "clip")),

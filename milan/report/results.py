@@ -13,6 +13,7 @@ from milan.params import Params
 MEASURES = {  # column: (stage, name in its metrics file)
     "linear": ("linear_eval", "linear_eval/top1"),
     "knn": ("linear_eval", "linear_eval/knn_top1"),
+    "attentive": ("attentive_probe", "attentive_probe/top1"),
     "finetune": ("finetune", "finetune/top1"),
     "miou": ("segment", "segment/miou"),
     "dense": ("dense_probe", "dense_probe/miou"),
@@ -26,6 +27,7 @@ TITLES = {
     "knn": "k-NN",
     "zero_shot": "Zero-shot",
     "zero_shot_masked": "Zero-shot, masked",
+    "attentive": "Attentive probe",
     "finetune": "Fine-tuning",
     "miou": "ADE20K mIoU",
     "dense": "Dense probe mIoU",

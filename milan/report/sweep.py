@@ -208,9 +208,12 @@ def spread(values: pd.Series) -> str:
 
 def draw(key: str, runs: pd.DataFrame) -> Figure:
     """Draw a panel per measure, in it a line per variant through the means over seeds and a dot per seed."""
-    figure, axes = plt.subplots(1, len(MEASURES), figsize=(plots.WIDTH, 3.2))
+    lines = -(-len(MEASURES) // 3)
+    figure, axes = plt.subplots(lines, 3, figsize=(plots.WIDTH, 2.9 * lines + 0.3), squeeze=False)
     variants = list(runs["variant"].unique())
-    for axis, column in zip(axes, MEASURES, strict=True):
+    for axis in axes.flat[len(MEASURES) :]:
+        axis.remove()
+    for axis, column in zip(axes.flat, MEASURES, strict=False):
         for variant in variants:
             own, shade = runs[runs["variant"] == variant], plots.colour(variant, variants)
             means = own.groupby("value")[column].agg(lambda values: values.mean(skipna=False))

@@ -52,7 +52,7 @@ def test_a_locale_that_is_not_utf_8_changes_no_name(workplace, tree):
     tree["data"]["imagenet"] = "images"
     tree["scale"] = "gr\u00f6\u00dfer"
     tree["runtime"]["processes"] = 1
-    for name in ("teacher", "pretrain", "linear_eval", "finetune"):
+    for name in ("teacher", "pretrain", "linear_eval", "attentive_probe", "finetune"):
         tree[name] |= {"batch_size": 2, "micro_batch": 2}
     tree["finetune"]["labels"] = 1.0
     Path("reports").mkdir()

@@ -14,7 +14,7 @@ from milan.report import claims, table
 from milan.report.results import MEASURES, TITLES, EvaluationData, Results, read_published, summarise
 from tests.conftest import ROOT
 
-RATIO = {"linear": 1.0, "knn": -1.0, "finetune": 10.0, "miou": 0.0, "dense": 2.0}  # of each measure to the given number
+RATIO = {"linear": 1.0, "knn": -1.0, "attentive": 3.0, "finetune": 10.0, "miou": 0.0, "dense": 2.0}  # of each measure to the given number
 
 
 def results(**values: list[float]) -> Results:
@@ -83,6 +83,7 @@ def test_differences_are_paired_by_seed_and_each_measure_is_judged():
     assert judged["verdict"].to_dict() == {
         "linear": "supported",
         "knn": "not supported",
+        "attentive": "supported",
         "finetune": "supported",
         "miou": "inconclusive",
         "dense": "supported",
@@ -106,6 +107,7 @@ def test_the_report_shows_rule_table_and_scope():
     assert rows.splitlines()[2:] == [
         "| MILAN is above MAE | MILAN – MAE | Linear eval | +3.00 | +0.52 to +5.48 | 3 | supported |",
         "| MILAN is above MAE | MILAN – MAE | k-NN | -3.00 | -5.48 to -0.52 | 3 | not supported |",
+        "| MILAN is above MAE | MILAN – MAE | Attentive probe | +9.00 | +1.55 to +16.45 | 3 | supported |",
         "| MILAN is above MAE | MILAN – MAE | Fine-tuning | +30.00 | +5.16 to +54.84 | 3 | supported |",
         "| MILAN is above MAE | MILAN – MAE | Segmentation mIoU | +0.00 | +0.00 to +0.00 | 3 | inconclusive |",
         "| MILAN is above MAE | MILAN – MAE | Dense probe mIoU | +6.00 | +1.03 to +10.97 | 3 | supported |",

@@ -36,13 +36,14 @@ def write(path: Path, **metrics) -> None:
 
 @pytest.fixture
 def metrics(tmp_path) -> Path:
-    """Write metrics of three variants with two seeds: fine-tuning is linear + 1, mIoU is 50 - linear, the
-    dense probe's is linear / 2."""
+    """Write metrics of three variants with two seeds: fine-tuning is linear + 1, the attentive probe's is
+    linear + 2, mIoU is 50 - linear, the dense probe's is linear / 2."""
     for variant, values in LINEAR.items():
         for seed, value in enumerate(values):
             name = f"{variant}-{seed}.json"
             zero_shot = ZERO_SHOT if variant == "milan" else {}
             write(tmp_path / "linear_eval" / name, **{"linear_eval/top1": value, "linear_eval/knn_top1": value - 1, **zero_shot})
+            write(tmp_path / "attentive_probe" / name, **{"attentive_probe/top1": value + 2})
             write(tmp_path / "finetune" / name, **{"finetune/top1": value + 1})
             write(tmp_path / "segment" / name, **{"segment/miou": 50 - value})
             write(tmp_path / "dense_probe" / name, **{"dense_probe/miou": value / 2})
@@ -73,6 +74,7 @@ def test_means_and_ranges_by_hand(metrics):
         {"linear": 36.02, "linear_low": 35.0, "linear_high": 37.04, "knn": 35.02, "knn_low": 34.0, "knn_high": 36.04}
         | {"zero_shot": 30.0, "zero_shot_low": 30.0, "zero_shot_high": 30.0}
         | {"zero_shot_masked": 20.04, "zero_shot_masked_low": 20.04, "zero_shot_masked_high": 20.04}
+        | {"attentive": 38.02, "attentive_low": 37.0, "attentive_high": 39.04}
         | {"finetune": 37.02, "finetune_low": 36.0, "finetune_high": 38.04, "miou": 13.98, "miou_low": 12.96, "miou_high": 15.0}
         | {"dense": 18.01, "dense_low": 17.5, "dense_high": 18.52}
     )
@@ -82,15 +84,15 @@ def test_row_shows_mean_range_recipe_weights_and_curves(metrics):
     row = cells(table.markdown(read_results(metrics, PUBLISHED, recipe())), "MILAN")
     p = recipe()
     assert row[1:4] == [p.model.name, f"{p.pretrain.epochs:g}", str(p.pretrain.batch_size)]
-    assert row[4:6] == ["36.0 (35.0–37.0)", "35.0 (34.0–36.0)"] and row[8:10] == ["37.0 (36.0–38.0)", "14.0 (13.0–15.0)"]
-    assert row[10] == "18.0 (17.5–18.5)" and row[11] == "[demo](../conf/scale/demo.yaml)"
-    assert row[12] == "[0](../outs/demo/pretrain/milan-0), [1](../outs/demo/pretrain/milan-1)"
-    assert row[13] == "[0](curves/demo/pretrain/milan-0.csv), [1](curves/demo/pretrain/milan-1.csv)"
+    assert row[4:6] == ["36.0 (35.0–37.0)", "35.0 (34.0–36.0)"] and row[8:11] == ["38.0 (37.0–39.0)", "37.0 (36.0–38.0)", "14.0 (13.0–15.0)"]
+    assert row[11] == "18.0 (17.5–18.5)" and row[12] == "[demo](../conf/scale/demo.yaml)"
+    assert row[13] == "[0](../outs/demo/pretrain/milan-0), [1](../outs/demo/pretrain/milan-1)"
+    assert row[14] == "[0](curves/demo/pretrain/milan-0.csv), [1](curves/demo/pretrain/milan-1.csv)"
 
 
 def test_no_pretraining_has_no_epochs_and_no_curve(metrics):
     row = cells(table.markdown(read_results(metrics, PUBLISHED, recipe())), "No pretraining")
-    assert row[2:4] == ["–", "–"] and row[13] == "–"
+    assert row[2:4] == ["–", "–"] and row[14] == "–"
 
 
 def test_zero_shot_columns_and_their_explanation(metrics):
@@ -112,7 +114,7 @@ def test_without_zero_shot_results_there_is_no_explanation(metrics):
 
 def test_one_seed_has_no_range_and_says_so(metrics):
     text = table.markdown(read_results(metrics, PUBLISHED, recipe(seeds=[1])))
-    assert cells(text, "MILAN")[4:11] == ["37.0", "36.0", "30.0", "20.0", "38.0", "13.0", "18.5"]
+    assert cells(text, "MILAN")[4:12] == ["37.0", "36.0", "30.0", "20.0", "39.0", "38.0", "13.0", "18.5"]
     assert "One seed, so the spread over seeds is not known; the sampling error of a top-1 over 2,500 images is up to 1.0 points" in text
 
 

@@ -47,6 +47,7 @@ from milan.method.encoder import Encoder
 from milan.method.model import MaskedPretraining
 from milan.ingest.world import drawing
 import stages.teacher, stages.extract_targets, stages.pretrain, stages.linear_eval, stages.finetune, stages.segment, stages.dense_probe
+import stages.attentive_probe
 import torch
 
 p = read_params()
@@ -63,6 +64,7 @@ MaskedPretraining(p.model, p.pretrain.ablation["milan"], p.pretrain.mask_ratio, 
 )
 stages.segment.build(p, p.prepare_ade20k.classes, encoder.vit.state_dict(), torch.device("cpu"))
 stages.dense_probe.build(p, p.prepare_ade20k.classes, torch.device("cpu"))
+stages.attentive_probe.build(p, 20)(torch.zeros(2, 1 + p.model.n_patches, p.model.encoder.embed_dim))
 """
 
 

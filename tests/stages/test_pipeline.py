@@ -251,7 +251,7 @@ def test_status_reports_an_edit_at_once(clone):
     with edited(clone, *elsewhere):
         assert "up to date" in dvc(clone, "status", "pretrain@milan-0", "extract_targets", "prepare_imagenet")
         changed = json.loads(dvc(clone, "status", "--json"))
-    evaluations = {f"{stage}@milan-0" for stage in ("segment", "dense_probe", "linear_eval", "finetune")}
+    evaluations = {f"{stage}@milan-0" for stage in ("segment", "dense_probe", "linear_eval", "attentive_probe", "finetune")}
     assert set(changed) == {"prepare_ade20k", "teacher", *evaluations, "report", "figures", "page"}
     with edited(clone, "milan/method/model.py"):
         said = dvc(clone, "status", "pretrain@milan-0")

@@ -47,6 +47,7 @@ def changes(data, teacher) -> dict:
         "runtime.workers": 1,
         **sizes("pretrain", epochs=2, warmup=1, batch=8, micro=2),
         **sizes("linear_eval", epochs=2, warmup=1, batch=8, micro=4),
+        **sizes("attentive_probe", epochs=1, warmup=0.5, batch=8, micro=4),
         **sizes("finetune", epochs=1, warmup=0.5, batch=8, micro=4),
         **sizes("segment", epochs=1, warmup=0.5, batch=4, micro=2),
         **sizes("dense_probe", epochs=1, warmup=0.5, batch=4, micro=2),

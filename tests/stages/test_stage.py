@@ -48,7 +48,7 @@ def desk(workplace, monkeypatch, tree) -> Path:
     monkeypatch.setenv("PYTHONPATH", f"{workplace / 'broken'}{os.pathsep}{ROOT}")
     tree["compute"]["precision"] = "fp32"
     tree["runtime"]["processes"] = 1
-    for name in ("teacher", "pretrain", "linear_eval", "finetune", "segment", "dense_probe"):
+    for name in ("teacher", "pretrain", "linear_eval", "attentive_probe", "finetune", "segment", "dense_probe"):
         tree[name] |= {"batch_size": 2, "micro_batch": 2}
     tree["finetune"]["labels"] = 1.0
     write_recipe(tree)
@@ -226,6 +226,7 @@ HEAVY = {
     "extract_targets": ["records", "teacher"],
     "pretrain": ["records", "teacher", "bank"],
     "linear_eval": ["records", "weights", "teacher"],
+    "attentive_probe": ["records", "weights"],
     "finetune": ["records", "weights"],
     "segment": ["scenes", "weights"],
     "dense_probe": ["scenes", "weights"],
@@ -344,7 +345,7 @@ def test_a_preemption_outside_training(desk, tree, monkeypatch, processes, place
     arguments = pretrained_folder(desk)
     save_weights(desk / "weights" / "encoder.safetensors", Encoder(validate(Params, tree, "p").model).vit.state_dict())
     tree["runtime"]["processes"] = processes
-    for name in ("pretrain", "linear_eval", "finetune", "segment", "dense_probe"):
+    for name in ("pretrain", "linear_eval", "attentive_probe", "finetune", "segment", "dense_probe"):
         tree[name]["batch_size"] = 4
     tree["linear_eval"] |= {"epochs": 3, "views": 0}
     write_recipe(tree)
@@ -397,7 +398,7 @@ def test_a_crash_beside_loader_workers_ends_the_stage_and_them(desk, tree, monke
     arguments = pretrained_folder(desk)
     save_weights(desk / "weights" / "encoder.safetensors", Encoder(validate(Params, tree, "p").model).vit.state_dict())
     tree["runtime"] |= {"processes": processes, "workers": 1}
-    for name in ("pretrain", "linear_eval", "finetune", "segment", "dense_probe"):
+    for name in ("pretrain", "linear_eval", "attentive_probe", "finetune", "segment", "dense_probe"):
         tree[name]["batch_size"] = 4
     tree["linear_eval"] |= {"epochs": 3, "views": 0}
     write_recipe(tree)

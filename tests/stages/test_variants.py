@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from milan.core.validation import validate
 from milan.params import Params
 from stages import (
+    attentive_probe,
     dense_probe,
     extract_targets,
     finetune,
@@ -36,11 +37,12 @@ SETTINGS = {
     "extract_targets.figure_images": 4,
     "pretrain.epochs": 1,
     "linear_eval.epochs": 1,
+    "attentive_probe.epochs": 2,
     "finetune.epochs": 1,
     "finetune.labels": 1.0,
     "segment.epochs": 1,
-    **{f"{stage}.batch_size": 20 for stage in ("teacher", "pretrain", "linear_eval", "finetune")},
-    **{f"{stage}.micro_batch": 20 for stage in ("teacher", "pretrain", "linear_eval", "finetune")},
+    **{f"{stage}.batch_size": 20 for stage in ("teacher", "pretrain", "linear_eval", "attentive_probe", "finetune")},
+    **{f"{stage}.micro_batch": 20 for stage in ("teacher", "pretrain", "linear_eval", "attentive_probe", "finetune")},
     **{f"{stage}.{size}": 4 for stage in ("segment", "dense_probe") for size in ("batch_size", "micro_batch")},
     "dense_probe.epochs": 2,
     "dense_probe.views": 1,
@@ -72,6 +74,7 @@ def test_every_variant_gets_its_row(params, workplace):
         own = {"variant": variant, "seed": 0, "weights": Path("outs/pretrain", f"{variant}-0")}
         metrics[variant] = run(pretrain, params, f"pretrain/{variant}-0", records=records, teacher=clip, bank=bank, **own)
         metrics[variant] |= run(linear_eval, params, f"linear_eval/{variant}-0", records=records, teacher=clip, **own)
+        metrics[variant] |= run(attentive_probe, params, f"attentive_probe/{variant}-0", records=records, **own)
         confusion = Path("confusion.csv")
         metrics[variant] |= run(finetune, params, f"finetune/{variant}-0", records=records, confusion=confusion, **own)
         metrics[variant] |= run(segment, params, f"segment/{variant}-0", scenes=scenes, **own)

@@ -184,7 +184,8 @@ def test_a_parent_that_executed_all_stages_links_nothing(store):
 
 def test_pretrained_models_side_by_side(store):
     """The table has the results, and of the recipe only keys that differ; the number of processes has no column."""
-    none = {name: None for name in ("k-NN", "Zero-shot", "Zero-shot, masked", "ADE20K mIoU", "Dense probe mIoU")}
+    lacking = ("k-NN", "Zero-shot", "Zero-shot, masked", "Attentive probe", "ADE20K mIoU", "Dense probe mIoU")
+    none = dict.fromkeys(lacking)
     (row,) = compare.pretrained_models(store, "test").to_dict("records")
     assert row == {"model": "milan-0", "Linear eval": 30.0, "Fine-tuning": 34.5, **none}
     assert compare.pretrained_models(store, "of nobody").empty

@@ -21,7 +21,7 @@ from milan.training import batch_norm, distributed, optim
 from milan.training.batch_norm import RunningStatistics
 from milan.training.device import set_up
 from milan.training.loop import fit
-from stages import dense_probe, finetune, linear_eval, segment
+from stages import attentive_probe, dense_probe, finetune, linear_eval, segment
 from tests.training.test_loop import (
     BATCH,
     COMPUTE,
@@ -120,6 +120,11 @@ def of_linear_eval(p: Params) -> tuple:
     return loss, linear_eval.optimizer_of(p, loss.head), lambda b: (b["features"], b["label"])
 
 
+def of_attentive_probe(p: Params) -> tuple:
+    loss = ProbeLoss(attentive_probe.build(p, 5))
+    return loss, attentive_probe.optimizer_of(p, loss.head), lambda b: (b["features"].unflatten(1, (1, 16)), b["label"])
+
+
 def of_finetune(p: Params) -> tuple:
     vit = build_classifier(p.model, p.finetune, 5, Encoder(p.model).vit.state_dict())
     optimizer = optim.adamw(finetune.layer_groups(vit, p.finetune), (0.9, 0.999))
@@ -169,7 +174,7 @@ def small(tree) -> Params:
     return validate(Params, tree, "params.yaml")
 
 
-@pytest.mark.parametrize("made", [of_linear_eval, of_finetune, of_segment, of_dense_probe, of_teacher])
+@pytest.mark.parametrize("made", [of_linear_eval, of_attentive_probe, of_finetune, of_segment, of_dense_probe, of_teacher])
 def test_the_stages_models_agree_over_processes(workplace, small, made):
     alone, two = few_steps(made, small), launched(2, few_steps, made, small)
     assert len(alone["loss"]) == 3
