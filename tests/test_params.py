@@ -193,7 +193,7 @@ def test_contradictions_between_sections_are_named_at_once(tree):
 def test_a_larger_image_names_every_section_that_must_follow(tree):
     change(tree, "model.image_size", 96)
     said = refusal(tree)
-    follow = ("linear_eval.resize", "finetune.resize", "segment.crop_size", "dense_probe.crop_size")
+    follow = ("linear_eval.resize", "finetune.resize", "robustness.resize", "segment.crop_size", "dense_probe.crop_size")
     assert all(f"{key} 48 is below model.image_size 96" in said for key in follow)
     for key in follow:
         change(tree, key, 96)

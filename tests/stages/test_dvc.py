@@ -71,14 +71,14 @@ def test_code_that_is_no_dependency_is_a_short_list():
 EDITS = {  # file that is edited: stages that DVC then runs again
     "milan/segmentation/miou.py": "prepare_ade20k segment dense_probe figures",
     "milan/evaluation/augmentation.py": "linear_eval finetune",
-    "milan/evaluation/linear.py": "teacher linear_eval finetune dense_probe",
+    "milan/evaluation/linear.py": "teacher linear_eval finetune dense_probe robustness",
     "milan/report/table.py": "report figures page",
     "milan/tracking/tracker.py": "",
     "milan/serve/serving.py": "",
     "milan/plan.py": "",
-    "milan/ingest/packing.py": "prepare_imagenet prepare_ade20k",
-    "milan/method/masking.py": "extract_targets pretrain linear_eval finetune segment dense_probe figures",
-    "milan/training/loop.py": "teacher extract_targets pretrain linear_eval finetune segment dense_probe figures",
+    "milan/ingest/packing.py": "prepare_imagenet prepare_ade20k prepare_robustness",
+    "milan/method/masking.py": "extract_targets pretrain linear_eval finetune segment dense_probe robustness figures",
+    "milan/training/loop.py": "teacher extract_targets pretrain linear_eval finetune segment dense_probe robustness figures",
     "stages/pretrain.py": "pretrain",
 }
 
@@ -185,7 +185,10 @@ def test_execution_settings_rerun_nothing(stage):
     assert not {key.split(".")[0] for _, key in keys_of(stage)} & {"runtime", *([] if stage in written else ["scale"])}
 
 
-@pytest.mark.parametrize("stage", ["teacher", "extract_targets", "pretrain", "linear_eval", "finetune", "segment", "dense_probe"])
+COMPUTING = ("teacher", "extract_targets", "pretrain", "linear_eval", "finetune", "segment", "dense_probe", "robustness")
+
+
+@pytest.mark.parametrize("stage", COMPUTING)
 def test_numerical_settings_rerun_every_stage_that_computes(stage):
     assert ("params.yaml", "compute") in keys_of(stage)
 
