@@ -33,6 +33,7 @@ Distinct = must(lambda values: len(set(values)) == len(values), "{} names one of
 Betas = Annotated[list[Below1], Strict(), Pair]  # of Adam
 CropScale = Annotated[list[ShareAbove0], Strict(), Pair, Ascending]  # smallest and largest share of the area
 Folder = Annotated[Text, must(str.strip, "an empty path; give the folder of the data, or null for the built-in world")]
+SetFolder = Annotated[Text, must(str.strip, "an empty path; give the folder of the set, or null to leave it out")]
 Sha256 = Annotated[Text, must("[0-9a-fA-F]{64}", "{!r} is no SHA-256: 64 hexadecimal digits (null: not checked)")]
 TIMM = r"rand(-(m|n|mmax|inc)[0-9]{1,3}|-(mstd|p)[0-9]{1,3}([.][0-9]+)?|-t(weights|3aw|3a))+"
 RandAugment = Annotated[Text, must(TIMM, "{!r} is none of timm's, such as rand-m9-mstd0.5-inc1 (null: none)")]
@@ -73,11 +74,23 @@ class Runtime(Section):
 
 
 @dataclass(frozen=True)
+class RobustnessSets(Section):
+    """Unpacked folders of the robustness sets; null: left out."""
+
+    imagenet_a: SetFolder | None
+    imagenet_r: SetFolder | None
+    imagenet_sketch: SetFolder | None
+    imagenet_v2: SetFolder | None
+    imagenet_c: SetFolder | None  # null: validation images are corrupted here (prepare_robustness.images)
+
+
+@dataclass(frozen=True)
 class Data(Section):
     """Folders of real data; null: the built-in world."""
 
     imagenet: Folder | None
     ade20k: Folder | None
+    robustness: RobustnessSets
 
 
 @dataclass(frozen=True)
@@ -118,6 +131,15 @@ class PrepareAde20k(Section):
     classes: Annotated[Int, Field(gt=0, le=254)]  # a mask's byte without 255 and the unlabelled
     shard_images: Positive
     expect: SceneCounts | None
+
+
+@dataclass(frozen=True)
+class PrepareRobustness(Section):
+    """The images of `robustness`: the sets of data.robustness, and validation images that are corrupted here."""
+
+    seed: Seed  # of the noise
+    images: Annotated[Int, Field(ge=0, le=10**6)]  # of each class, to corrupt; 0, or data.robustness.imagenet_c: none
+    shard_images: Positive
 
 
 @dataclass(frozen=True)
@@ -350,6 +372,14 @@ class DenseProbe(SceneTraining):
 
 
 @dataclass(frozen=True)
+class Robustness(Section):
+    """Top-1 of the fine-tuned classifier and of the linear layer on the robustness sets."""
+
+    micro_batch: Positive  # images that one process computes at a time
+    resize: Few  # short side of an image before the central crop; ImageNet-C's are not resized
+
+
+@dataclass(frozen=True)
 class Report(Section):
     published: Text  # CSV of published results, for the table
 
@@ -367,6 +397,7 @@ class Params(Section):
     model: Model
     prepare_imagenet: PrepareImagenet
     prepare_ade20k: PrepareAde20k
+    prepare_robustness: PrepareRobustness
     teacher: Teacher
     extract_targets: ExtractTargets
     pretrain: Pretrain
@@ -375,6 +406,7 @@ class Params(Section):
     finetune: Finetune
     segment: Segment
     dense_probe: DenseProbe
+    robustness: Robustness
     report: Report
 
     @property
@@ -399,10 +431,10 @@ class Params(Section):
             if variant not in rows:
                 yield f"variants: {variant!r} is no row of pretrain.ablation{nearest(variant, rows)}; there are {', '.join(rows)}"
         size = self.model.image_size
-        for name in ("linear_eval", "attentive_probe", "finetune"):
-            side = getattr(self, name).resize
-            if side < size:
-                yield f"{name}.resize {side} is below model.image_size {size}: images would be padded with black; take the same or more"
+        sides = {f"{name}.resize": getattr(self, name).resize for name in ("linear_eval", "attentive_probe", "finetune", "robustness")}
+        if below := [f"{key} {side}" for key, side in sides.items() if side < size]:
+            verb = "is" if len(below) == 1 else "are"
+            yield f"{', '.join(below)} {verb} below model.image_size {size}: images would be padded with black; take the same or more"
         for name, section in {"segment": segment, "dense_probe": self.dense_probe}.items():
             crop = section.crop_size
             if crop % patch:

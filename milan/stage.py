@@ -235,6 +235,9 @@ def refuse_what_is_not_there(params: Params) -> None:
             raise UserError(f"{key}: {path} is missing, or no file. Mend the path, or set it to null.")
     if params.teacher.pretrained and params.teacher.pretrained.library == "milan" and not params.no_teacher:
         refuse_teacher_of_another_world(params)
+    for name, path in vars(params.data.robustness).items():
+        if path and not Path(path).is_dir():
+            raise UserError(f"data.robustness.{name}: {path} is missing, or no folder. Mend the path, or set it to null.")
     if not Path(params.report.published).is_file():
         raise UserError(
             f"report.published: {params.report.published} is missing, or no file. Mend the path; reports/published.csv is in git."
@@ -280,7 +283,7 @@ def name_leftovers(stage: Stage) -> None:
     another clone does not get them, so that `dvc status` would not be clean there."""
     variations = {f"{variant}-{seed}" for variant in stage.params.variants for seed in stage.params.seeds}
     folders = [getattr(stage.args, name) for name in ("metrics", "curves", "outs") if name in stage.kind.reads]
-    kinds = ("pretrain", "linear_eval", "attentive_probe", "finetune", "segment", "dense_probe")
+    kinds = ("pretrain", "linear_eval", "attentive_probe", "finetune", "segment", "dense_probe", "robustness")
     paths = [path for folder in folders for kind in kinds for path in sorted((folder / kind).glob("*-*"))]
     left = [str(path) for path in paths if (path.name if path.is_dir() else path.stem) not in variations]
     if left:

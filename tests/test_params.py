@@ -193,8 +193,11 @@ def test_contradictions_between_sections_are_named_at_once(tree):
 def test_a_larger_image_names_every_section_that_must_follow(tree):
     change(tree, "model.image_size", 96)
     said = refusal(tree)
-    follow = ("linear_eval.resize", "attentive_probe.resize", "finetune.resize", "segment.crop_size", "dense_probe.crop_size")
-    assert all(f"{key} 48 is below model.image_size 96" in said for key in follow)
+    follow = (
+        *(f"{name}.resize" for name in ("linear_eval", "attentive_probe", "finetune", "robustness")),
+        *("segment.crop_size", "dense_probe.crop_size"),
+    )
+    assert all(f"{key} 48" in said for key in follow) and said.count("below model.image_size 96") == 3
     for key in follow:
         change(tree, key, 96)
     assert validate(Params, tree, "p").model.grid == 12

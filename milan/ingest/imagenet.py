@@ -205,16 +205,23 @@ def file_name(place: Place) -> str:
 def image_folder(listing: Listing, split: str) -> list[dict]:
     """Read the images of split/<class>/, also in folders below it, as items. Classes are in the order of their folders' names
     (in ImageNet the WordNet ids). Raises UserError for a class without images."""
-    wnids = class_folders(listing, split)
-    by_class: dict[str, list[tuple[str, Place]]] = {wnid: [] for wnid in wnids}
-    for name, place in listing.files.items():
-        top, _, rest = name.partition("/")
-        wnid, _, inner = rest.partition("/")
-        if top == split and inner and is_image(name):
-            by_class[wnid].append((inner, place))
+    by_class = images_of_classes(listing, split)
+    wnids = list(by_class)
     items = [item for label, wnid in enumerate(wnids) for item in named_items(wnid, label, by_class[wnid])]
     refuse_empty_classes(listing.root / split, wnids, items)
     return items
+
+
+def images_of_classes(listing: Listing, folder: str) -> dict[str, list[tuple[str, Place]]]:
+    """Return {class: its images, each with its name in the class} of folder/<class>/ ("": of the set's own folders), also of
+    folders below it. Classes are sorted."""
+    above = f"{folder}/" if folder else ""
+    images: dict[str, list[tuple[str, Place]]] = {name: [] for name in class_folders(listing, folder)}
+    for name, place in listing.files.items():
+        wnid, _, inner = name.removeprefix(above).partition("/")
+        if name.startswith(above) and inner and is_image(name):
+            images[wnid].append((inner, place))
+    return images
 
 
 def refuse_empty_classes(where: Path, wnids: list[str], items: list[dict]) -> None:

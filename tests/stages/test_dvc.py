@@ -71,14 +71,16 @@ def test_code_that_is_no_dependency_is_a_short_list():
 EDITS = {  # file that is edited: stages that DVC then runs again
     "milan/segmentation/miou.py": "prepare_ade20k segment dense_probe figures",
     "milan/evaluation/augmentation.py": "linear_eval attentive_probe finetune",
-    "milan/evaluation/linear.py": "teacher linear_eval attentive_probe finetune dense_probe",
+    "milan/evaluation/linear.py": "teacher linear_eval attentive_probe finetune dense_probe robustness",
     "milan/report/table.py": "report figures page",
     "milan/tracking/tracker.py": "",
     "milan/serve/serving.py": "",
     "milan/plan.py": "",
-    "milan/ingest/packing.py": "prepare_imagenet prepare_ade20k",
-    "milan/method/masking.py": "extract_targets pretrain linear_eval attentive_probe finetune segment dense_probe figures",
-    "milan/training/loop.py": "teacher extract_targets pretrain linear_eval attentive_probe finetune segment dense_probe figures",
+    "milan/ingest/packing.py": "prepare_imagenet prepare_ade20k prepare_robustness",
+    "milan/method/masking.py": "extract_targets pretrain linear_eval attentive_probe finetune segment dense_probe robustness figures",
+    "milan/training/loop.py": (
+        "teacher extract_targets pretrain linear_eval attentive_probe finetune segment dense_probe robustness figures"
+    ),
     "stages/pretrain.py": "pretrain",
 }
 
