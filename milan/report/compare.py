@@ -11,7 +11,7 @@ from milan.tracking.runs import first_line, open_store
 
 MOST = 30  # rows, the newest
 SECONDS = "wall_seconds"
-NO_RECIPE = ("runtime.", "scale", "seeds", "variants")  # keys that do not change a model
+NO_RECIPE = ("runtime.", "scale", "seed", "variant")  # keys that do not change a model
 
 
 def pretrained_models(client, scale: str) -> pd.DataFrame:
@@ -22,15 +22,19 @@ def pretrained_models(client, scale: str) -> pd.DataFrame:
         return pd.DataFrame()
     here = [experiment.experiment_id]
     runs = {run.info.run_id: run for run in client.search_runs(here, "tags.stage = 'pretrain'")}
+    whole = {run.info.run_id: run for run in client.search_runs(here, "tags.pipeline LIKE '%'")}
     models = [model for model in client.search_logged_models(here) if model.source_run_id in runs]
-    frame = pd.DataFrame([row_of(model, runs[model.source_run_id]) for model in models[:MOST]])
+    frame = pd.DataFrame([row_of(model, runs[model.source_run_id], whole) for model in models[:MOST]])
     same = [name for name in frame if name.startswith("-S ") and frame[name].nunique(dropna=False) == 1]
     return frame.drop(columns=same)
 
 
-def row_of(model, run) -> dict:
+def row_of(model, run, whole: dict) -> dict:
+    """Return the row of a model that a run made. whole: {id: run} of pipelines, whose settings the run's own are a part of."""
     metrics = {metric.key: metric.value for metric in model.metrics or []}
-    recipe = {f"-S {key}": value for key, value in run.data.params.items() if not key.startswith(NO_RECIPE)}
+    parent = whole.get(run.data.tags.get("mlflow.parentRunId"))
+    settings = {**(parent.data.params if parent else {}), **run.data.params}
+    recipe = {f"-S {key}": value for key, value in settings.items() if not key.startswith(NO_RECIPE)}
     measured = {**MEASURES, **ZERO_SHOT}
     minutes = {"minutes": run.data.metrics[SECONDS] / 60} if SECONDS in run.data.metrics else {}
     return {
