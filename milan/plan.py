@@ -29,6 +29,7 @@ from milan.method.encoder import Encoder
 from milan.method.model import MaskedPretraining
 from milan.method.target_bank import bank_bytes
 from milan.params import AblationRow, Params, Training, compose_recipe, read_params
+from milan.report.text import aligned
 from milan.segmentation import upernet
 from milan.segmentation.dense import DenseHead
 from milan.teacher.clip import tiny_config
@@ -270,15 +271,6 @@ def measure_rate(params: Params) -> float:
     return side**3 / min(times)  # the product takes 2 * side**3
 
 
-def format_table(rows: list[list[str]]) -> str:
-    """Align the cells of a table: the first column at the left, the others at the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    )
-
-
 def format_plan(params: Params, rate: float, source: str) -> str:
     """Return the whole plan as text. rate: FLOP/s that one device sustains; source: a note on where that number is from."""
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -296,7 +288,7 @@ def format_plan(params: Params, rate: float, source: str) -> str:
     return "\n".join([
         f"recipe {params.scale}, {params.model.name} at {params.model.image_size} px, "
         f"at {rate / 1e12:.3g} TFLOP/s a device ({source})",
-        "", format_table(rows), "",
+        "", aligned(rows, left=1), "",
         f"GFLOP of an image, forward: {forward}. A step is the teacher's forward pass and three of the student's.",
         "GB/process: weights, gradients, AdamW's moments and the activations of a micro-batch, in float32; "
         "bf16 keeps about half of the activations.",
