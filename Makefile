@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: repro test test-fast torture plan evidence setup lock audit
+.PHONY: repro test test-fast torture compare plan evidence setup lock audit
 repro: setup ## run the whole pipeline, print the table, and compare it with the committed numbers
 	@dvc repro
 	@cat reports/table.md
@@ -23,6 +23,9 @@ test-fast: setup ## run the tests of single functions (no pipeline, no server): 
 
 torture: setup ## run the fault tests (kills, full disks, damaged files) on a smoke pipeline: about half an hour
 	@python -m tests.torture $(if $(ONLY),--only $(ONLY)) $(if $(KILLS),--kills $(KILLS)) $(if $(SEED),--seed $(SEED))
+
+compare: setup ## print the results of this folder, of experiments and of commits side by side
+	@python -m milan.report.compare
 
 plan: setup ## estimate the cost of a recipe: make plan SCALE=paper
 	@python -m milan.plan $(if $(SCALE),--scale $(SCALE)) $(if $(TFLOPS),--tflops $(TFLOPS))

@@ -5,7 +5,8 @@ Published values and their sources are in conf/scale/paper.yaml; milan/core/vali
 """
 
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,6 +15,7 @@ from pydantic import Field, Strict
 from pydantic.dataclasses import dataclass
 
 from milan.core.errors import UserError, nearest
+from milan.core.identity import flatten
 from milan.core.validation import Bool, Float, Int, Section, Text, must, validate
 
 Positive = Annotated[Int, Field(gt=0)]
@@ -495,3 +497,53 @@ def read_params(path: str | Path = "params.yaml") -> Params:
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueErrors: invalid bytes, dates and numbers
         raise UserError(f"{path} is no valid YAML: {error}") from None
     return validate(Params, tree, str(path))
+
+
+def compose_recipe(scale: str) -> Params:
+    """Compose the recipe of conf/scale/<scale>.yaml as DVC does. Raises UserError for an unknown scale or a broken recipe."""
+    return validate(Params, compose_tree(scale), f"conf/scale/{scale}.yaml")
+
+
+def compose_tree(scale: str) -> dict:
+    """Compose the recipe of conf/scale/<scale>.yaml, not validated. Raises UserError for an unknown scale or a broken file."""
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    known, path = sorted(path.stem for path in Path("conf/scale").glob("*.yaml")), f"conf/scale/{scale}.yaml"
+    if not known:
+        raise UserError("There is no conf/scale here, where the recipes are: run from the repository's root.")
+    if scale not in known:  # this also keeps out names that hydra would read as syntax
+        raise UserError(f"There is no scale {scale!r}; conf/scale has {', '.join(known)}.")
+    with initialize_config_dir(str(Path("conf").absolute()), version_base=None):
+        try:
+            return OmegaConf.to_container(compose("config", overrides=[f"scale={scale}"]), resolve=True)
+        except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError) as error:
+            raise UserError(f"{path} cannot be composed: {error}") from None
+
+
+def changed_settings(recipe: dict) -> dict:
+    """Return {key: value} of a recipe that its scale's recipe in conf/scale has not, or has otherwise; {} where there is none.
+
+    recipe: {dotted key: value}, redacted or not, since the scale's own values hold nothing to redact."""
+    try:
+        own = flatten(compose_tree(str(recipe["scale"])))
+    except (UserError, KeyError):
+        return {}
+    return {key: value for key, value in recipe.items() if key not in own or own[key] != value}
+
+
+def say_settings(changed: dict, known: Iterable[str], most: int = 3) -> str:
+    """Return `mask_ratio=0.5, pretrain.epochs=4 and 2 more`: the last word of a key where no other key of `known` ends in it, a
+    folder without those above it, and what changes nothing (runtime) left out."""
+    ends = Counter(key.rpartition(".")[2] for key in known)
+    shown = {key: value for key, value in changed.items() if not key.startswith("runtime.")}
+
+    def say(key: str, value) -> str:
+        end = key.rpartition(".")[2]
+        text = Path(value).name if key.startswith("data.") and value else str(value).replace("'", "")
+        return f"{end if ends[end] < 2 else key}={text}"
+
+    said = [say(*item) for item in shown.items()]
+    return ", ".join(said[:most]) + (f" and {len(said) - most} more" if len(said) > most else "")

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.autograd.graph import saved_tensors_hooks
@@ -25,13 +24,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from milan.core.errors import UserError
 from milan.core.files import explain_os_errors
 from milan.core.program import fail
-from milan.core.validation import validate
 from milan.evaluation.attentive import AttentiveHead
 from milan.evaluation.classifier import build_classifier
 from milan.method.encoder import Encoder
 from milan.method.model import MaskedPretraining
 from milan.method.target_bank import bank_bytes
-from milan.params import AblationRow, AttentiveProbe, DenseProbe, LinearEval, Model, Params, Training, read_params
+from milan.params import AblationRow, AttentiveProbe, DenseProbe, LinearEval, Model, Params, Training, compose_recipe, read_params
+from milan.report.text import aligned
 from milan.segmentation import upernet
 from milan.segmentation.dense import DenseHead
 from milan.teacher.clip import tiny_config
@@ -285,15 +284,6 @@ def measure_rate(params: Params) -> float:
     return side**3 / min(times)  # the product takes 2 * side**3
 
 
-def format_table(rows: list[list[str]]) -> str:
-    """Align the cells of a table: the first column at the left, the others at the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    )
-
-
 def format_plan(params: Params, rate: float, source: str) -> str:
     """Return the whole plan as text. rate: FLOP/s that one device sustains; source: a note on where that number is from."""
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -311,33 +301,13 @@ def format_plan(params: Params, rate: float, source: str) -> str:
     return "\n".join([
         f"recipe {params.scale}, {params.model.name} at {params.model.image_size} px, "
         f"at {rate / 1e12:.3g} TFLOP/s a device ({source})",
-        "", format_table(rows), "",
+        "", aligned(rows, left=1), "",
         f"GFLOP of an image, forward: {forward}. A step is the teacher's forward pass and three of the student's.",
         "GB/process: weights, gradients, AdamW's moments and the activations of a micro-batch, in float32; "
         "bf16 keeps about half of the activations.",
         "Hours are arithmetic alone: no loading, no evaluation, all devices busy.",
         "disk: " + ", ".join(f"{name} {size / 1e9:,.3g} GB" for name, size in kept.items()) + ".",
     ])  # fmt: skip
-
-
-def compose_recipe(scale: str) -> Params:
-    """Compose the recipe of conf/scale/<scale>.yaml as DVC does. Raises UserError for an unknown scale or a broken recipe."""
-    from hydra import compose, initialize_config_dir
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    known, path = sorted(path.stem for path in Path("conf/scale").glob("*.yaml")), f"conf/scale/{scale}.yaml"
-    if not known:
-        raise UserError("There is no conf/scale here, where the recipes are: run from the repository's root.")
-    if scale not in known:  # this also keeps out names that hydra would read as syntax
-        raise UserError(f"There is no scale {scale!r}; conf/scale has {', '.join(known)}.")
-    with initialize_config_dir(str(Path("conf").absolute()), version_base=None):
-        try:
-            tree = OmegaConf.to_container(compose("config", overrides=[f"scale={scale}"]), resolve=True)
-        except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError) as error:
-            raise UserError(f"{path} cannot be composed: {error}") from None
-    return validate(Params, tree, path)
 
 
 def main() -> None:

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from milan.core.code import changed_files, stage_code
+import yaml
+
+from milan.core.code import ROOT, changed_files, stage_code
 from milan.core.described import small_clip
 from milan.core.errors import PREEMPTED, Preempted, UserError, listed, nearest
 from milan.core.files import (
@@ -137,8 +139,7 @@ class Stage:
         """CSV with a column a name: what `dvc plots` draws."""
         names = list(curve[0]) if curve else ["step", "epoch", "loss", "lr"]
         lines = [",".join(names)] + [",".join(repr(point[name]) for name in names) for point in curve]
-        write_whole(self.args.curve, ("\n".join(lines) + "\n").encode())
-        self.tracker.artifact(self.args.curve)
+        self.write_csv(self.args.curve, "\n".join(lines) + "\n", "curve")
 
     def write_confusion(self, pairs: list[tuple[str, str]]) -> None:
         """CSV of (actual, predicted), a row an image: what DVC's confusion template draws.
@@ -147,8 +148,12 @@ class Stage:
         text = io.StringIO()
         rows = [[re.sub(r"<(?=[A-Za-z/!])", "<\u200b", name) for name in pair] for pair in pairs]
         csv.writer(text, lineterminator="\n").writerows([("actual", "predicted"), *rows])
-        write_whole(self.args.confusion, text.getvalue().encode())
-        self.tracker.artifact(self.args.confusion)
+        self.write_csv(self.args.confusion, text.getvalue(), "confusion")
+
+    def write_csv(self, path: Path, text: str, what: str) -> None:
+        """Write a file, and log it as <what>-<stage>-<variant>-<seed>.csv: files of several stages have the same name."""
+        write_whole(path, text.encode())
+        self.tracker.text(text, f"{what}-{self.slug}.csv")
 
     def write_metrics(self, metrics: dict, identity: Identity) -> None:
         """Write deterministic values only, with the digest of recipe and inputs. Edits of code that a training went on over
@@ -299,7 +304,10 @@ def tracked(stage: Stage, main: Callable[[Stage], None]) -> None:
     tags = {"stage": stage.name, "scale": stage.params.scale, "git_revision": revision(), **stage.variation}
     tags["code"] = json_digest(stage.code)  # taken here, before the work: close() compares
     tags["hardware"] = machine.hardware(stage.params.compute.device)
-    logger = tracker.LoggerProcess(stage.title, f"milan-{stage.params.scale}", tags, flatten(stage.params))
+    if experiment := os.environ.get("DVC_EXP_NAME"):
+        tags["dvc_experiment"] = experiment
+    recipe = flatten(stage.params)
+    logger = tracker.LoggerProcess(stage.title, f"milan-{stage.params.scale}", tags, recipe, own_settings(stage, recipe))
     stage.tracker, status, began = logger.tracker, "FAILED", time.monotonic()
     try:
         if stage.kind.evaluates:
@@ -314,6 +322,23 @@ def tracked(stage: Stage, main: Callable[[Stage], None]) -> None:
         stage.tracker.event("metrics", step=0, values={"wall_seconds": time.monotonic() - began})
         stage.tracker.event("tags", values=hashes(stage.args))
         logger.finish(status, wait=stage.kind.last)
+
+
+def own_settings(stage: Stage, recipe: dict) -> dict:
+    """Return {key: value} of what the stage's run shows of a recipe: scale, variant and seed, and what dvc.yaml gives the stage;
+    of the ablation the variant's own row, and device and precision not as asked for: training logs what they became."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    pipeline = yaml.load((ROOT / "dvc.yaml").read_text(encoding="utf-8"), loader)
+    given = pipeline["stages"][stage.name].get("params", [])
+    variant = stage.variation.get("variant")
+    row, rows = f"pretrain.ablation.{variant}.", "pretrain.ablation."
+
+    def own(key: str) -> bool:
+        asked = any(key == name or key.startswith(f"{name}.") for name in given)
+        other_row = variant and key.startswith(rows) and not key.startswith(row)
+        return asked and not other_row and key not in ("compute.device", "compute.precision")
+
+    return {"scale": stage.params.scale, **stage.variation, **{key: value for key, value in recipe.items() if own(key)}}
 
 
 def hashes(args: argparse.Namespace) -> dict[str, str]:

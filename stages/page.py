@@ -8,13 +8,16 @@ Hours, hardware and git revision come from MLflow, from the runs that made what 
 to run: the page is in git and no out of DVC's, and dvc.lock stays as it is. Costs a few seconds. Expect a page of about 1 MB.
 """
 
+import argparse
+
 from milan.core.files import write_whole
 from milan.core.redaction import redact
 from milan.core.repository import revision
-from milan.report import page, provenance, reproduction
-from milan.report.results import read_results
+from milan.report import page, provenance, reproduction, table
+from milan.report.results import TITLES, Results, read_results
 from milan.stage import Kind, Stage, present, run
 from milan.tracking import machine
+from milan.tracking.tracker import Tracker
 
 KIND = Kind(
     reads=("metrics", "published", "plots", "figures", "notebooks", "imagenet", "ade20k", "lock", "evidence"),
@@ -36,8 +39,19 @@ def main(stage: Stage) -> None:
     text = page.render(results, verdict, pictures, bars, trail, data, here, redact(args.params.read_text(encoding="utf-8")))
     write_whole(args.out, text.encode())
     stage.tracker.artifact(args.out, "report")
+    summarise(results, args, stage.tracker.pipeline)
     known = sum(origin.run is not None for origin in trail)
     print(f"{args.out}: {len(text) / 1e6:.1f} MB, the runs of {known} of {len(trail)} stages", flush=True)
+
+
+def summarise(results: Results, args: argparse.Namespace, pipeline: Tracker) -> None:
+    """Log what a person looks for to the pipeline's run: the table, its numbers as <column>/<variant>, page and figures."""
+    means = results.ours[list(TITLES)].stack().dropna()
+    pipeline.event("metrics", step=0, values={f"{column}/{variant}": value for (variant, column), value in means.items()})
+    for name, text in {"table.md": table.markdown(results), "table.csv": table.csv(results)}.items():
+        pipeline.text(text, name)
+    for path in (args.out, args.figures, args.plots):
+        pipeline.artifact(path)
 
 
 def runs_known(stage: Stage) -> list[provenance.StageRun]:

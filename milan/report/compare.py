@@ -1,17 +1,37 @@
-"""Compare the pretrained models of a scale side by side, from MLflow: differences of their recipes, and results.
+"""Compare results side by side: those of this folder, of DVC's experiments and of commits, by what git keeps of them.
 
-Notebook 1 shows the table; `mlflow ui` compares the same runs with their curves.
+    python -m milan.report.compare    # or make compare
+
+prints a row per result: its data, its scale, the settings that differ from the scale's recipe in conf/scale, and of each
+measure MILAN's score and the best of the others'. For notebook 1, pretrained models of a scale from MLflow, with the
+differences of their recipes; `mlflow ui` compares the same runs with their curves.
 """
 
-import pandas as pd
+import io
+import re
+from collections.abc import Iterator
+from pathlib import Path
 
-from milan.report.results import MEASURES, TITLES, ZERO_SHOT
-from milan.report.text import DASH, decimal, in_markdown, markdown_table
+import pandas as pd
+import yaml
+
+from milan.core.errors import UserError
+from milan.core.files import explain_os_errors
+from milan.core.identity import flatten
+from milan.core.program import fail
+from milan.core.repository import git
+from milan.params import changed_settings, say_settings
+from milan.report.results import MEASURES, SHOWN, TITLES, ZERO_SHOT
+from milan.report.text import DASH, aligned, decimal, in_markdown, markdown_table
 from milan.tracking.runs import first_line, open_store
 
+FILES = ("params.yaml", "reports/table.csv")  # of a result: its recipe and its numbers
+EXPERIMENT = re.compile(r"refs/exps/[0-9a-f]{2}/[0-9a-f]{38}/(.+)")  # where DVC keeps an experiment of a commit
+LEGEND = "Each cell: MILAN / the best other variant run here, means over the seeds, in %. Changed: against conf/scale."
+COLUMNS = {**{column: TITLES[column] for column in SHOWN}, "miou": "mIoU"}
 MOST = 30  # rows, the newest
 SECONDS = "wall_seconds"
-NO_RECIPE = ("runtime.", "scale", "seeds", "variants")  # keys that do not change a model
+NO_RECIPE = ("runtime.", "scale", "seed", "variant")  # keys that do not change a model
 
 
 def pretrained_models(client, scale: str) -> pd.DataFrame:
@@ -22,15 +42,19 @@ def pretrained_models(client, scale: str) -> pd.DataFrame:
         return pd.DataFrame()
     here = [experiment.experiment_id]
     runs = {run.info.run_id: run for run in client.search_runs(here, "tags.stage = 'pretrain'")}
+    whole = {run.info.run_id: run for run in client.search_runs(here, "tags.pipeline LIKE '%'")}
     models = [model for model in client.search_logged_models(here) if model.source_run_id in runs]
-    frame = pd.DataFrame([row_of(model, runs[model.source_run_id]) for model in models[:MOST]])
+    frame = pd.DataFrame([row_of(model, runs[model.source_run_id], whole) for model in models[:MOST]])
     same = [name for name in frame if name.startswith("-S ") and frame[name].nunique(dropna=False) == 1]
     return frame.drop(columns=same)
 
 
-def row_of(model, run) -> dict:
+def row_of(model, run, whole: dict) -> dict:
+    """Return the row of a model that a run made. whole: {id: run} of pipelines, whose settings the run's own are a part of."""
     metrics = {metric.key: metric.value for metric in model.metrics or []}
-    recipe = {f"-S {key}": value for key, value in run.data.params.items() if not key.startswith(NO_RECIPE)}
+    parent = whole.get(run.data.tags.get("mlflow.parentRunId"))
+    settings = {**(parent.data.params if parent else {}), **run.data.params}
+    recipe = {f"-S {key}": value for key, value in settings.items() if not key.startswith(NO_RECIPE)}
     measured = {**MEASURES, **ZERO_SHOT}
     minutes = {"minutes": run.data.metrics[SECONDS] / 60} if SECONDS in run.data.metrics else {}
     return {
@@ -56,3 +80,59 @@ def shown(value) -> str:
     if isinstance(value, float):
         return decimal(value)
     return DASH if value is None else str(value)
+
+
+def kept_results() -> Iterator[tuple[str, str, str, str]]:
+    """Yield (name, date, recipe, table) of each result, the texts of FILES: of this folder, then of DVC's experiments and of the
+    commits that changed the table, newest first. Raises UserError where git knows no repository."""
+    if git("rev-parse").returncode:
+        raise UserError("git knows no repository here, and so no commits and experiments to compare: take a git clone.")
+    texts = [Path(name).read_text(encoding="utf-8") for name in FILES if Path(name).is_file()]
+    if len(texts) == len(FILES):
+        yield "this folder", "", *texts
+    refs = git("for-each-ref", "--sort=-committerdate", "--format=%(objectname)%09%(refname)%09%(committerdate:short)", "refs/exps")
+    listed = [line.split("\t") for line in refs.stdout.splitlines()]
+    experiments = [(rev, name[1], date) for rev, ref, date in listed if (name := EXPERIMENT.fullmatch(ref))]
+    log = git("log", f"-{MOST}", "--format=%H%x09%h%x09%cs", "--", FILES[1])
+    for rev, name, date in (*experiments, *(line.split("\t") for line in log.stdout.splitlines())):
+        asked = [git("show", f"{rev}:{path}") for path in FILES]
+        if not any(each.returncode for each in asked):
+            yield name, date, *(each.stdout for each in asked)
+
+
+def result_row(name: str, date: str, recipe: str, table: str) -> dict[str, str]:
+    """Return the row of a result: {title: cell}."""
+    settings = flatten(yaml.safe_load(recipe))
+    changed = {key: value for key, value in changed_settings(settings).items() if not key.startswith("data.")}
+    results = pd.read_csv(io.StringIO(table)).reindex(columns=["kind", "variant", *SHOWN])
+    ours = results[results.kind == "ours"].set_index("variant")[list(SHOWN)]
+    milan, others = ours.reindex(["milan"]).iloc[0], ours.drop("milan", errors="ignore").max()
+    return {
+        "result": name,
+        "date": date,
+        "data": settings.get("data.name") or Path(settings.get("data.imagenet") or "built-in world").name,
+        "scale": str(settings.get("scale")),
+        "changed": say_settings(changed, settings) or DASH,
+        **{title: f"{decimal(milan[column])} / {decimal(others[column])}" for column, title in COLUMNS.items()},
+    }
+
+
+def result_table() -> str:
+    """Return the table of the newest results as text; a result with several names has a row for the last of them."""
+    rows = {(recipe, table): result_row(name, date, recipe, table) for name, date, recipe, table in kept_results()}
+    if not rows:
+        raise UserError(f"There is no result here yet: {FILES[1]} is in no commit. Run `dvc repro` first.")
+    shown_rows = list(rows.values())[:MOST]
+    return f"{aligned([list(shown_rows[0]), *(list(row.values()) for row in shown_rows)])}\n\n{LEGEND}"
+
+
+def main() -> None:
+    try:
+        with explain_os_errors():
+            print(result_table())
+    except UserError as error:
+        fail(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -61,6 +61,13 @@ def markdown_table(rows: list[dict[str, str]]) -> str:
     return "\n".join(f"| {' | '.join(map(in_markdown, cells))} |" for cells in lines)
 
 
+def aligned(rows: list[list[str]], left: int | None = None) -> str:
+    """Return rows of cells as text in columns: the first `left` at the left (None: all), the others at the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides = [str.ljust if left is None or column < left else str.rjust for column in range(len(widths))]
+    return "\n".join("  ".join(side(*cell) for side, *cell in zip(sides, row, widths, strict=True)).rstrip() for row in rows)
+
+
 def in_latex(text: str) -> str:
     """Return text as LaTeX that prints it."""
     return text.translate(IN_LATEX)

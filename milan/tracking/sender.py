@@ -1,11 +1,13 @@
 """Turn the events of a spool into calls of MLflow's client on one run."""
 
+import functools
 import json
 import logging
 import os
 import re
 import tempfile
 import time
+from collections import defaultdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,12 +19,13 @@ from mlflow.models import Model, ModelSignature
 import milan
 from milan.core.errors import UserError
 from milan.core.files import SCRATCH, dvc_hash, project_root
+from milan.params import changed_settings, say_settings
 from milan.tracking import runs
 from milan.tracking.store import follow_project, store_uri
 
 SKIPPED = "skipped."  # prefix of a parent run's tags that name the runs of skipped stages
 KEY = re.compile(r"[/\w.\- :]{1,250}")  # what MLflow takes as the key of a tag
-NOTE = "mlflow.note.content"
+NOTE, PARENT = "mlflow.note.content", "mlflow.parentRunId"
 COLUMN_TYPES = {"large_binary": "binary", "string": "string", "int32": "integer"}  # Arrow's name: MLflow's name
 REQUIREMENTS = ("mlflow", "torch", "torchvision", "timm", "safetensors", "pillow", "pyyaml")  # of milan/serve/serving.py
 SIGNATURE = ModelSignature(
@@ -47,15 +50,25 @@ class Sender:
 
     def send(self, events: list[dict]) -> None:
         """Send events in order; metrics go in large batches, after the other events."""
-        metrics = []
+        metrics: dict[str, list] = defaultdict(list)
         for event in events:
             kind = event["kind"]
             if kind == "metrics":
-                metrics += [self.metric(event, *item) for item in event["values"].items()]
+                metrics[self.run_of(event)] += [self.metric(event, *item) for item in event["values"].items()]
             else:
                 getattr(self, f"send_{kind}")(event)
-        for first in range(0, len(metrics), 1000):
-            self.client.log_batch(self.run_id, metrics=metrics[first : first + 1000])
+        for run_id, points in metrics.items():
+            for first in range(0, len(points), 1000):
+                self.client.log_batch(run_id, metrics=points[first : first + 1000])
+
+    def run_of(self, event: dict) -> str:
+        """Return the id of the run that an event belongs to: this one, or the whole pipeline's."""
+        return self.parent if event.get("whole") else self.run_id
+
+    @functools.cached_property
+    def parent(self) -> str | None:
+        """The id of the pipeline's run."""
+        return self.client.get_run(self.run_id).data.tags.get(PARENT)
 
     def metric(self, event: dict, name: str, value: float) -> entities.Metric:
         """Make a metric. Results belong to the evaluated model as well; the curve of an evaluation's training does not."""
@@ -66,9 +79,9 @@ class Sender:
 
     def send_start(self, event: dict) -> None:
         experiment = self.experiment(event["experiment"])
-        parent = self.find_or_create_parent(experiment, event["pipeline"], event["tags"])
+        parent = self.find_or_create_parent(experiment, event)
         self.remove_from_skipped(parent, event["name"])
-        tags = {**event["tags"], "mlflow.parentRunId": parent, "mlflow.source.name": event["tags"]["stage"]}
+        tags = {**event["tags"], PARENT: parent, "mlflow.source.name": event["tags"]["stage"]}
         run = self.client.create_run(experiment, start_time=event["time"], tags=tags, run_name=event["name"])
         self.run_id = run.info.run_id
         if self.live:
@@ -88,20 +101,25 @@ class Sender:
             name, artifact_location=(project_root() / "mlartifacts" / name).as_uri() if local else None
         )
 
-    def find_or_create_parent(self, experiment: str, pipeline: str, tags: dict) -> str:
+    def find_or_create_parent(self, experiment: str, event: dict) -> str:
         """Return the run of this pipeline execution, which its first stage creates.
 
-        A new parent lists the runs of all stages in dvc.lock as skipped; a stage that DVC executes removes itself from
+        Its parameters are the settings that differ from the scale's recipe, and its name begins with them. A new parent lists the runs of all stages in dvc.lock as skipped; a stage that DVC executes removes itself from
         the list (remove_from_skipped)."""
-        parents = self.client.search_runs([experiment], f"tags.pipeline = '{pipeline}'", max_results=1)
+        parents = self.client.search_runs([experiment], f"tags.pipeline = '{event['pipeline']}'", max_results=1)
         if parents:
             return parents[0].info.run_id
         names = {runs.title(stage): in_lock for stage, in_lock in runs.active_hashes().items()}
         done = {name: runs.find_stage_run(self.client, experiment, name, in_lock) for name, in_lock in names.items()}
         skipped = {SKIPPED + name: run.info.run_id for name, run in done.items() if run}
-        kept = {k: v for k, v in tags.items() if k in ("scale", "git_revision")}
-        name = time.strftime(f"pipeline {tags['scale']} %Y-%m-%d %H:%M")
-        return self.client.create_run(experiment, tags={**kept, **skipped, "pipeline": pipeline}, run_name=name).info.run_id
+        kept = {k: v for k, v in event["tags"].items() if k in ("scale", "git_revision", "dvc_experiment")}
+        recipe, changed = event["recipe"], changed_settings(event["recipe"])
+        began = time.strftime("%H:%M", time.localtime(event["time"] / 1000))
+        name = f"{say_settings(changed, recipe) or kept['scale']} · {began}"
+        tags = {**kept, **skipped, "pipeline": event["pipeline"], "mlflow.source.name": "pipeline"}
+        run = self.client.create_run(experiment, start_time=event["time"], tags=tags, run_name=name)
+        self.log_params(run.info.run_id, {"scale": kept["scale"], **changed})
+        return run.info.run_id
 
     def remove_from_skipped(self, parent: str, name: str) -> None:
         """Remove a stage from its parent's list of skipped stages, and write the list into the parent's description as links."""
@@ -126,17 +144,18 @@ class Sender:
             self.monitor.finish()
         if self.run_id is None:
             return
-        self.client.set_terminated(self.run_id, event["status"], event["time"])
-        parent = self.client.get_run(self.run_id).data.tags.get("mlflow.parentRunId")
-        if parent:
-            self.client.set_terminated(parent, event["status"], event["time"])
+        for run_id in filter(None, (self.run_id, self.parent)):
+            self.client.set_terminated(run_id, event["status"], event["time"])
 
     # Inputs of the run.
 
     def send_params(self, event: dict) -> None:
-        params = [entities.Param(k, str(v)[:6000]) for k, v in event["values"].items()]
+        self.log_params(self.run_id, event["values"])
+
+    def log_params(self, run_id: str, values: dict) -> None:
+        params = [entities.Param(name, str(value)[:6000]) for name, value in values.items()]
         for first in range(0, len(params), 100):
-            self.client.log_batch(self.run_id, params=params[first : first + 100])
+            self.client.log_batch(run_id, params=params[first : first + 100])
 
     def send_tags(self, event: dict) -> None:
         tags = {key: value for key, value in event["values"].items() if KEY.fullmatch(key)}
@@ -164,7 +183,10 @@ class Sender:
 
     def send_artifact(self, event: dict) -> None:
         if os.path.exists(event["path"]):
-            self.client.log_artifact(self.run_id, event["path"], event["folder"])
+            self.client.log_artifact(self.run_of(event), event["path"], event["folder"])
+
+    def send_text(self, event: dict) -> None:
+        self.client.log_text(self.run_of(event), event["text"], event["name"])
 
     def send_model(self, event: dict) -> None:
         model_id = self.create_model(event)

@@ -27,14 +27,23 @@ DELIVERY_TIMEOUT = 120.0  # seconds that the last stage waits for the loggers
 
 
 class Tracker:
-    """Append events to a spool file: start, params, dataset, evaluates, metrics, tags, artifact, model, classifier, end."""
+    """Append events to a spool file: start, params, dataset, evaluates, metrics, tags, artifact, text, model,
+    classifier, end.
 
-    def __init__(self, spool: Path):
-        self.spool = spool
+    whole: the events belong to the run of the whole pipeline and not to that of the stage (metrics, artifacts and texts)."""
+
+    def __init__(self, spool: Path, whole: bool = False):
+        self.spool, self.whole = spool, whole
+
+    @property
+    def pipeline(self) -> "Tracker":
+        """The tracker of the whole pipeline's run."""
+        return Tracker(self.spool, whole=True)
 
     def event(self, kind: str, **values) -> None:
         """Append one event with the current time, as a line of JSON."""
-        line = json.dumps({"kind": kind, "time": int(time.time() * 1000), **values}, default=str)
+        whole = {"whole": True} if self.whole else {}
+        line = json.dumps({"kind": kind, "time": int(time.time() * 1000), **whole, **values}, default=str)
         with open(self.spool, "a", encoding="utf-8") as file:
             file.write(line + "\n")
 
@@ -48,8 +57,12 @@ class Tracker:
         self.event("metrics", step=0, values=values, result=True)
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
-        """Log a file or folder as an artifact of this run, in a folder of its artifacts."""
+        """Log a file, or what a folder holds, as artifacts of this run, in a folder of its artifacts."""
         self.event("artifact", path=str(path.absolute()), folder=folder)
+
+    def text(self, text: str, name: str) -> None:
+        """Log a text as an artifact of this run, a file of this name."""
+        self.event("text", text=text, name=name)
 
     def reads(self, *splits) -> None:
         """Log splits of records (milan.data.records.Records) as the datasets of this run."""
@@ -73,15 +86,18 @@ class Tracker:
 
 
 class LoggerProcess:
-    """A stage's tracker with a new spool, and the process that sends its events to MLflow."""
+    """A stage's tracker with a new spool, and the process that sends its events to MLflow.
 
-    def __init__(self, name: str, experiment: str, tags: dict, params: dict):
+    recipe: {dotted key: value} of the whole recipe; params: of the settings that the stage's run shows."""
+
+    def __init__(self, name: str, experiment: str, tags: dict, recipe: dict, params: dict):
         SPOOLS.mkdir(parents=True, exist_ok=True)
         warn_of_undelivered()
         self.tracker = Tracker(SPOOLS / f"{time.time_ns()}-{os.getpid()}.jsonl")
         self.spool_lock = lock(self.tracker.spool)  # for as long as the stage lives; the system unlocks it at its end
-        self.tracker.event("start", name=name, experiment=experiment, pipeline=pipeline_execution(), tags=tags)
-        self.tracker.event("params", values={name: redact(value) for name, value in params.items()})
+        whole = {"pipeline": pipeline_execution(), "recipe": redacted(recipe)}
+        self.tracker.event("start", name=name, experiment=experiment, tags=tags, **whole)
+        self.tracker.event("params", values=redacted(params))
         # In its own session: Ctrl-C in the terminal ends the stage, and the logger reports that to MLflow.
         command = [sys.executable, "-m", "milan.tracking.logger", str(self.tracker.spool)]
         with open(LOG, "a", encoding="utf-8") as log:
@@ -107,6 +123,10 @@ class LoggerProcess:
                 (project_root() / SPOOLS).mkdir(parents=True, exist_ok=True)
                 shutil.move(kept, project_root() / SPOOLS)
         warn_of_undelivered()
+
+
+def redacted(settings: dict) -> dict:
+    return {name: redact(value) for name, value in settings.items()}
 
 
 def warn_of_undelivered() -> None:
