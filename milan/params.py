@@ -303,7 +303,7 @@ class Pretrain(Training):
 
 @dataclass(frozen=True)
 class LinearEval(Training):
-    """A linear probe on the frozen encoder's class token (the release's LINPROBE.sh)."""
+    """A linear probe on the frozen encoder's class token (the release's main_linprobe.py and FINETUNE.sh)."""
 
     optimizer: Literal["lars", "adamw"]
     momentum: Below1  # of LARS; of AdamW the first beta

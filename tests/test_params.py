@@ -43,6 +43,22 @@ def test_the_paper_s_derived_numbers():
     assert (paper.model.grid, paper.model.n_patches) == (14, 196)
 
 
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        (["paper"], (5e-5, 0.9, 0.1, [3, 5, 7, 11])),  # DeepMIM-CLIP
+        (["paper", "segment=mae"], (1e-4, 0.65, 0.1, [3, 5, 7, 11])),
+        (["paper_dino"], (5e-5, 0.9, 0.1, [3, 5, 7, 11])),
+        (["paper_large"], (3e-5, 0.95, 0.2, [7, 11, 15, 23])),  # dBOT
+        (["paper_large", "segment=deepmim_clip"], (5e-5, 0.9, 0.1, [7, 11, 15, 23])),
+        (["paper", "segment=mae", "segment.lr=7e-5"], (7e-5, 0.65, 0.1, [3, 5, 7, 11])),
+    ],
+)
+def test_the_ade20k_recipes_by_one_word(settings, expected):
+    segment = validate(Params, composed(*settings), "paper").segment
+    assert (segment.lr, segment.layer_decay, segment.drop_path, segment.out_blocks) == expected
+
+
 def test_the_paper_expects_the_whole_sets():
     paper, demo = (validate(Params, composed(scale), scale) for scale in ("paper", "demo"))
     assert vars(paper.prepare_imagenet.expect) == {"train": 1281167, "val": 50000, "classes": 1000}

@@ -1,6 +1,7 @@
 """Draw charts of the results. Colours are Okabe and Ito's, made for colour-blind readers; equal results give equal bytes."""
 
 import io
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -115,7 +116,7 @@ def draw_published(axes: Iterable[Axes], published: pd.DataFrame) -> None:
     """Draw published numbers as filled bars and re-runs by others as hatched bars, MILAN in its own colour."""
     rows = published.iloc[::-1]
     titles = {"linear": "Linear eval, top-1 %", "finetune": "Fine-tuning, top-1 %", "miou": "ADE20K mIoU %"}
-    names = rows["method"].str.replace("(OpenMMLab, EVA in MAE style)", "(OpenMMLab)", regex=False)
+    names = [textwrap.fill(name, 44) for name in rows["method"]]
     looks = [{"hatch": "///" if kind == "re-run" else None, "color": VERMILION if name.startswith("MILAN") else GREY}
              for kind, name in zip(rows["kind"], rows["method"], strict=True)]  # fmt: skip
     for axis, column in zip(axes, PUBLISHED_MEASURES, strict=True):
