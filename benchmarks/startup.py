@@ -18,11 +18,12 @@ import time
 from pathlib import Path
 
 import torch
+import yaml
 
 from benchmarks import measure
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = sorted(path.stem for path in (ROOT / "stages").glob("[a-z]*.py"))
+STAGES = sorted(yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"])
 LIBRARIES = ("torch", "torch._dynamo", "torchvision", "timm", "open_clip", "transformers", "mlflow", "pandas", "scipy", "matplotlib")
 
 
