@@ -1,23 +1,22 @@
-"""Compare the pretrained models of a scale side by side, from MLflow: differences of their recipes, and results.
+"""Compare the pretrained models of one data set side by side, from MLflow: differences of their recipes, and results.
 
 Notebook 1 shows the table; `mlflow ui` compares the same runs with their curves.
 """
 
 import pandas as pd
 
-from milan.report.results import MEASURES, TITLES, ZERO_SHOT
+from milan.report.results import FREE, MEASURES, TITLES, ZERO_SHOT
 from milan.report.text import DASH, decimal, in_markdown, markdown_table
 from milan.tracking.runs import first_line, open_store
 
 MOST = 30  # rows, the newest
 SECONDS = "wall_seconds"
-NO_RECIPE = ("runtime.", "scale", "seeds", "variants")  # keys that do not change a model
 
 
-def pretrained_models(client, scale: str) -> pd.DataFrame:
+def pretrained_models(client, name: str) -> pd.DataFrame:
     """Return one row per pretrained model, newest first: name, minutes of pretraining, its results, and the keys of the recipe
     that differ between rows. Empty without such a model."""
-    experiment = client.get_experiment_by_name(f"milan-{scale}")
+    experiment = client.get_experiment_by_name(f"milan-{name}")
     if experiment is None:
         return pd.DataFrame()
     here = [experiment.experiment_id]
@@ -30,7 +29,7 @@ def pretrained_models(client, scale: str) -> pd.DataFrame:
 
 def row_of(model, run) -> dict:
     metrics = {metric.key: metric.value for metric in model.metrics or []}
-    recipe = {f"-S {key}": value for key, value in run.data.params.items() if not key.startswith(NO_RECIPE)}
+    recipe = {f"-S {key}": value for key, value in run.data.params.items() if not key.startswith(FREE)}
     measured = {**MEASURES, **ZERO_SHOT}
     minutes = {"minutes": run.data.metrics[SECONDS] / 60} if SECONDS in run.data.metrics else {}
     return {
@@ -41,14 +40,14 @@ def row_of(model, run) -> dict:
     }
 
 
-def markdown(scale: str) -> str:
+def markdown(name: str) -> str:
     """Return the table in Markdown, or a sentence that gives the reason why there is none."""
     try:
-        frame = pretrained_models(open_store(), scale)
+        frame = pretrained_models(open_store(), name)
     except Exception as error:  # whatever ails the store: its server, its address, its file
         return in_markdown(f"MLflow's store cannot be read ({first_line(error)}), so no runs are compared here.")
     if frame.empty:
-        return in_markdown(f"MLflow has no pretrained model of the experiment milan-{scale} yet.")
+        return in_markdown(f"MLflow has no pretrained model of the experiment milan-{name} yet.")
     return markdown_table([{name: shown(value) for name, value in row.items()} for row in frame.to_dict("records")])
 
 
