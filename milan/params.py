@@ -39,7 +39,7 @@ SetFolder = Annotated[Text, must(str.strip, "an empty path; give the folder of t
 Sha256 = Annotated[Text, must("[0-9a-fA-F]{64}", "{!r} is no SHA-256: 64 hexadecimal digits (null: not checked)")]
 TIMM = r"rand(-(m|n|mmax|inc)[0-9]{1,3}|-(mstd|p)[0-9]{1,3}([.][0-9]+)?|-t(weights|3aw|3a))+"
 RandAugment = Annotated[Text, must(TIMM, "{!r} is none of timm's, such as rand-m9-mstd0.5-inc1 (null: none)")]
-Scale = Annotated[Text, must(r"\w[\w.-]*", "{!r} names folders, so it may hold only letters, digits and . _ -")]
+Name = Annotated[Text, must(r"\w[\w.-]*", "{!r} names folders, so it may hold only letters, digits and . _ -")]
 VariantName = Annotated[
     Text,
     must(
@@ -90,9 +90,15 @@ class RobustnessSets(Section):
 class Data(Section):
     """Folders of real data; null: the built-in world."""
 
+    name: Name  # of outs/<name>, reports/metrics/<name> and MLflow's experiment; in conf/: the folder's name, else the scale
     imagenet: Folder | None
     ade20k: Folder | None
     robustness: RobustnessSets
+
+    @property
+    def title(self) -> str:
+        """What tables and figures call the images."""
+        return self.name if self.imagenet else "the built-in world"
 
 
 @dataclass(frozen=True)
@@ -390,7 +396,7 @@ class Report(Section):
 class Params(Section):
     """A whole recipe."""
 
-    scale: Scale  # its name: the file of conf/scale
+    scale: Name  # its name: the file of conf/scale
     seeds: Annotated[list[Seed], Strict(), Field(min_length=1), Distinct]  # of the training stages
     variants: Annotated[list[Text], Strict(), Field(min_length=1), Distinct]  # rows of pretrain.ablation to run
     compute: Compute

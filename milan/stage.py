@@ -203,14 +203,14 @@ def run(name: str, main: Callable[[Stage], None], doc: str, kind: Kind) -> None:
 
 
 def filled(text: str, params: Params, dvc_stage: str | None = None) -> str:
-    """Put the words of the recipe into a command of dvc.yaml, {scale} and {published}, and {variant} and {seed} of the stage
+    """Put the words of the recipe into a command of dvc.yaml, {name} and {published}, and {variant} and {seed} of the stage
     that DVC runs (pretrain@milan-0; None: as DVC's environment names it).
 
     DVC itself puts no value of params.yaml into a command: its shell would run what the value says. Raises UserError for
     {variant} or {seed} where DVC runs no such stage."""
     item = (os.environ.get("DVC_STAGE", "") if dvc_stage is None else dvc_stage).rpartition("@")[2]
     variant, _, seed = item.rpartition("-")
-    words = {"{scale}": params.scale, "{published}": params.report.published, "{variant}": variant, "{seed}": seed}
+    words = {"{name}": params.data.name, "{published}": params.report.published, "{variant}": variant, "{seed}": seed}
     if not variant and ("{variant}" in text or "{seed}" in text):
         raise UserError(f"{text}: only `dvc repro` fills {{variant}} and {{seed}}. Give the variant and the seed themselves.")
     return re.sub("|".join(words), lambda word: words[word[0]], text)
@@ -301,13 +301,13 @@ def name_leftovers(stage: Stage) -> None:
 
 
 def tracked(stage: Stage, main: Callable[[Stage], None]) -> None:
-    tags = {"stage": stage.name, "scale": stage.params.scale, "git_revision": revision(), **stage.variation}
+    tags = {"stage": stage.name, "scale": stage.params.scale, "data": stage.params.data.title, "git_revision": revision(), **stage.variation}
     tags["code"] = json_digest(stage.code)  # taken here, before the work: close() compares
     tags["hardware"] = machine.hardware(stage.params.compute.device)
     if experiment := os.environ.get("DVC_EXP_NAME"):
         tags["dvc_experiment"] = experiment
     recipe = flatten(stage.params)
-    logger = tracker.LoggerProcess(stage.title, f"milan-{stage.params.scale}", tags, recipe, own_settings(stage, recipe))
+    logger = tracker.LoggerProcess(stage.title, f"milan-{stage.params.data.name}", tags, recipe, own_settings(stage, recipe))
     stage.tracker, status, began = logger.tracker, "FAILED", time.monotonic()
     try:
         if stage.kind.evaluates:

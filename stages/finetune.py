@@ -39,7 +39,9 @@ def main(stage: Stage) -> None:
     stage.write_curve(result["curve"])
     stage.write_confusion(result["confusion"])
     stage.write_metrics(result["metrics"], identity)
-    stage.tracker.classifier(args.out, f"classifier-{args.variant}-{args.seed}", f"milan-{params.scale}-classifier", args.variant)
+    tags = {"data": params.data.title, "top1": stage.metrics["finetune/top1"]}
+    registered = f"milan-{params.data.name}-classifier"
+    stage.tracker.classifier(args.out, f"classifier-{args.variant}-{args.seed}", registered, args.variant, tags)
 
 
 def train(params: Params, args: Namespace, saved: SavedState, stage: Stage) -> dict:

@@ -58,7 +58,7 @@ def runs_known(stage: Stage) -> list[provenance.StageRun]:
     """From MLflow; none, and the reason is printed, where it does not answer: the page then says so."""
     try:
         provenance.wait_for_turn(stage.tracker.spool)
-        return provenance.finished_runs(f"milan-{stage.params.scale}")
+        return provenance.finished_runs(f"milan-{stage.params.data.name}")
     except Exception as error:  # whatever ails the store must not keep the page
         print(f"page: hours and hardware are left out. {redact(str(error)[:500]) or type(error).__name__}.", flush=True)
         return []

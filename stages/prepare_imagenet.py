@@ -41,6 +41,8 @@ def main(stage: Stage) -> None:
     identity = stage.identify({"prepare_imagenet": section, "data.imagenet": root})
     made_from = stage.folder_digest(identity)
     drawn = SCRATCH / f"world-{made_from}"
+    if root:
+        print(where_results_go(stage.params.data.name), flush=True)
     if root is None:
         draw(drawn, section)
     with whole_folder(stage.args.out, made_from) as folder:
@@ -48,6 +50,13 @@ def main(stage: Stage) -> None:
     shutil.rmtree(drawn, ignore_errors=True)
     splits = {f"prepare_imagenet/{name}": split["images"] for name, split in manifest["splits"].items()}
     stage.write_metrics({**splits, "prepare_imagenet/classes": len(manifest["classes"])}, identity)
+
+
+def where_results_go(name: str) -> str:
+    return (
+        f"These images are called {name}: results go to outs/{name}, reports/metrics/{name} and MLflow's experiment "
+        f"milan-{name}, in place of those of other images of that name. To name them: -S data.name=NAME."
+    )
 
 
 def draw(root: Path, section: PrepareImagenet) -> None:

@@ -84,7 +84,9 @@ def committed_tree() -> dict:
 
 @pytest.fixture(scope="session")
 def trained_teacher_tree() -> dict:
-    return {**composed("demo_teacher"), "scale": "demo"}
+    tree = composed("demo_teacher")
+    tree["scale"] = tree["data"]["name"] = "demo"
+    return tree
 
 
 @pytest.fixture

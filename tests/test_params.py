@@ -34,6 +34,25 @@ def test_every_scale_builds(scale):
     assert validate(Params, composed(scale), scale).scale == scale
 
 
+@pytest.mark.parametrize(
+    "given, name",
+    [
+        ([], "smoke"),
+        (["data.imagenet=/data/flowers"], "flowers"),
+        (["data.imagenet='/data/my photos (2024)/'"], "my-photos-2024"),
+        (["data.imagenet=../.hidden/v1.2"], "v1.2"),
+        ([f"data.imagenet=/{'a' * 60}"], "a" * 50),
+        (["data.imagenet=/"], "smoke"),
+        (["data.ade20k=/data/ADEChallengeData2016.zip"], "ADEChallengeData2016"),
+        (["data.imagenet=/data/flowers", "data.ade20k=/data/rooms"], "flowers"),
+        (["data.imagenet=/data/flowers", "data.name=fashion"], "fashion"),
+    ],
+)
+def test_data_is_named_by_its_folder(given, name):
+    """Hydra composes the name with the project's resolver; letters that neither a path nor MLflow takes are replaced."""
+    assert validate(Params, composed("smoke", *given), "smoke").data.name == name
+
+
 def test_the_paper_s_derived_numbers():
     paper = validate(Params, composed("paper"), "paper")
     assert paper.pretrain.lr == pytest.approx(2.4e-3, rel=1e-12)
@@ -113,6 +132,8 @@ WRONG = {
     "whole number beyond all floats": ("pretrain.lr", 10**400, ["pretrain.lr", "a whole number of 1329 bits"]),
     "unknown word": ("compute.precision", "bf61", ["compute.precision", "'bf61'", "fp32", "did you mean 'bf16'"]),
     "a scale that is a program": ("scale", "a; touch x", ["scale: 'a; touch x' names folders", "letters, digits"]),
+    "a name of data that is a path": ("data.name", "my/photos", ["data.name: 'my/photos' names folders", "letters, digits"]),
+    "a name of data that is null": ("data.name", None, ["data.name"]),
     "a scale that leads out": ("scale", "../x", ["scale: '../x' names folders"]),
     "unknown variant": ("variants", ["milan", "milano"], ["'milano' is no row", "did you mean 'milan'"]),
     "batch no multiple of the micro-batch": ("pretrain.micro_batch", 48, ["batch_size 32", "micro_batch 48"]),

@@ -21,7 +21,7 @@ from milan.core.identity import flatten
 from milan.core.program import fail
 from milan.core.repository import git
 from milan.params import changed_settings, say_settings
-from milan.report.results import MEASURES, SHOWN, TITLES, ZERO_SHOT
+from milan.report.results import FREE, MEASURES, SHOWN, TITLES, ZERO_SHOT
 from milan.report.text import DASH, aligned, decimal, in_markdown, markdown_table
 from milan.tracking.runs import first_line, open_store
 
@@ -31,13 +31,12 @@ LEGEND = "Each cell: MILAN / the best other variant run here, means over the see
 COLUMNS = {**{column: TITLES[column] for column in SHOWN}, "miou": "mIoU"}
 MOST = 30  # rows, the newest
 SECONDS = "wall_seconds"
-NO_RECIPE = ("runtime.", "scale", "seed", "variant")  # keys that do not change a model
 
 
-def pretrained_models(client, scale: str) -> pd.DataFrame:
+def pretrained_models(client, name: str) -> pd.DataFrame:
     """Return one row per pretrained model, newest first: name, minutes of pretraining, its results, and the keys of the recipe
     that differ between rows. Empty without such a model."""
-    experiment = client.get_experiment_by_name(f"milan-{scale}")
+    experiment = client.get_experiment_by_name(f"milan-{name}")
     if experiment is None:
         return pd.DataFrame()
     here = [experiment.experiment_id]
@@ -54,7 +53,7 @@ def row_of(model, run, whole: dict) -> dict:
     metrics = {metric.key: metric.value for metric in model.metrics or []}
     parent = whole.get(run.data.tags.get("mlflow.parentRunId"))
     settings = {**(parent.data.params if parent else {}), **run.data.params}
-    recipe = {f"-S {key}": value for key, value in settings.items() if not key.startswith(NO_RECIPE)}
+    recipe = {f"-S {key}": value for key, value in settings.items() if not key.startswith((*FREE, "seed", "variant"))}
     measured = {**MEASURES, **ZERO_SHOT}
     minutes = {"minutes": run.data.metrics[SECONDS] / 60} if SECONDS in run.data.metrics else {}
     return {
@@ -65,14 +64,14 @@ def row_of(model, run, whole: dict) -> dict:
     }
 
 
-def markdown(scale: str) -> str:
+def markdown(name: str) -> str:
     """Return the table in Markdown, or a sentence that gives the reason why there is none."""
     try:
-        frame = pretrained_models(open_store(), scale)
+        frame = pretrained_models(open_store(), name)
     except Exception as error:  # whatever ails the store: its server, its address, its file
         return in_markdown(f"MLflow's store cannot be read ({first_line(error)}), so no runs are compared here.")
     if frame.empty:
-        return in_markdown(f"MLflow has no pretrained model of the experiment milan-{scale} yet.")
+        return in_markdown(f"MLflow has no pretrained model of the experiment milan-{name} yet.")
     return markdown_table([{name: shown(value) for name, value in row.items()} for row in frame.to_dict("records")])
 
 

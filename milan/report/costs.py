@@ -34,10 +34,10 @@ class Prices:
         return run.seconds if run else None
 
 
-def known_runs(scale: str) -> list[StageRun]:
-    """Return MLflow's finished runs at a scale. Where MLflow cannot be read, print that and return none."""
+def known_runs(names: set[str]) -> list[StageRun]:
+    """Return MLflow's finished runs on the data of these names. Where MLflow cannot be read, print that and return none."""
     try:
-        return provenance.finished_runs(f"milan-{scale}")
+        return [run for name in sorted(names) for run in provenance.finished_runs(f"milan-{name}")]
     except Exception as error:  # a fault of the store of any kind must not prevent the table
         print(f"An MLflow store cannot be read, so what it knows is left out: {str(error)[:300]}.", flush=True)
         return []

@@ -58,6 +58,7 @@ def render(
     runs = [origin.run for origin in trail if origin.run]
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         scale=results.params.scale,
+        where=table.measured_where(results),
         heading=table.heading(results),
         measured=table.measured_on(results),
         ours=ours,

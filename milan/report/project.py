@@ -39,9 +39,9 @@ class Project:
         given = json.loads(os.environ.get(FOLDERS, "{}"))
         params = resolve_params(read_params(given.get("params", "params.yaml")))
         folders = {
-            "outs": f"outs/{params.scale}",
-            "metrics": f"reports/metrics/{params.scale}",
-            "curves": f"reports/curves/{params.scale}",
+            "outs": f"outs/{params.data.name}",
+            "metrics": f"reports/metrics/{params.data.name}",
+            "curves": f"reports/curves/{params.data.name}",
             "published": params.report.published,
             "figures": "reports/figures",
         }
@@ -53,7 +53,7 @@ class Project:
         return Image(data=path.read_bytes(), width=round(100 * figure.get_figwidth()))
 
     def path(self, *parts: str) -> Path:
-        """Return a path inside outs/<scale>. Raises UserError when it is missing."""
+        """Return a path inside outs/<data.name>. Raises UserError when it is missing."""
         path = self.folders["outs"].joinpath(*parts)
         if not path.exists():
             raise UserError(f"{path} is missing: run `dvc repro`, which makes it, or `dvc pull`, which fetches it.")

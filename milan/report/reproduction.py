@@ -55,7 +55,7 @@ def main() -> None:
     try:
         with explain_os_errors():
             params = read_params(RECIPE)
-            results = read_results(METRICS / params.scale, Path(params.report.published), params)
+            results = read_results(METRICS / params.data.name, Path(params.report.published), params)
             show(judge(results, RECIPE, LOCK, EVIDENCE))
     except UserError as error:
         fail(str(error))
@@ -109,7 +109,7 @@ def find_study(evidence: Path, scale: str) -> Path | None:
 
 def values_of(recipe: Path) -> dict[str, str]:
     """Return {dotted key: value} of what decides the numbers of a variant and seed."""
-    return {key: repr(value) for key, value in flatten(read_yaml(recipe)).items() if key.split(".")[0] not in FREE}
+    return {key: repr(value) for key, value in flatten(read_yaml(recipe)).items() if not key.startswith(FREE)}
 
 
 # The comparison.

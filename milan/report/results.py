@@ -41,7 +41,7 @@ METHOD_NAMES = {  # {variant: name}, in the order in which the paper adds its in
     "prompt_decoder": "CLIP target, prompting decoder",
     "milan": "MILAN",
 }
-FREE = ("variants", "seeds", "runtime")  # of a recipe: they leave the numbers of a variant and seed as they are
+FREE = ("variants", "seeds", "runtime.", "data.name")  # of a recipe: they leave the numbers of a variant and seed as they are
 PUBLISHED = ("method", "backbone", "epochs", "batch_size", "teacher", *PUBLISHED_MEASURES, "kind", "source")
 KINDS = {"published": "Published", "re-run": "Re-run by others"}
 
@@ -78,7 +78,7 @@ class Results(NamedTuple):
 
 
 def read_results(metrics: Path, published: Path, params: Params) -> Results:
-    """Read metrics (the folder of one scale) and published numbers. Raises UserError naming a missing file or entry."""
+    """Read metrics (the folder of one data set) and published numbers. Raises UserError naming a missing file or entry."""
     runs = read_runs(metrics, params)
     reports = [read_metrics(metrics / f"{name}.json") for name in ("teacher", "extract_targets")]
     return Results(params, read_data(metrics, params), runs, summarise(runs), read_published(published), *reports, edited_runs(metrics))
@@ -163,7 +163,7 @@ def read_data(metrics: Path, params: Params) -> EvaluationData:
     """Read the names and sizes of the evaluation data. Raises UserError when a metrics file is missing."""
     imagenet, scenes = metrics / "prepare_imagenet.json", metrics / "prepare_ade20k.json"
     return EvaluationData(
-        "the built-in world" if params.data.imagenet is None else "ImageNet-layout images",
+        params.data.title,
         read_value(imagenet, "prepare_imagenet/classes"),
         read_value(imagenet, "prepare_imagenet/val"),
         params.prepare_ade20k.classes,

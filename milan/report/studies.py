@@ -109,7 +109,7 @@ def run(name: str, study: Study, settings: list[str], out: Path, lock: int) -> N
     subprocess.run([sys.executable, "-m", "milan.tracking.logger"], check=True)  # events that MLflow could not take before
     about = f"{study.question}\n\nThe command: `{command(name, study, settings, out)}`."
     experiments = [experiment for experiment in sweep.read_experiments() if experiment.name in points]
-    runs = costs.known_runs(experiments[0].recipe["scale"])
+    runs = costs.known_runs({experiment.recipe["data"]["name"] for experiment in experiments})
     if name == "seeds":
         write_seeds(experiments[0], runs, out / name, about)
     else:

@@ -45,7 +45,7 @@ class Experiment(NamedTuple):
 
     name: str
     recipe: dict  # params.yaml
-    metrics: dict[str, dict]  # by path below the scale's folder, such as linear_eval/milan-0.json
+    metrics: dict[str, dict]  # by path below the data's folder, such as linear_eval/milan-0.json
     lock: dict  # the stages of dvc.lock
 
 
@@ -57,7 +57,7 @@ def main() -> None:
     try:
         experiments = read_experiments()
         sweep, _ = members(args.key, experiments)
-        write(args.key, experiments, costs.known_runs(sweep[0].recipe["scale"]), args.out / args.key)
+        write(args.key, experiments, costs.known_runs({experiment.recipe["data"]["name"] for experiment in sweep}), args.out / args.key)
     except UserError as error:
         fail(str(error))
 
@@ -108,7 +108,7 @@ def read_experiment(name: str, state: dict) -> Experiment:
     if not state["data"]:
         raise UserError(f"DVC cannot read {name}: {state['error']['msg']}")
     recipe = state["data"]["params"]["params.yaml"]["data"]
-    folder = f"reports/metrics/{recipe['scale']}"
+    folder = f"reports/metrics/{recipe['data']['name']}"
     metrics = {os.path.relpath(path, folder): file["data"] for path, file in state["data"]["metrics"].items() if "data" in file}
     held = git("ls-tree", "--name-only", state["rev"], "dvc.lock")
     return Experiment(name, recipe, metrics, read_lock(git("show", f"{state['rev']}:./dvc.lock") if held else "", recipe))
@@ -151,7 +151,7 @@ def members(key: str, experiments: list[Experiment]) -> tuple[list[Experiment], 
         flat = flatten(experiment.recipe)
         if key not in flat:
             raise UserError(f"{key}: the recipe has no such key{nearest(key, flat)}")
-        rest = {name: value for name, value in flat.items() if name != key and name.split(".")[0] not in FREE}
+        rest = {name: value for name, value in flat.items() if name != key and not name.startswith(FREE)}
         groups.setdefault(json.dumps(rest, sort_keys=True), []).append(experiment)
     ranked = sorted(groups.values(), key=lambda group: (len(group), experiments.index(group[-1])))
     return ranked[-1], [experiment for group in ranked[:-1] for experiment in group]

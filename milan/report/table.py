@@ -147,6 +147,12 @@ def zero_shot_note(results: Results) -> str:
     )
 
 
+def measured_where(results: Results) -> str:
+    """Return `at scale demo`, or with real data `on flowers, at scale photos`."""
+    data, scale = results.params.data, results.params.scale
+    return f"on {data.title}, at scale {scale}" if data.imagenet else f"at scale {scale}"
+
+
 def heading(results: Results) -> str:
     """Return the heading of our table."""
     caveat = "" if results.params.data.imagenet else ": not comparable with the published numbers"
@@ -188,8 +194,8 @@ def our_row(results: Results, variant: str, link: Callable[[str, str], str]) -> 
         "Batch size": str(params.pretrain.batch_size) if own else DASH,
         **{title: spread_cell(means, column, len(params.seeds)) for column, title in results.data.titles.items()},
         "Recipe": link(params.scale, f"conf/scale/{params.scale}.yaml"),
-        "Weights of seed": links(f"outs/{params.scale}/pretrain/{variant}-{{}}"),
-        "Curve of seed": links(f"reports/curves/{params.scale}/pretrain/{variant}-{{}}.csv") if own else DASH,
+        "Weights of seed": links(f"outs/{params.data.name}/pretrain/{variant}-{{}}"),
+        "Curve of seed": links(f"reports/curves/{params.data.name}/pretrain/{variant}-{{}}.csv") if own else DASH,
     }
 
 
@@ -226,7 +232,7 @@ def published_rows(published: pd.DataFrame, kind: str, source: Callable[[str], s
 
 def markdown(results: Results) -> str:
     """Return reports/table.md, with links relative to that file."""
-    parts = [f"# {in_markdown(f'Results at scale {results.params.scale}')}", f"## {in_markdown(heading(results))}"]
+    parts = [f"# {in_markdown(f'Results {measured_where(results)}')}", f"## {in_markdown(heading(results))}"]
     rows = our_rows(results, link_from_reports)
     parts += [in_markdown(measured_on(results)), markdown_table(rows), markdown_sentences(results)]
     parts += [

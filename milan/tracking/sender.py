@@ -112,7 +112,7 @@ class Sender:
         names = {runs.title(stage): in_lock for stage, in_lock in runs.active_hashes().items()}
         done = {name: runs.find_stage_run(self.client, experiment, name, in_lock) for name, in_lock in names.items()}
         skipped = {SKIPPED + name: run.info.run_id for name, run in done.items() if run}
-        kept = {k: v for k, v in event["tags"].items() if k in ("scale", "git_revision", "dvc_experiment")}
+        kept = {k: v for k, v in event["tags"].items() if k in ("scale", "data", "git_revision", "dvc_experiment")}
         recipe, changed = event["recipe"], changed_settings(event["recipe"])
         began = time.strftime("%H:%M", time.localtime(event["time"] / 1000))
         name = f"{say_settings(changed, recipe) or kept['scale']} · {began}"
@@ -219,7 +219,7 @@ class Sender:
         kept = {name: tags[name] for name in ("variant", "seed", "git_revision") if name in tags}
         if not self.client.search_registered_models(f"name = '{event['registered']}'"):
             self.client.create_registered_model(event["registered"])
-        details = {"tags": {**kept, "dvc": event["digest"] or ""}, "model_id": model_id}
+        details = {"tags": {**kept, **event["tags"], "dvc": event["digest"] or ""}, "model_id": model_id}
         return self.client.create_model_version(event["registered"], f"models:/{model_id}", self.run_id, **details)
 
     def create_model(self, event: dict) -> str:

@@ -74,11 +74,12 @@ class Tracker:
         self.artifact(folder, "weights")
         self.event("model", name=name, digest=dvc_hash(folder))
 
-    def classifier(self, folder: Path, name: str, registered: str, alias: str) -> None:
-        """Log a classifier as a version of a registered model, which MLflow can serve, and set the alias on it.
+    def classifier(self, folder: Path, name: str, registered: str, alias: str, tags: dict) -> None:
+        """Log a classifier as a version, with these tags, of a registered model, which MLflow can serve; set the alias on it.
 
         MLflow stores the weights inside that model only."""
-        self.event("classifier", path=str(folder), name=name, registered=registered, alias=alias, digest=dvc_hash(folder))
+        names = {"name": name, "registered": registered, "alias": alias}
+        self.event("classifier", path=str(folder), **names, tags=tags, digest=dvc_hash(folder))
 
     def evaluates(self, folder: Path) -> None:
         """Link this run, and the results that it logs from now on, to the model whose weights are in a folder."""

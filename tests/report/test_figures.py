@@ -69,7 +69,7 @@ def test_stage_and_notebooks_use_the_same_variable():
 def test_notebooks_use_the_stage_s_folders(monkeypatch, tmp_path):
     monkeypatch.setenv(FOLDERS, json.dumps({"outs": "elsewhere", "figures": str(tmp_path)}))
     project = Project.open()
-    assert project.folders["outs"] == Path("elsewhere") and project.folders["metrics"] == Path("reports/metrics", project.params.scale)
+    assert project.folders["outs"] == Path("elsewhere") and project.folders["metrics"] == Path("reports/metrics", project.params.data.name)
     with pytest.raises(UserError, match="elsewhere/targets"):
         project.path("targets")
 

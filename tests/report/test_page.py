@@ -106,7 +106,7 @@ def test_without_a_store_the_page_leaves_out_hours(tmp_path, monkeypatch, capsys
         raise ConnectionError("the store is gone")
 
     monkeypatch.setattr(provenance, "finished_runs", fail)
-    here = SimpleNamespace(tracker=SimpleNamespace(spool=tmp_path / "1.jsonl"), params=SimpleNamespace(scale="demo"))
+    here = SimpleNamespace(tracker=SimpleNamespace(spool=tmp_path / "1.jsonl"), params=SimpleNamespace(data=SimpleNamespace(name="demo")))
     assert stage.runs_known(here) == []
     assert capsys.readouterr().out == "page: hours and hardware are left out. the store is gone.\n"
 

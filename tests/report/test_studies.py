@@ -47,7 +47,7 @@ def asked(monkeypatch, tree, workplace) -> list[tuple[str, ...]]:
     monkeypatch.setattr(sweep, "dvc", dvc)
     monkeypatch.setattr(sweep, "read_experiments", lambda: list(made))
     monkeypatch.setattr(sweep, "write", write)
-    monkeypatch.setattr(studies.costs, "known_runs", lambda scale: [])
+    monkeypatch.setattr(studies.costs, "known_runs", lambda names: [])
     monkeypatch.setattr(studies.subprocess, "run", lambda command, check: None)  # the logger
     return words
 
@@ -145,7 +145,7 @@ def tiny(repository, monkeypatch) -> Path:
     words, paths = [f"{path}:{name}" for path, name in files], sorted({path for path, _ in files})
     stage = {"cmd": f"python evaluate.py {' '.join(words)}", "deps": ["evaluate.py"], "params": ["pretrain", "scale"]}
     pipeline = {"stages": {"evaluate": {**stage, "metrics": [{path: {"cache": False}} for path in paths]}}}
-    recipe = {"scale": "tiny", "variants": ["milan"], "seeds": [0], "pretrain": {"mask_ratio": 0.75}}
+    recipe = {"scale": "tiny", "data": {"name": "tiny"}, "variants": ["milan"], "seeds": [0], "pretrain": {"mask_ratio": 0.75}}
     Path("conf").mkdir()
     for path, content in {"dvc.yaml": pipeline, "conf/config.yaml": recipe, "params.yaml": recipe}.items():
         Path(path).write_text(yaml.safe_dump(content))

@@ -66,6 +66,14 @@ def test_a_sweep_is_what_differs_in_its_key_alone(experiment):
     assert names(found) == ["half", "seeds"] and names(others) == ["other lr"]
 
 
+def test_other_data_is_no_part_of_a_sweep(experiment):
+    """Nor is its name alone a reason: it moves results and does not change them."""
+    own = {"data__imagenet": "/data/flowers", "data__name": "flowers"}
+    some = [experiment("a", 0.5, {}), experiment("flowers", 0.6, {}, **own), experiment("named", 0.9, {}, data__name="mine")]
+    found, others = sweep.members(KEY, some)
+    assert names(found) == ["a", "named"] and names(others) == ["flowers"]
+
+
 def test_of_equal_groups_the_newest(experiment):
     some = [experiment("a", 0.5, {}, scale="smoke"), experiment("b", 0.5, {})]
     assert names(sweep.members(KEY, some)[0]) == ["b"]
@@ -114,11 +122,12 @@ def test_files_by_hand(experiment, tmp_path):
     assert picture == (tmp_path / "figure.png").read_bytes()
 
 
-def test_costs_are_those_of_the_sweep_s_scale(experiment, tmp_path, monkeypatch):
-    """The commit's own results may be of another scale."""
-    points = [experiment(name, ratio, metrics("milan", 1.0), scale="smoke") for name, ratio in (("a", 0.5), ("b", 0.9))]
+def test_costs_are_those_of_the_sweep_s_data(experiment, tmp_path, monkeypatch):
+    """The commit's own results may be of other data."""
+    smoke = {"scale": "smoke", "data__name": "smoke"}
+    points = [experiment(name, ratio, metrics("milan", 1.0), **smoke) for name, ratio in (("a", 0.5), ("b", 0.9))]
     monkeypatch.setattr(sweep, "read_experiments", lambda: [experiment(sweep.HERE, 0.5, {}), *points])
-    monkeypatch.setattr(costs, "known_runs", lambda scale: RUNS if scale == "smoke" else [])
+    monkeypatch.setattr(costs, "known_runs", lambda names: RUNS if names == {"smoke"} else [])
     monkeypatch.setattr("sys.argv", ["sweep", KEY, "--out", str(tmp_path)])
     sweep.main()
     assert "| 0.5 | 1.0 | 2.0 | 3.0 | 4.0 | 5.0 | 13 | 20 | 90 | a |" in (tmp_path / KEY / "table.md").read_text()

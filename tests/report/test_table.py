@@ -280,8 +280,10 @@ def test_csv_marks_the_kind_and_data_of_each_row(metrics):
 
 
 def test_real_data_is_named(metrics):
-    data = dataclasses.replace(read_params("params.yaml").data, imagenet="/data/imagenet", ade20k="/data/ade20k")
-    text = table.markdown(read_results(metrics, PUBLISHED, recipe(data=data))).split("\n## ")[1]
+    data = dataclasses.replace(read_params("params.yaml").data, name="flowers", imagenet="/data/imagenet", ade20k="/data/ade20k")
+    title, text = table.markdown(read_results(metrics, PUBLISHED, recipe(data=data))).split("\n## ")[:2]
+    assert title == "# Results on flowers, at scale demo\n" and text.startswith("Our results on flowers\n")
+    assert "](curves/flowers/pretrain/milan-0.csv)" in text and "](../outs/flowers/pretrain/milan-1)" in text
     assert "built-in world" not in text and "ADE20K mIoU" in text and "not comparable" not in text
 
 

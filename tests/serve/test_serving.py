@@ -35,6 +35,7 @@ MODEL = Model("small", 16, 8, TransformerSize(16, 2, 2), TransformerSize(16, 1, 
 CLASSES = ["ant", "bee", "cat", "dog", "emu", "fox"]
 START = {"kind": "start", "name": "finetune milan seed 0", "experiment": "milan-test", "pipeline": "1-1"}
 TAGS = {"stage": "finetune", "scale": "test", "git_revision": "abc", "variant": "milan", "seed": "0"}
+OF_A_VERSION = {"data": "flowers", "top1": 41.25}
 
 
 def small_vit(seed: int) -> VisionTransformer:
@@ -95,7 +96,7 @@ def desk(tmp_path_factory):
                 patch.chdir(workspace)
             spool = write_spool([{**START, "tags": TAGS}], place)
             out = save_weights(Path("outs") / str(seed), seed)
-            tracker.Tracker(spool).classifier(out, "classifier-milan-0", "milan-test-classifier", "milan")
+            tracker.Tracker(spool).classifier(out, "classifier-milan-0", "milan-test-classifier", "milan", OF_A_VERSION)
             tracker.Tracker(spool).event("end", status="FINISHED")
         logger.serve(None)
         yield folder
@@ -154,6 +155,7 @@ def test_each_new_result_is_a_version_and_the_alias_is_on_the_last_one(desk, cli
     versions = {v.version: v for v in client.search_model_versions("name = 'milan-test-classifier'")}
     assert sorted(map(str, versions)) == ["1", "2"]
     (first,) = [v for v in versions.values() if str(v.version) == "1"]
+    assert (first.tags["data"], first.tags["top1"]) == ("flowers", "41.25")
     assert (first.tags["variant"], first.tags["seed"], first.tags["git_revision"]) == ("milan", "0", "abc")
     assert first.tags["dvc"] == tracker.dvc_hash(desk / "outs/0")
     assert str(client.get_model_version_by_alias("milan-test-classifier", "milan").version) == "1"
@@ -275,7 +277,7 @@ def test_a_line_of_a_million_pixels_is_classified_by_its_middle(desk, size):
 def test_weights_that_changed_before_delivery_are_not_registered(desk, client, capsys):
     """A later run has overwritten them: a version would hold other weights than the run made."""
     spool = write_spool([{**START, "tags": TAGS}], 4)
-    tracker.Tracker(spool).classifier(save_weights(desk / "outs/2", 2), "classifier-milan-0", "milan-test-classifier", "milan")
+    tracker.Tracker(spool).classifier(save_weights(desk / "outs/2", 2), "classifier-milan-0", "milan-test-classifier", "milan", {})
     tracker.Tracker(spool).event("end", status="FINISHED")
     save_weights(desk / "outs/2", 3)
     logger.serve(None)

@@ -151,7 +151,7 @@ def test_a_recipe_that_is_a_program_does_not_run(tmp_path, monkeypatch):
         stage = {**given, "cmd": given["cmd"].replace("$MILAN_LAUNCHER ", "").replace("python -m", "./python -m")}
         stages[name] = {key: stage[key] for key in ("matrix", "cmd") if key in stage}
     (tmp_path / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
-    recipe = {"scale": bad, "report": {"published": bad}, "variants": [bad], "seeds": [bad]}
+    recipe = {"data": {"name": bad}, "report": {"published": bad}, "variants": [bad], "seeds": [bad]}
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(recipe))
     (tmp_path / "python").write_text('#!/bin/sh\necho "$@" >> said\n')
     (tmp_path / "python").chmod(0o755)
@@ -160,7 +160,7 @@ def test_a_recipe_that_is_a_program_does_not_run(tmp_path, monkeypatch):
         subprocess.run([sys.executable, "-m", "dvc", *words], cwd=tmp_path, check=True, capture_output=True)
     assert not marker.exists()
     said = (tmp_path / "said").read_text()
-    assert all(word in said for word in ("outs/{scale}/ade20k", "--variant {variant} --seed {seed}", "--published {published}"))
+    assert all(word in said for word in ("outs/{name}/ade20k", "--variant {variant} --seed {seed}", "--published {published}"))
 
 
 def keys_of(stage: str) -> list[tuple[str, str]]:

@@ -581,14 +581,14 @@ def test_the_recipe_is_flattened_for_mlflow(tree):
 
 def test_a_command_is_filled_with_the_recipe_s_own_words(tree, monkeypatch):
     """Once: what a word brings in is filled no further. Other braces stay."""
-    tree["report"]["published"] = "my {scale} $(x).csv"
+    tree["report"]["published"] = "my {name} $(x).csv"
     params = validate(Params, tree, "the recipe")
-    text = "outs/{scale}/{variant}-{seed} {published} {other}"
-    assert filled(text, params, "pretrain@my-own.row-12") == f"outs/{params.scale}/my-own.row-12 my {{scale}} $(x).csv {{other}}"
+    text = "outs/{name}/{variant}-{seed} {published} {other}"
+    assert filled(text, params, "pretrain@my-own.row-12") == f"outs/{params.data.name}/my-own.row-12 my {{name}} $(x).csv {{other}}"
     monkeypatch.setenv("DVC_STAGE", "sub/dvc.yaml:pretrain@mae-3")
     assert filled("{variant} {seed}", params) == "mae 3"
     monkeypatch.delenv("DVC_STAGE")
-    assert filled("outs/{scale}", params) == f"outs/{params.scale}"
+    assert filled("outs/{name}", params) == f"outs/{params.data.name}"
     with pytest.raises(UserError, match="only `dvc repro` fills {variant} and {seed}"):
         filled("outs/{variant}", params)
 

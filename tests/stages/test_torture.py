@@ -34,11 +34,11 @@ def test_flips_are_read_by_stages_that_depend_on_them():
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
     for name, reader in torture_faults.FLIPS.items():
         deps = stages[reader.partition("@")[0]]["deps"]
-        assert any(f"outs/${{scale}}/{name}".startswith(dep.split("/${item.")[0]) for dep in deps), name
+        assert any(f"outs/${{data.name}}/{name}".startswith(dep.split("/${item.")[0]) for dep in deps), name
 
 
 def test_only_results_are_moved_to_the_small_disk():
-    train = "python -m stages.x --records r --out outs/{scale}/x-{seed} --metrics m.json --curve c.csv"
+    train = "python -m stages.x --records r --out outs/{name}/x-{seed} --metrics m.json --curve c.csv"
     clone = SimpleNamespace(
         folder=ROOT,
         truth={"x@milan-0": {"cmd": train}, "report": {"cmd": "python -m stages.report --metrics m --published p --out reports"}}
