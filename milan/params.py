@@ -7,6 +7,7 @@ Published values and their sources are in conf/scale/paper.yaml; milan/core/vali
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -308,42 +309,44 @@ class Pretrain(Training):
 
 
 @dataclass(frozen=True)
-class LinearEval(Training):
-    """A linear probe on the frozen encoder's class token (the release's main_linprobe.py and FINETUNE.sh)."""
+class ImageTraining(Training):
+    """The keys that the stages on labelled images share."""
 
-    optimizer: Literal["lars", "adamw"]
-    momentum: Below1  # of LARS; of AdamW the first beta
     crop_scale: CropScale
-    views: Count  # 0, as published: a new crop every epoch; above 0: features of so many fixed crops, extracted once
     resize: Few  # short side of a validation image before the central crop
 
 
 @dataclass(frozen=True)
-class AttentiveProbe(Training):
-    """A block of cross-attention with a learned query on all tokens of the frozen encoder, and a linear layer (V-JEPA)."""
+class LinearEval(ImageTraining):
+    """A linear probe on the frozen encoder's class token (the release's main_linprobe.py and FINETUNE.sh)."""
 
-    betas: Betas
-    crop_scale: CropScale
-    views: Count  # as linear_eval's; in memory a crop takes 4 bytes x tokens x channels
-    resize: Few
+    optimizer: Literal["lars", "adamw"]
+    momentum: Below1  # of LARS; of AdamW the first beta
+    views: Count  # 0, as published: a new crop every epoch; above 0: features of so many fixed crops, extracted once
 
 
 @dataclass(frozen=True)
-class Finetune(Training):
+class AttentiveProbe(ImageTraining):
+    """A block of cross-attention with a learned query on all tokens of the frozen encoder, and a linear layer (V-JEPA)."""
+
+    betas: Betas
+    views: Count  # as linear_eval's; in memory a crop takes 4 bytes x tokens x channels
+
+
+@dataclass(frozen=True)
+class Finetune(ImageTraining):
     """End-to-end fine-tuning by AdamW (the release's FINETUNE.sh); augmentation by timm."""
 
     labels: ShareAbove0  # share of the training labels in use
     betas: Betas
     layer_decay: ShareAbove0  # factor of the learning rate from a block to the one below it
     drop_path: Below1  # of the last block; the first has 0 (stochastic depth)
-    crop_scale: CropScale
     rand_augment: RandAugment | None
     mixup: AtLeast0  # alpha of mixup; 0: off
     cutmix: AtLeast0  # alpha of cutmix; 0: off
     label_smoothing: Below1
     random_erasing: Share  # probability
     pooling: Pooling  # of the tokens, before the head
-    resize: Few
 
 
 @dataclass(frozen=True)
@@ -439,11 +442,12 @@ class Params(Section):
             if variant not in rows:
                 yield f"variants: {variant!r} is no row of pretrain.ablation{nearest(variant, rows)}; there are {', '.join(rows)}"
         size = self.model.image_size
-        sides = {f"{name}.resize": getattr(self, name).resize for name in ("linear_eval", "attentive_probe", "finetune", "robustness")}
+        sides = {f"{name}.resize": getattr(self, name).resize for name in (*stages_of(ImageTraining), "robustness")}
         if below := [f"{key} {side}" for key, side in sides.items() if side < size]:
             verb = "is" if len(below) == 1 else "are"
             yield f"{', '.join(below)} {verb} below model.image_size {size}: images would be padded with black; take the same or more"
-        for name, section in {"segment": segment, "dense_probe": self.dense_probe}.items():
+        for name in stages_of(SceneTraining):
+            section = getattr(self, name)
             crop = section.crop_size
             if crop % patch:
                 yield f"{name}.crop_size {crop} is no multiple of the patch size"
@@ -473,8 +477,10 @@ class Params(Section):
         if len(blocks) != 4 or sorted(set(blocks)) != blocks or not 0 <= blocks[0] <= blocks[3] < depth:
             yield f"segment.out_blocks {blocks} must be four increasing blocks of the encoder's {depth}, from 0"
         world_size, batch = self.world_size, self.teacher.batch_size
-        for name in ("pretrain", "linear_eval", "attentive_probe", "finetune", "segment", "dense_probe"):
+        for name in stages_of(Training):
             training = getattr(self, name)
+            if isinstance(training, Teacher):  # whose contrast takes each process's share of a batch at once
+                continue
             micro_batches = training.batch_size // training.micro_batch
             if micro_batches % world_size:
                 yield (
@@ -490,6 +496,11 @@ class Params(Section):
                 yield f"{name}.micro_batch must be at least 2: its batch norm has no variance over one image"
         if self.teacher.tiny and batch < 2:
             yield "teacher.batch_size must be at least 2: a caption is contrasted with those of other images"
+
+
+def stages_of(kind: type[Training]) -> list[str]:
+    """Return the stages whose section of the recipe is of this kind, in the recipe's order."""
+    return [field.name for field in fields(Params) if isinstance(field.type, type) and issubclass(field.type, kind)]
 
 
 def read_params(path: str | Path = "params.yaml") -> Params:

@@ -6,6 +6,7 @@ import functools
 import io
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -285,17 +286,20 @@ def refuse_what_cannot_be_written(stage: Stage) -> None:
 
 def name_leftovers(stage: Stage) -> None:
     """Name the results of variants and seeds that the recipe no longer has, in folders that this stage depends on as a whole:
-    another clone does not get them, so that `dvc status` would not be clean there."""
+    another clone does not get them, so that `dvc status` would not be clean there.
+
+    They are left where they are, as DVC leaves them: the last copy of an expensive result may be among them."""
     variations = {f"{variant}-{seed}" for variant in stage.params.variants for seed in stage.params.seeds}
     folders = [getattr(stage.args, name) for name in ("metrics", "curves", "outs") if name in stage.kind.reads]
-    kinds = ("pretrain", "linear_eval", "attentive_probe", "finetune", "segment", "dense_probe", "robustness")
-    paths = [path for folder in folders for kind in kinds for path in sorted((folder / kind).glob("*-*"))]
-    left = [str(path) for path in paths if (path.name if path.is_dir() else path.stem) not in variations]
+    kinds = [path.name for folder in folders[:1] for path in folder.glob("*") if path.is_dir()]  # stages that vary
+    paths = [path for folder in folders for kind in sorted(kinds) for path in sorted((folder / kind).glob("*-*"))]
+    left = [path for path in paths if (path.name if path.is_dir() else path.stem) not in variations]
     if left:
+        alike = {f"{shlex.quote(str(path.parents[1]))}/*/{shlex.quote(path.name)}": None for path in left}
         print(
-            f"{stage.title}: {listed(left)}: of variants or seeds that the recipe does not have. Where they stay, "
-            "`dvc status` in another clone is not clean; delete them and run `dvc repro` again (dvc.lock and the cache still have "
-            "those of earlier commits).",
+            f"{stage.title}: {listed([str(path) for path in left])}: of variants or seeds that the recipe does not have. Another "
+            f"clone does not get them, and `dvc status` is not clean there, until you type `rm -r {' '.join(alike)} && dvc repro` "
+            "here and commit. (The cache and earlier commits still have those that were committed.)",
             file=sys.stderr,
         )
 

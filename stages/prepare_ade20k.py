@@ -17,7 +17,7 @@ from milan.data import records, transforms
 from milan.ingest import ade20k, imagenet
 from milan.ingest.packing import Packing, has_labels
 from milan.ingest.world import drawing, writing
-from milan.params import Params, PrepareAde20k
+from milan.params import Params, PrepareAde20k, SceneTraining, stages_of
 from milan.segmentation import miou
 from milan.stage import Kind, Stage, run
 
@@ -59,7 +59,7 @@ def pack(root: Path, folder: Path, params: Params, given: str | None) -> dict:
     ade20k.tell_unread(listing, [item for some in items.values() for item in some])
     if given:
         imagenet.refuse_other_counts("prepare_ade20k", {split: len(some) for split, some in items.items()}, section.expect)
-    batches = {name: getattr(params, name).batch_size for name in ("segment", "dense_probe")}
+    batches = {name: getattr(params, name).batch_size for name in stages_of(SceneTraining)}
     imagenet.refuse_too_few({name: (size, len(items["train"])) for name, size in batches.items()}, params.world_size)
     classes = ade20k.scene_classes(listing, section.classes)
     splits = Packing(folder, section.shard_images, os.cpu_count(), classes=section.classes).pack(items)

@@ -30,7 +30,7 @@ from milan.data.shares import images_of_share
 from milan.ingest import imagenet
 from milan.ingest.packing import Packing
 from milan.ingest.world import drawing, writing
-from milan.params import Params, PrepareImagenet
+from milan.params import ImageTraining, Params, PrepareImagenet, stages_of
 from milan.stage import Kind, Stage, run
 
 KIND = Kind(folders=("out",), files=("metrics",))
@@ -116,10 +116,10 @@ def needs(section: Params, images: imagenet.Images, pairs: int) -> dict[str, tup
     counts, train = {}, len(images.train)
     if images.classes:
         of_classes = Counter(item["label"] for item in images.train).values()
-        drawn = sum(images_of_share(count, section.finetune.labels) for count in of_classes)
-        counts["linear_eval"] = (section.linear_eval.batch_size, train)
-        counts["attentive_probe"] = (section.attentive_probe.batch_size, train)
-        counts["finetune"] = (section.finetune.batch_size, drawn)
+        for name in stages_of(ImageTraining):
+            training = getattr(section, name)
+            share = getattr(training, "labels", 1)
+            counts[name] = (training.batch_size, sum(images_of_share(count, share) for count in of_classes))
     if section.pretrain.weights is None and any(section.pretrain.ablation[v].target != "none" for v in section.variants):
         counts["pretrain"] = (section.pretrain.batch_size, train)
     return counts | ({"teacher": (section.teacher.batch_size, pairs)} if section.teacher.tiny else {})

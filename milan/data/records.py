@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from milan.core.errors import UserError
 from milan.core.files import OTHER_DIGEST, damaged, file_digest, json_digest, read_checked, whole_file, write_checked
+from milan.params import SceneTraining, stages_of
 
 SCHEMA = {"image": pa.large_binary(), "name": pa.string(), "label": pa.int32(), "caption": pa.string(), "mask": pa.large_binary()}
 KINDS = {**SCHEMA, "crc": pa.uint32()}
@@ -148,9 +149,9 @@ class Records:
         """The names of the classes, in the order of the labels. Raises UserError when the images have no labels."""
         if not self.manifest.get("classes"):
             raise UserError(
-                f"{self.folder} has no labels, since data.imagenet is a folder of images without classes. `dvc repro "
-                "pretrain segment` needs none. For linear evaluation and fine-tuning put the images into train/<class>/ and "
-                "val/<class>/."
+                f"{self.folder} has no labels, since data.imagenet is a folder of images without classes. `dvc repro pretrain "
+                f"{' '.join(stages_of(SceneTraining))}` needs none. For the other evaluations put the images into "
+                "train/<class>/ and val/<class>/."
             )
         return self.manifest["classes"]
 

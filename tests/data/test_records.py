@@ -161,7 +161,7 @@ def test_files_that_the_manifest_does_not_list_are_removed(tmp_path):
 def test_classes_without_labels_are_refused(tmp_path):
     assert Records(write_records(tmp_path), "train").classes == ["a", "b", "c"]
     records.write_manifest(tmp_path, **{**records.read_manifest(tmp_path), "classes": []})
-    with pytest.raises(UserError, match="has no labels.*`dvc repro pretrain segment`"):
+    with pytest.raises(UserError, match="has no labels.*`dvc repro pretrain segment dense_probe`"):
         Records(tmp_path, "train").classes  # noqa: B018
 
 

@@ -13,6 +13,7 @@ import yaml
 
 from milan.core.code import NOT_DEPENDENCIES, changed_files, closure, imported, stage_code
 from milan.core.errors import UserError
+from milan.params import SceneTraining, stages_of
 from tests.conftest import ROOT
 
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -135,6 +136,11 @@ def test_an_import_that_cannot_be_followed_is_named(workplace, name, text, said)
 def test_a_stage_runs_the_script_of_its_name_and_no_other_stage_s_code(stage):
     assert re.findall(r"-m stages\.(\w+)", entry(stage)["cmd"]) == [stage]
     assert {name for name in files_of(f"stages/{stage}.py") if name.startswith("stages/")} == {f"stages/{stage}.py"}
+
+
+def test_the_stages_that_need_no_labels_are_those_on_scenes():
+    """What a message says of images without labels (milan/data/records.py)."""
+    assert stages_of(SceneTraining) == [stage for stage in STAGES if "--scenes" in entry(stage)["cmd"]]
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -204,7 +204,7 @@ def test_without_labels_a_stage_that_needs_them_names_the_stages_that_run(desk, 
     own = {"linear_eval": ["--teacher", "teacher"], "finetune": ["--confusion", "confusion.csv"]}
     status, said = run_heavy(name, *given, *own[name])
     assert status == 1, said
-    assert "has no labels" in said and "`dvc repro pretrain segment`" in refused(said, "outs/made", "metrics.json", "curve.csv")
+    assert "has no labels" in said and "`dvc repro pretrain segment dense_probe`" in refused(said, "outs/made", "metrics.json", "curve.csv")
 
 
 def test_once_mended_the_stage_goes_through_without_mlflow(desk, tree):
@@ -556,8 +556,8 @@ def test_metrics_and_curve_are_written_as_dvc_reads_them(workplace, tree):
 def test_results_of_removed_variants_are_named_where_a_stage_depends_on_their_folder(workplace, tree, capsys):
     change(tree, "variants", ["milan", "clip_target"])
     change(tree, "seeds", [0, 1])
-    for name in ("milan-0.json", "clip_target-1.json", "milan-2.json", "mae-0.json"):
-        (path := Path("metrics/pretrain", name)).parent.mkdir(parents=True, exist_ok=True)
+    for name in ("pretrain/milan-0", "pretrain/clip_target-1", "pretrain/milan-2", "pretrain/mae-0", "segment/milan-0"):
+        (path := Path("metrics", f"{name}.json")).parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     for name in ("segment/clip_target-0", "segment/mae-0", "imagenet/train-00000"):
         Path("outs", name).mkdir(parents=True)
@@ -567,6 +567,7 @@ def test_results_of_removed_variants_are_named_where_a_stage_depends_on_their_fo
         name_leftovers(Stage("figures", given, params, kind))
     said = capsys.readouterr().err
     assert said.startswith("figures: metrics/pretrain/mae-0.json, metrics/pretrain/milan-2.json, outs/segment/mae-0: of variants")
+    assert "`rm -r metrics/*/mae-0.json metrics/*/milan-2.json outs/*/mae-0 && dvc repro`" in said
 
 
 def test_the_recipe_is_flattened_for_mlflow(tree):
