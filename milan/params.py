@@ -281,6 +281,7 @@ class Pretrain(Training):
 class LinearEval(Training):
     """A linear probe on the frozen encoder's class token (the release's LINPROBE.sh)."""
 
+    labels: ShareAbove0  # share of each class's training labels in use, by the nearest neighbours too; 1: all
     optimizer: Literal["lars", "adamw"]
     momentum: Below1  # of LARS; of AdamW the first beta
     crop_scale: CropScale

@@ -107,10 +107,9 @@ def needs(section: Params, images: imagenet.Images, pairs: int) -> dict[str, tup
     counts, train = {}, len(images.train)
     if images.classes:
         of_classes = Counter(item["label"] for item in images.train).values()
-        drawn = sum(images_of_share(count, section.finetune.labels) for count in of_classes)
-        counts["linear_eval"] = (section.linear_eval.batch_size, train)
         counts["attentive_probe"] = (section.attentive_probe.batch_size, train)
-        counts["finetune"] = (section.finetune.batch_size, drawn)
+        for name, stage in {"linear_eval": section.linear_eval, "finetune": section.finetune}.items():
+            counts[name] = (stage.batch_size, sum(images_of_share(count, stage.labels) for count in of_classes))
     if section.pretrain.weights is None and any(section.pretrain.ablation[v].target != "none" for v in section.variants):
         counts["pretrain"] = (section.pretrain.batch_size, train)
     return counts | ({"teacher": (section.teacher.batch_size, pairs)} if section.teacher.tiny else {})
