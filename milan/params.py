@@ -320,6 +320,7 @@ class ImageTraining(Training):
 class LinearEval(ImageTraining):
     """A linear probe on the frozen encoder's class token (the release's main_linprobe.py and FINETUNE.sh)."""
 
+    labels: ShareAbove0  # share of each class's training labels in use, by the nearest neighbours too; 1: all
     optimizer: Literal["lars", "adamw"]
     momentum: Below1  # of LARS; of AdamW the first beta
     views: Count  # 0, as published: a new crop every epoch; above 0: features of so many fixed crops, extracted once

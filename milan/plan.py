@@ -235,7 +235,7 @@ def stage_plans(params: Params) -> list[StagePlan]:
     runs = seeds * len(params.variants)
     return [
         *pretraining,
-        stage_plan("linear_eval", train, params.linear_eval, linear_cost(params), runs),
+        stage_plan("linear_eval", round(train * params.linear_eval.labels), params.linear_eval, linear_cost(params), runs),
         stage_plan("attentive_probe", train, params.attentive_probe, attentive_cost(params), runs),
         stage_plan("finetune", round(train * params.finetune.labels), params.finetune, finetune_cost(params), runs),
         stage_plan("segment", scenes, params.segment, segment_cost(params), runs),

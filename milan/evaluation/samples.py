@@ -1,8 +1,11 @@
 """Training samples of labelled images: torch data sets whose random draws depend on (seed, epoch, index) alone."""
 
+from collections import Counter
+
 import torch
 from torch.utils.data import Dataset
 
+from milan.core.errors import UserError, listed
 from milan.data import seeding, transforms
 from milan.data.records import Records
 from milan.data.shares import images_of_share
@@ -56,3 +59,23 @@ def balanced_subset(labels: list[int], share: float, seed: int) -> list[int] | N
     for index in seeding.permutation(len(labels), seed, "subset").tolist():
         by_class.setdefault(labels[index], []).append(index)
     return sorted(index for members in by_class.values() for index in members[: images_of_share(len(members), share)])
+
+
+def refuse_few_labels(key: str, labels: list[int], classes: list[str], share: float, batch_size: int) -> None:
+    """Raise UserError where a share of every class's labels, below 1, is no image of a class, or fewer than a batch in all.
+
+    key: of the share in the recipe; classes: names by label."""
+    of_classes = Counter(labels)
+    without = [f"{classes[label]} ({count})" for label, count in sorted(of_classes.items()) if round(share * count) < 1]
+    if without:
+        raise UserError(
+            f"{key} {share} is less than one image of {len(without)} of {len(of_classes)} classes (training images): "
+            f"{listed(without)}. Take a larger share."
+        )
+    drawn = sum(images_of_share(count, share) for count in of_classes.values())
+    if drawn < batch_size:
+        section = key.split(".")[0]
+        raise UserError(
+            f"{key} {share} leaves {drawn} of {len(labels)} training images, fewer than {section}.batch_size {batch_size}. Take a "
+            "larger share or a smaller batch_size and micro_batch."
+        )

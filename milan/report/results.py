@@ -57,6 +57,7 @@ class EvaluationData(NamedTuple):
     scenes_name: str
     constant_miou: float  # of answering every pixel with the most frequent class
     constant_pixel_accuracy: float
+    train: int  # training images with labels
 
     @property
     def titles(self) -> dict[str, str]:
@@ -171,6 +172,7 @@ def read_data(metrics: Path, params: Params) -> EvaluationData:
         "Segmentation" if params.data.ade20k is None else "ADE20K",
         read_value(scenes, "prepare_ade20k/constant_miou"),
         read_value(scenes, "prepare_ade20k/constant_pixel_accuracy"),
+        read_value(imagenet, "prepare_imagenet/train"),
     )
 
 

@@ -118,6 +118,7 @@ def notes(results: Results) -> list[str]:
     )
     error = decimal(50 / n**0.5)
     words = [f"{spread}; the sampling error of a top-1 over {n:,} images is up to {error} points (one standard error)."]
+    words.append(labels_note(results))
     if missing := without_number(results):
         words.append(f"NaN or infinite, so without a mean and a verdict: {'; '.join(missing)}.")
     if "teacher/linear_top1" in results.teacher:
@@ -137,6 +138,16 @@ def notes(results: Results) -> list[str]:
     if results.edited:
         words.append(f"Trained over an edit of the code, so not by one piece of code: {'; '.join(results.edited)}.")
     return [*words, CAPTIONS_CAVEAT]
+
+
+def labels_note(results: Results) -> str:
+    """Return the sentence that says how many labels each evaluation learned from."""
+    params = results.params
+    probes, tuning = (f"{100 * section.labels:g} %" for section in (params.linear_eval, params.finetune))
+    return (
+        f"Of the {results.data.train:,} labels of training images linear evaluation and k-NN had {probes}, the attentive probe "
+        f"100 % and fine-tuning {tuning}."
+    )
 
 
 def zero_shot_note(results: Results) -> str:

@@ -28,7 +28,7 @@ def results(**values: list[float]) -> Results:
             for seed in seeds
         ]
     )
-    data = EvaluationData("the built-in world", 20, 2000, 11, 400, "Segmentation", 2.1, 17.3)
+    data = EvaluationData("the built-in world", 20, 2000, 11, 400, "Segmentation", 2.1, 17.3, 8000)
     return Results(params, data, runs, summarise(runs), read_published(Path("reports/published.csv")), {}, {})
 
 

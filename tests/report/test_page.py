@@ -201,7 +201,7 @@ def results(**changes) -> Results:
     runs = pd.DataFrame(
         [{"variant": v, "seed": 0, **dict.fromkeys(TITLES, value)} for v, value in (("mae", 10.0), ("milan", 31.44))]
     )
-    measured = EvaluationData("the built-in world", 20, 2000, 11, 400, "Segmentation", 2.1, 17.3)
+    measured = EvaluationData("the built-in world", 20, 2000, 11, 400, "Segmentation", 2.1, 17.3, 8000)
     given = {
         "params": p,
         "data": measured,
@@ -300,7 +300,7 @@ def test_everything_from_files_is_escaped():
     published.loc[0, ["method", "source", "teacher"]] = [EVIL, f"{EVIL} https://example.org/{EVIL}", EVIL]
     wicked = a_run(f"{EVIL}@milan-0", 1)
     wicked.tags.update(hardware=EVIL, git_revision=EVIL)
-    r = results(published=published, data=EvaluationData(EVIL, 20, 2000, 11, 400, EVIL, 2.1, 17.3))
+    r = results(published=published, data=EvaluationData(EVIL, 20, 2000, 11, 400, EVIL, 2.1, 17.3, 8000))
     trail = [Origin(EVIL, {EVIL: EVIL}, wicked), Origin(EVIL, {EVIL: EVIL}, None)]
     rendered_cells = rendered(r, trail, [PackedData(Path(EVIL), {EVIL: 1}, EVIL, EVIL)], recipe=EVIL)
     texts = " ".join(rendered_cells.texts("td", "th", "dd", "pre", "h2"))

@@ -52,7 +52,7 @@ def study(tree, workplace) -> Path:
 def verdict(runs: pd.DataFrame) -> reproduction.Reproduction:
     variants, seeds = list(runs["variant"].unique()), [int(seed) for seed in runs["seed"].unique()]
     params = dataclasses.replace(read_params(RECIPE), variants=variants, seeds=seeds)
-    data = EvaluationData("the built-in world", 20, 2000, 11, 400, "Segmentation", 2.1, 17.3)
+    data = EvaluationData("the built-in world", 20, 2000, 11, 400, "Segmentation", 2.1, 17.3, 8000)
     return judge(Results(params, data, runs, None, None, {}, {}), RECIPE, LOCK, EVIDENCE)
 
 

@@ -201,7 +201,7 @@ def test_the_seeds_page_has_table_claims_numbers_and_lock(tree, workplace):
     shutil.copy(ROOT / "reports/published.csv", "reports")
     constant = {"prepare_ade20k/constant_miou": 1.5, "prepare_ade20k/constant_pixel_accuracy": 16.0}
     metrics = {"teacher.json": {}, "extract_targets.json": {}, "prepare_ade20k.json": {"prepare_ade20k/val": 400, **constant}}
-    metrics["prepare_imagenet.json"] = {"prepare_imagenet/classes": 20, "prepare_imagenet/val": 2000}
+    metrics["prepare_imagenet.json"] = {"prepare_imagenet/classes": 20, "prepare_imagenet/val": 2000, "prepare_imagenet/train": 8000}
     for (stage, name), variant, seed in [(m, v, s) for m in MEASURES.values() for v in ("mae", "milan") for s in range(3)]:
         metrics.setdefault(f"{stage}/{variant}-{seed}.json", {})[name] = 12.0 + seed if variant == "milan" else 10.0
     out = Path("evidence")

@@ -37,6 +37,7 @@ SETTINGS = {
     "extract_targets.figure_images": 4,
     "pretrain.epochs": 1,
     "linear_eval.epochs": 1,
+    "linear_eval.labels": 0.5,
     "attentive_probe.epochs": 2,
     "finetune.epochs": 1,
     "finetune.labels": 1.0,
@@ -90,6 +91,9 @@ def test_every_variant_gets_its_row(params, workplace):
     zero_shot = {variant for variant in params.variants if "linear_eval/zero_shot_top1" in metrics[variant]}
     assert zero_shot == {"clip_target", "prompt_decoder", "milan"}
     assert "pretrain/loss" not in metrics["scratch"] and all(0 < metrics[v]["pretrain/loss"] < 4 for v in widths)
+    # Linear evaluation has the labels of the same images: half of the two of each class.
+    lists = [Path("outs/linear_eval", f"{variant}-0", "labels.csv").read_text() for variant in params.variants]
+    assert len(set(lists)) == 1 and len({line.split(",")[2] for line in lists[0].splitlines()[1:]}) == len(lists[0].splitlines()) - 1 == 20
     # All variants begin with the same encoder and end with different ones.
     first = [encoders[variant]["blocks.0.attn.qkv.weight"] for variant in params.variants]
     assert all(not torch.equal(a, b) for i, a in enumerate(first) for b in first[:i])
