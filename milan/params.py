@@ -298,6 +298,7 @@ class Pretrain(Training):
     betas: Betas
     mask_ratio: Annotated[Float, Field(gt=0, lt=1)]  # share of the patches that the encoder does not see
     crop_scale: CropScale
+    monitor_epochs: AtLeast0  # epochs between two values of k-NN and RankMe on a fixed set of images; 0: none
     ablation: dict[VariantName, AblationRow]  # variants by name
 
 

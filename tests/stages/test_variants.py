@@ -1,7 +1,9 @@
 """Run every variant of the paper's ablation through its stages in one process, from drawn images to its row in the table."""
 
+import dataclasses
 from pathlib import Path
 
+import pandas
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -36,6 +38,7 @@ SETTINGS = {
     "extract_targets.views": 1,
     "extract_targets.figure_images": 4,
     "pretrain.epochs": 1,
+    "pretrain.monitor_epochs": 1,
     "linear_eval.epochs": 1,
     "attentive_probe.epochs": 2,
     "finetune.epochs": 1,
@@ -80,6 +83,17 @@ def test_every_variant_gets_its_row(params, workplace):
         metrics[variant] |= run(segment, params, f"segment/{variant}-0", scenes=scenes, **own)
         metrics[variant] |= run(dense_probe, params, f"dense_probe/{variant}-0", scenes=scenes, **own)
         encoders[variant] = load_file(own["weights"] / "encoder.safetensors")
+
+    # So few images are all in the monitor's set: its last neighbours are those of the linear evaluation.
+    for variant in params.variants[1:]:
+        curve = pandas.read_csv(CURVES / f"pretrain/{variant}-0.csv")
+        assert round(curve["knn_top1"].iloc[-1], 4) == metrics[variant]["linear_eval/knn_top1"]
+        assert 1 < curve["rankme"].iloc[-1] <= 40 and curve["rankme"].count() == 1
+    # Without the monitor the weights are the same bytes.
+    unwatched = dataclasses.replace(params, pretrain=dataclasses.replace(params.pretrain, monitor_epochs=0))
+    run(pretrain, unwatched, "unwatched", records=records, teacher=clip, bank=bank, variant="milan", seed=0)
+    for file in ("encoder.safetensors", "decoder.safetensors"):
+        assert Path("outs/unwatched", file).read_bytes() == Path("outs/pretrain/milan-0", file).read_bytes()
 
     # The variants predict nothing, the pixels of a patch, or the teacher's features.
     decoders = {variant: Path("outs/pretrain", f"{variant}-0", "decoder.safetensors") for variant in params.variants}
