@@ -311,6 +311,7 @@ class LinearEval(Training):
     crop_scale: CropScale
     views: Count  # 0, as published: a new crop every epoch; above 0: features of so many fixed crops, extracted once
     resize: Few  # short side of a validation image before the central crop
+    eval_epochs: AtLeast0  # epochs between two evaluations during the training, for the best of them; 0: after it alone
 
 
 @dataclass(frozen=True)
@@ -339,6 +340,7 @@ class Finetune(Training):
     random_erasing: Share  # probability
     pooling: Pooling  # of the tokens, before the head
     resize: Few
+    eval_epochs: AtLeast0  # epochs between two evaluations during the training, for the best of them; 0: after it alone
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ def model_outputs(
     dataset: Dataset,
     batch_size: int,
     device: torch.device,
-    name: str,
+    name: str | None,
     workers: int = 0,
     extra_keys: tuple[str, ...] = (),
     prepare: Callable[[Tensor], Tensor] = transforms.normalise,

@@ -1,4 +1,4 @@
-"""Scores of an evaluation: top-1 and top-5 accuracy, nearest-neighbour accuracy, RankMe, pairs for a confusion matrix.
+"""Scores of an evaluation: top-1 and top-5 accuracy, a training's best, nearest neighbours, RankMe, pairs for a confusion matrix.
 
 Scores are yielded as (name, value); the caller stores them.
 """
@@ -19,6 +19,12 @@ def accuracy(logits: Tensor, labels: Tensor, prefix: str) -> Iterator[tuple[str,
     hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
     yield f"{prefix}/top1", 100 * hits[:, 0].double().mean().item()
     yield f"{prefix}/top5", 100 * hits.any(dim=1).double().mean().item()
+
+
+def best_top1(curve: list[dict], prefix: str) -> Iterator[tuple[str, float]]:
+    """Yield (prefix/best_top1, %), the largest val/top1 in a training's curve; nothing where no point of it has one."""
+    if tops := [point["val/top1"] for point in curve if "val/top1" in point]:
+        yield f"{prefix}/best_top1", max(tops)
 
 
 @torch.inference_mode()

@@ -21,6 +21,12 @@ def test_accuracy_of_fewer_than_five_classes():
     assert values["p/top1"] == pytest.approx(100 / 3) and values["p/top5"] == 100
 
 
+def test_the_best_of_a_training_by_hand():
+    curve = [{"loss": 2.0}, {"loss": 1.5, "val/top1": 40.0}, {"loss": 1.0, "val/top1": 50.5}, {"loss": 0.9, "val/top1": 45.0}]
+    assert dict(scores.best_top1(curve, "here")) == {"here/best_top1": 50.5}
+    assert dict(scores.best_top1(curve[:1], "here")) == {}
+
+
 ANGLES = torch.tensor([0.0, 0.1, 0.3, 1.5, 1.6])
 POINTS = torch.stack([ANGLES.cos(), ANGLES.sin()], dim=1) * torch.tensor([[1.0], [5], [0.1], [3], [9]])  # lengths must not matter
 LABELS = torch.tensor([0, 0, 1, 1, 1])

@@ -9,7 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from milan.core.validation import validate
+from milan.method.encoder import Encoder
 from milan.params import Params
+from milan.training.weights import save_weights
 from stages import (
     attentive_probe,
     dense_probe,
@@ -50,6 +52,7 @@ SETTINGS = {
     "dense_probe.epochs": 2,
     "dense_probe.views": 1,
 }
+LOOKS = {"finetune.eval_epochs": 1, "linear_eval.eval_epochs": 1}
 METRICS, CURVES = Path("metrics"), Path("curves")
 
 
@@ -113,3 +116,31 @@ def test_every_variant_gets_its_row(params, workplace):
     run_main(report, params, out=Path("reports"), metrics=METRICS, curve=None, **given)
     rows = [line.split(" | ")[0] for line in Path("reports/table.md").read_text().splitlines() if line.startswith("| ")]
     assert rows[2:7] == ["| No pretraining", "| MAE", "| CLIP target", "| CLIP target, prompting decoder", "| MILAN"]
+
+
+def test_evaluations_in_between_change_nothing_else(params, tree, workplace):
+    """Weights, confusion matrix and last metrics are those of a training that is evaluated once."""
+    records, encoder = Path("outs/prepare_imagenet"), Path("outs/encoder")
+    run(prepare_imagenet, params, records.name)
+    save_weights(encoder / "encoder.safetensors", Encoder(params.model).vit.state_dict())
+    for key in ("finetune.epochs", "linear_eval.epochs"):
+        change(tree, key, 2)
+    once = validate(Params, tree, "params.yaml")
+    for key, value in LOOKS.items():
+        change(tree, key, value)
+    each = validate(Params, tree, "params.yaml")
+    given = {"records": records, "weights": encoder, "variant": "scratch", "seed": 0}
+    for module, weights, more in (
+        (finetune, "classifier.safetensors", {"confusion": Path("confusion.csv")}),
+        (linear_eval, "head.safetensors", {"teacher": Path("none")}),
+    ):
+        stage = module.__name__.removeprefix("stages.")
+        last = run(module, once, f"{stage}/once", **given, **more)
+        seen = run(module, each, f"{stage}/each", **given, **more)
+        files = [Path("outs", stage, name, weights).read_bytes() for name in ("once", "each")]
+        assert files[0] == files[1] and last.pop("recipe") != seen.pop("recipe")
+        curves = [pandas.read_csv(CURVES / stage / f"{name}.csv") for name in ("once", "each")]
+        assert curves[0].equals(curves[1][list(curves[0])])
+        tops = curves[1]["val/top1"].dropna()
+        assert list(tops.index) == [1, 3] and round(tops[3], 4) == last[f"{stage}/top1"]
+        assert seen == {**last, f"{stage}/best_top1": round(tops.max(), 4)}
