@@ -305,6 +305,7 @@ class Pretrain(Training):
     betas: Betas
     mask_ratio: Annotated[Float, Field(gt=0, lt=1)]  # share of the patches that the encoder does not see
     crop_scale: CropScale
+    monitor_epochs: AtLeast0  # epochs between two values of k-NN and RankMe on a fixed set of images; 0: none
     ablation: dict[VariantName, AblationRow]  # variants by name
 
 
@@ -321,6 +322,7 @@ class LinearEval(ImageTraining):
     """A linear probe on the frozen encoder's class token (the release's main_linprobe.py and FINETUNE.sh)."""
 
     labels: ShareAbove0  # share of each class's training labels in use, by the nearest neighbours too; 1: all
+    eval_epochs: AtLeast0  # epochs between two evaluations during the training, for the best of them; 0: after it alone
     optimizer: Literal["lars", "adamw"]
     momentum: Below1  # of LARS; of AdamW the first beta
     views: Count  # 0, as published: a new crop every epoch; above 0: features of so many fixed crops, extracted once
@@ -348,6 +350,7 @@ class Finetune(ImageTraining):
     label_smoothing: Below1
     random_erasing: Share  # probability
     pooling: Pooling  # of the tokens, before the head
+    eval_epochs: AtLeast0  # epochs between two evaluations during the training, for the best of them; 0: after it alone
 
 
 @dataclass(frozen=True)

@@ -137,9 +137,9 @@ class Stage:
             self.state.clean()
 
     def write_curve(self, curve: list[dict]) -> None:
-        """CSV with a column a name: what `dvc plots` draws."""
-        names = list(curve[0]) if curve else ["step", "epoch", "loss", "lr"]
-        lines = [",".join(names)] + [",".join(repr(point[name]) for name in names) for point in curve]
+        """CSV with a column a name: what `dvc plots` draws. A cell is empty where a point has no such value."""
+        names = dict.fromkeys(name for point in curve for name in point) or ["step", "epoch", "loss", "lr"]
+        lines = [",".join(names)] + [",".join(repr(point[name]) if name in point else "" for name in names) for point in curve]
         self.write_csv(self.args.curve, "\n".join(lines) + "\n", "curve")
 
     def write_confusion(self, pairs: list[tuple[str, str]]) -> None:

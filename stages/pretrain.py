@@ -2,7 +2,8 @@
 
 A variant is a row of pretrain.ablation: its target (pixels or CLIP features), decoder (MAE's or prompting) and masking
 (random or semantic aware). `scratch` is a random encoder. With pretrain.weights a released checkpoint takes the place of
-training, and only the evaluations run. Paper: section 3; release: main_pretrain.py.
+training, and only the evaluations run. Paper: section 3; release: main_pretrain.py. With pretrain.monitor_epochs the curve
+also holds nearest-neighbour accuracy and RankMe on a small fixed set of images (milan/evaluation/monitor.py).
 Costs: demo about a minute a variant; paper 400 epochs, 39 h on 8 A100 as published (the release's README).
 """
 
@@ -16,6 +17,7 @@ from milan.convert import interop
 from milan.core.identity import Identity
 from milan.data import seeding, transforms
 from milan.data.records import Records
+from milan.evaluation.monitor import Monitor
 from milan.method import target_bank
 from milan.method.encoder import Encoder
 from milan.method.model import MaskedPretraining
@@ -52,7 +54,8 @@ def main(stage: Stage) -> None:
 def identify(stage: Stage) -> Identity:
     """Return what the encoder depends on: the row of this variant only, and the bank by its content, not by its shards."""
     params, args = stage.params, stage.args
-    settings = {name: value for name, value in vars(params.pretrain).items() if name not in ("ablation", "weights")}
+    others = ("ablation", "weights", "monitor_epochs")
+    settings = {name: value for name, value in vars(params.pretrain).items() if name not in others}
     row, targets = params.pretrain.ablation[args.variant], params.extract_targets
     sections = {"pretrain": {**settings, "row": row}, "model": params.model, "compute": params.compute}
     sections["extract_targets"] = {"views": targets.views, "normalisation": targets.normalisation}
@@ -89,7 +92,18 @@ def train(params: Params, args: Namespace, saved: SavedState, stage: Stage, abou
         bank,
     )
     optimizer = optim.adamw(optim.decay_groups(model, params.pretrain.weight_decay), params.pretrain.betas)
-    settings = FitSettings(stage.title, params.pretrain, params.compute, params.runtime, args.seed, saved, stage.tracker.point)
+    every = params.pretrain.monitor_epochs
+    settings = FitSettings(
+        stage.title,
+        params.pretrain,
+        params.compute,
+        params.runtime,
+        args.seed,
+        saved,
+        stage.tracker.point,
+        monitor=Monitor(model.encoder, args.records, params, device) if every else None,
+        monitor_epochs=every,
+    )
 
     def to_inputs(batch: dict) -> tuple:
         images = transforms.normalise(batch["image"])

@@ -9,13 +9,15 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from milan.core.progress import track
 from milan.data import transforms
 from milan.training import distributed
+from milan.training.loop import ignore_stop_signals
 
 
-def rank_batches(dataset: Dataset, batch_size: int, device: torch.device, name: str, workers: int = 0) -> Iterator[dict]:
-    """Yield batches of this rank's samples (every world_size-th one), on the device; rank 0 shows progress under `name`."""
+def rank_batches(dataset: Dataset, batch_size: int, device: torch.device, name: str | None, workers: int = 0) -> Iterator[dict]:
+    """Yield batches of this rank's samples (every world_size-th one), on the device; rank 0 shows progress under `name`, where
+    there is one."""
     samples = Subset(dataset, range(distributed.rank(), len(dataset), distributed.world_size()))
-    loader = DataLoader(samples, batch_size=batch_size, num_workers=workers)
-    for batch in track(loader, name, len(loader)) if distributed.rank() == 0 else loader:
+    loader = DataLoader(samples, batch_size=batch_size, num_workers=workers, worker_init_fn=ignore_stop_signals)
+    for batch in track(loader, name, len(loader)) if name and distributed.rank() == 0 else loader:
         yield {key: value.to(device) for key, value in batch.items()}
 
 
@@ -25,7 +27,7 @@ def model_outputs(
     dataset: Dataset,
     batch_size: int,
     device: torch.device,
-    name: str,
+    name: str | None,
     workers: int = 0,
     extra_keys: tuple[str, ...] = (),
     prepare: Callable[[Tensor], Tensor] = transforms.normalise,
@@ -38,11 +40,12 @@ def model_outputs(
         extra = (batch[key] for key in extra_keys)
         outputs.append(model(prepare(batch["image"]), *extra).float().cpu())
         labels.append(batch["label"].cpu())
-    return tuple(gather_rows(torch.cat(parts) if parts else torch.empty(0), len(dataset)) for parts in (outputs, labels))
+    return gather_rows(outputs, len(dataset)), gather_rows(labels, len(dataset))
 
 
-def gather_rows(rows: Tensor, total: int) -> Tensor:
-    """Join the rows of all ranks, of which each holds every world_size-th one, into (total, ...) in order."""
+def gather_rows(own: list[Tensor], total: int) -> Tensor:
+    """Join the rows of all ranks, of which each holds every world_size-th one, in parts, into (total, ...) in order."""
+    rows = torch.cat(own) if own else torch.empty(0)
     if distributed.world_size() == 1:
         return rows
     parts: list = [None] * distributed.world_size()

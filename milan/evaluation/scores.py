@@ -1,8 +1,9 @@
-"""Scores of an evaluation: top-1 and top-5 accuracy, nearest-neighbour accuracy, pairs for a confusion matrix.
+"""Scores of an evaluation: top-1 and top-5 accuracy, a training's best, nearest neighbours, RankMe, pairs for a confusion matrix.
 
 Scores are yielded as (name, value); the caller stores them.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -18,6 +19,12 @@ def accuracy(logits: Tensor, labels: Tensor, prefix: str) -> Iterator[tuple[str,
     hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
     yield f"{prefix}/top1", 100 * hits[:, 0].double().mean().item()
     yield f"{prefix}/top5", 100 * hits.any(dim=1).double().mean().item()
+
+
+def best_top1(curve: list[dict], prefix: str) -> Iterator[tuple[str, float]]:
+    """Yield (prefix/best_top1, %), the largest val/top1 in a training's curve; nothing where no point of it has one."""
+    if tops := [point["val/top1"] for point in curve if "val/top1" in point]:
+        yield f"{prefix}/best_top1", max(tops)
 
 
 @torch.inference_mode()
@@ -46,6 +53,16 @@ def knn_top1(
         votes.scatter_add_(1, train_labels[neighbours], ((similarity - similarity[:, :1]) / temperature).exp())
         correct += (votes.argmax(dim=1) == labels.to(device)).sum()
     return 100 * distributed.total(correct).item() / len(test)
+
+
+def rankme(features: Tensor) -> float:
+    """Return RankMe of features (n, D), a smooth rank: the exponential of the entropy of their singular values, which are
+    divided by their sum (arXiv 2210.02885, without its epsilon: 0 log 0 is 0). It lies between 1, where all features are
+    multiples of one, and min(n, D). NaN where a feature is not finite, or all are 0."""
+    if not features.isfinite().all():
+        return math.nan
+    values = torch.linalg.svdvals(features.double())
+    return torch.special.entr(values / values.sum()).sum().exp().item()
 
 
 def confusion_pairs(predicted: Tensor, labels: Tensor, max_classes: int = 50, max_rows: int = 5000) -> Tensor:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ import pandas as pd
 
 from milan.core.errors import UserError
 from milan.params import Params
+from milan.report.text import decimal
 
 MEASURES = {  # column: (stage, name in its metrics file)
     "linear": ("linear_eval", "linear_eval/top1"),
@@ -76,19 +78,34 @@ class Results(NamedTuple):
     teacher: dict  # metrics of the stage teacher
     importance: dict  # metrics of the stage extract_targets
     edited: tuple[str, ...] = ()  # runs whose training went on over an edit of code
+    best: tuple[str, ...] = ()  # runs that were better before their last evaluation
 
 
 def read_results(metrics: Path, published: Path, params: Params) -> Results:
     """Read metrics (the folder of one data set) and published numbers. Raises UserError naming a missing file or entry."""
     runs = read_runs(metrics, params)
     reports = [read_metrics(metrics / f"{name}.json") for name in ("teacher", "extract_targets")]
-    return Results(params, read_data(metrics, params), runs, summarise(runs), read_published(published), *reports, edited_runs(metrics))
+    said = edited_runs(metrics), better_before(metrics, params)
+    return Results(params, read_data(metrics, params), runs, summarise(runs), read_published(published), *reports, *said)
 
 
 def edited_runs(metrics: Path) -> tuple[str, ...]:
     """Return "stage variant-seed (files)" for each run whose training went on although its code had been edited."""
     files = {path: read_metrics(path).get("edited_while_training") for path in sorted(metrics.glob("**/*.json"))}
     return tuple(f"{path.parent.name} {path.stem} ({names})" for path, names in files.items() if names)
+
+
+def better_before(metrics: Path, params: Params) -> tuple[str, ...]:
+    """Return "linear eval of MILAN, seed 0: 80.1 (last: 79.9)" for each run with an evaluation above the last, which the table
+    shows."""
+    said = []
+    for (column, (stage, name)), variant, seed in product(MEASURES.items(), params.variants, params.seeds):
+        path, best_name = metrics / stage / f"{variant}-{seed}.json", name.replace("/", "/best_")
+        if best_name in read_metrics(path):
+            best, last = (decimal(read_value(path, each)) for each in (best_name, name))
+            if best != last:
+                said.append(f"{title_in_sentence(TITLES[column])} of {method_name(variant)}, seed {seed}: {best} (last: {last})")
+    return tuple(said)
 
 
 def read_metrics(path: Path) -> dict:

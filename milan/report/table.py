@@ -135,6 +135,8 @@ def notes(results: Results) -> list[str]:
         )
     if results.params.data.imagenet and results.params.teacher.tiny:
         words.append(NAMES_CAVEAT)
+    if results.best:
+        words.append(f"The table shows the last evaluation; best of the training where it was better: {'; '.join(results.best)}.")
     if results.edited:
         words.append(f"Trained over an edit of the code, so not by one piece of code: {'; '.join(results.edited)}.")
     return [*words, CAPTIONS_CAVEAT]

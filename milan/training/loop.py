@@ -90,7 +90,9 @@ class FitSettings:
     """The settings of one training.
 
     name: shown in messages. log: called on rank 0 with each point of the curve, and at the end with the images per second.
-    schedule: the learning rate of an epoch (milan/training/optim.py). micro_batch: takes the place of training.micro_batch."""
+    schedule: the learning rate of an epoch (milan/training/optim.py). micro_batch: takes the place of training.micro_batch.
+    monitor: called on every rank, with the model in evaluation mode, every monitor_epochs epochs and after the last step; it
+    returns further values of the curve's point {name: value}, and must leave the model as it is."""
 
     name: str
     training: Training
@@ -101,6 +103,8 @@ class FitSettings:
     log: Callable[[dict], None] = discard
     schedule: Callable[..., float] = optim.lr_at
     micro_batch: int | None = None
+    monitor: Callable[[], dict[str, float]] | None = None
+    monitor_epochs: float = 0
 
 
 def fit(
@@ -110,7 +114,8 @@ def fit(
     settings: FitSettings,
     to_inputs: Callable[[dict], tuple],
 ) -> list[dict]:
-    """Train a model and return the curve: at most CURVE_POINTS points {"step", "epoch", "loss", "lr"}.
+    """Train a model and return the curve: points {"step", "epoch", "loss", "lr"}, at most CURVE_POINTS and those of the
+    monitor, which have its values too.
 
     model: model(*to_inputs(batch)) is the loss, a scalar. dataset: its items (epoch, sample index) are dicts of tensors, and
     a batch is such a dict on the model's device. Continues from settings.saved where that holds a state. Every process calls
@@ -238,7 +243,12 @@ class Loop:
     def ends_point(self) -> bool:
         """Return whether the current step is the last of a point of the curve."""
         total = self.order.total_steps
-        return self.step % math.ceil(total / CURVE_POINTS) == 0 or self.step == total
+        return self.step % math.ceil(total / CURVE_POINTS) == 0 or self.step == total or self.is_monitored()
+
+    def is_monitored(self) -> bool:
+        """Return whether the monitor looks at the model after the current step."""
+        every = max(1, round(self.settings.monitor_epochs * self.order.steps_per_epoch))
+        return self.settings.monitor is not None and (self.step % every == 0 or self.step == self.order.total_steps)
 
     def check(self, losses: list[Tensor]) -> bool:
         """Read the mean loss of the steps since the last check over all processes: only here the host waits for the device.
@@ -256,10 +266,19 @@ class Loop:
     def add_point(self, loss: float) -> None:
         """Add a point to the curve and log it."""
         epoch = round(self.step / self.order.steps_per_epoch, 4)
-        self.curve.append({"step": self.step, "epoch": epoch, "loss": loss, "lr": self.lr})
+        self.curve.append({"step": self.step, "epoch": epoch, "loss": loss, "lr": self.lr, **self.monitored()})
         self.checked = []
         if self.rank == 0:
             self.settings.log(self.curve[-1])
+
+    def monitored(self) -> dict[str, float]:
+        """Return what the monitor sees, where it looks at the model after the current step."""
+        if not self.is_monitored():
+            return {}
+        self.model.eval()
+        values = self.settings.monitor()
+        self.model.train()
+        return values
 
     def latest_loss(self) -> dict[str, float]:
         """Return the loss to show beside the progress, once there is one."""

@@ -1,7 +1,8 @@
-"""Scores worked out by hand: accuracies, nearest neighbours for any number of processes, confusion pairs."""
+"""Scores worked out by hand: accuracies, nearest neighbours for any number of processes, RankMe, confusion pairs."""
 
 import math
 
+import numpy
 import pytest
 import torch
 
@@ -18,6 +19,12 @@ def test_top_1_and_top_5_by_hand():
 def test_accuracy_of_fewer_than_five_classes():
     values = dict(scores.accuracy(torch.tensor([[1.0, 2], [1, 2], [2, 1]]), torch.tensor([1, 0, 1]), "p"))
     assert values["p/top1"] == pytest.approx(100 / 3) and values["p/top5"] == 100
+
+
+def test_the_best_of_a_training_by_hand():
+    curve = [{"loss": 2.0}, {"loss": 1.5, "val/top1": 40.0}, {"loss": 1.0, "val/top1": 50.5}, {"loss": 0.9, "val/top1": 45.0}]
+    assert dict(scores.best_top1(curve, "here")) == {"here/best_top1": 50.5}
+    assert dict(scores.best_top1(curve[:1], "here")) == {}
 
 
 ANGLES = torch.tensor([0.0, 0.1, 0.3, 1.5, 1.6])
@@ -61,6 +68,29 @@ def test_nearest_neighbours_in_parts_of_a_few_rows(monkeypatch):
     monkeypatch.setattr(scores, "MAX_SIMILARITIES", 10)  # two rows of five points
     labels = torch.tensor([0, 0, 1, 1, 0])
     assert scores.knn_top1(POINTS, LABELS, POINTS, labels, CPU, k=1) == 80
+
+
+def test_rankme_by_hand():
+    """Singular values 3 and 1 are shares of 3/4 and 1/4, whatever the scale and the axes."""
+    expected = (4 / 3) ** (3 / 4) * 4 ** (1 / 4)
+    turn = torch.tensor([[math.cos(0.7), -math.sin(0.7)], [math.sin(0.7), math.cos(0.7)]])
+    features = torch.tensor([[3.0, 0], [0, 1], [0, 0]])
+    assert scores.rankme(features) == pytest.approx(expected)
+    assert scores.rankme(100 * features @ turn) == pytest.approx(expected, rel=1e-6)
+    assert scores.rankme(torch.eye(7, 9)) == pytest.approx(7)
+    assert scores.rankme(torch.tensor([[1.0, 2], [2, 4], [-3, -6]])) == pytest.approx(1)  # multiples of one
+
+
+def test_rankme_is_what_numpy_says():
+    features = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)) + torch.arange(6)
+    shares = numpy.linalg.svd(features.double().numpy(), compute_uv=False)
+    shares /= shares.sum()
+    assert scores.rankme(features) == pytest.approx(numpy.exp(-(shares * numpy.log(shares)).sum()), rel=1e-9)
+
+
+def test_rankme_of_a_broken_encoder_is_no_number():
+    assert math.isnan(scores.rankme(torch.tensor([[1.0, math.inf], [0, 1]])))
+    assert math.isnan(scores.rankme(torch.zeros(3, 2)))
 
 
 def test_confusion_pairs_are_actual_and_predicted_in_order():

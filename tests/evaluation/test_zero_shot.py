@@ -26,7 +26,7 @@ ROWS = {
     "clip_target": AblationRow("clip", "mae", "random"),
     "milan": AblationRow("clip", "prompt", "semantic"),
 }
-LINEAR = LinearEval(1, 0, 4, 2, 0.1, 0, 0, None, [0.5, 1.0], 16, 1.0, "adamw", 0.9, 0)
+LINEAR = LinearEval(1, 0, 4, 2, 0.1, 0, 0, None, [0.5, 1.0], 16, 1.0, 0, "adamw", 0.9, 0)
 RECIPE = SimpleNamespace(
     model=SMALL,
     compute=Compute("cpu", 1, "fp32", True, False),

@@ -56,6 +56,19 @@ def metrics(tmp_path) -> Path:
     return tmp_path
 
 
+def test_the_table_shows_the_last_evaluation_and_notes_a_better_one(metrics):
+    assert "best of the training" not in table.markdown(read_results(metrics, PUBLISHED, recipe()))
+    write(metrics / "linear_eval/milan-0.json", **{"linear_eval/top1": 35.0, "linear_eval/best_top1": 35.2, "linear_eval/knn_top1": 34.0})
+    write(metrics / "finetune/mae-1.json", **{"finetune/top1": 12.4, "finetune/best_top1": 12.5})
+    write(metrics / "finetune/mae-0.json", **{"finetune/top1": 11.0, "finetune/best_top1": 11.04})  # prints alike
+    results = read_results(metrics, PUBLISHED, recipe())
+    assert cells(table.markdown(results), "MILAN")[4] == "36.0 (35.0–37.0)"
+    assert (
+        "The table shows the last evaluation; best of the training where it was better: linear eval of MILAN, seed 0: 35.2 "
+        "(last: 35.0); fine-tuning of MAE, seed 1: 12.5 (last: 12.4)."
+    ) in table.notes(results)
+
+
 def cells(text: str, algorithm: str) -> list[str]:
     line = next(line for line in text.splitlines() if line.startswith(f"| {algorithm} |"))
     return [cell.strip() for cell in line.strip("|").split("|")]

@@ -73,6 +73,7 @@ EDITS = {  # file that is edited: stages that DVC then runs again
     "milan/segmentation/miou.py": "prepare_ade20k segment dense_probe figures",
     "milan/evaluation/augmentation.py": "linear_eval attentive_probe finetune",
     "milan/evaluation/linear.py": "teacher linear_eval attentive_probe finetune dense_probe robustness",
+    "milan/evaluation/monitor.py": "pretrain linear_eval attentive_probe finetune",
     "milan/report/table.py": "report figures page",
     "milan/tracking/tracker.py": "",
     "milan/serve/serving.py": "",

@@ -205,6 +205,8 @@ def test_mlflow_holds_one_parent_with_its_stages(clone):
     assert milan.info.status == "FINISHED"
     losses = client.get_metric_history(milan.info.run_id, "train/loss")
     assert len(losses) >= 10 and losses[0].step < losses[-1].step
+    neighbours = client.get_metric_history(milan.info.run_id, "train/knn_top1")
+    assert [value.step for value in neighbours] == [10, 20, 30]  # every 2 epochs of 5 steps
     assert milan.data.params["pretrain.mask_ratio"] == "0.75"
     files = {file.path for file in client.list_artifacts(milan.info.run_id, "weights/milan-0")}
     assert "weights/milan-0/encoder.safetensors" in files

@@ -471,7 +471,7 @@ def test_a_half_packed_set_is_continued_only_by_the_code_that_began_it(workplace
 
 
 def test_pretraining_is_of_its_own_row_and_of_the_bank_s_content(workplace, tree, monkeypatch):
-    """Other variants, figure images, shard sizes, seeds and save intervals leave the digest as it is; another bank changes it."""
+    """Other variants, figure images, shard sizes, seeds, the monitor and save intervals leave the digest as it is; another bank changes it."""
     (manifest := Path("records/manifest.json")).parent.mkdir()
     manifest.write_text("{}")
     (weights := Path("teacher/teacher.safetensors")).parent.mkdir()
@@ -489,6 +489,7 @@ def test_pretraining_is_of_its_own_row_and_of_the_bank_s_content(workplace, tree
     change(tree, "extract_targets.shard_images", 7)
     change(tree, "seeds", [0, 1])
     change(tree, "runtime.save_seconds", 3)
+    change(tree, "pretrain.monitor_epochs", 3)
     assert digest() == base
     bank[0] = "content 2"
     assert digest() != base
@@ -548,6 +549,8 @@ def test_metrics_and_curve_are_written_as_dvc_reads_them(workplace, tree):
     made.write_curve([{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}])
     assert Path("m/m.json").read_text() == '{\n "a/images": 5,\n "b/top1": 12.3457,\n "recipe": "{digest}"\n}\n'.replace("{digest}", Identity({"a": "1"}).digest)
     assert Path("c/c.csv").read_text() == "step,loss\n1,0.5\n2,0.25\n"
+    made.write_curve([{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25, "rankme": 3.5}, {"step": 3, "loss": 0.125}])
+    assert Path("c/c.csv").read_text() == "step,loss,rankme\n1,0.5,\n2,0.25,3.5\n3,0.125,\n"
     made.write_curve([])
     assert Path("c/c.csv").read_text() == "step,epoch,loss,lr\n"
     assert made.title == "pretrain milan seed 3"

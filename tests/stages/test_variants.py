@@ -1,13 +1,17 @@
 """Run every variant of the paper's ablation through its stages in one process, from drawn images to its row in the table."""
 
+import dataclasses
 from pathlib import Path
 
+import pandas
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from milan.core.validation import validate
+from milan.method.encoder import Encoder
 from milan.params import Params
+from milan.training.weights import save_weights
 from stages import (
     attentive_probe,
     dense_probe,
@@ -36,6 +40,7 @@ SETTINGS = {
     "extract_targets.views": 1,
     "extract_targets.figure_images": 4,
     "pretrain.epochs": 1,
+    "pretrain.monitor_epochs": 1,
     "linear_eval.epochs": 1,
     "linear_eval.labels": 0.5,
     "attentive_probe.epochs": 2,
@@ -48,6 +53,7 @@ SETTINGS = {
     "dense_probe.epochs": 2,
     "dense_probe.views": 1,
 }
+LOOKS = {"finetune.eval_epochs": 1, "linear_eval.eval_epochs": 1}
 METRICS, CURVES = Path("metrics"), Path("curves")
 
 
@@ -82,6 +88,17 @@ def test_every_variant_gets_its_row(params, workplace):
         metrics[variant] |= run(dense_probe, params, f"dense_probe/{variant}-0", scenes=scenes, **own)
         encoders[variant] = load_file(own["weights"] / "encoder.safetensors")
 
+    # So few images are all in the monitor's set: its last neighbours are those of the linear evaluation.
+    for variant in params.variants[1:]:
+        curve = pandas.read_csv(CURVES / f"pretrain/{variant}-0.csv")
+        assert round(curve["knn_top1"].iloc[-1], 4) == metrics[variant]["linear_eval/knn_top1"]
+        assert 1 < curve["rankme"].iloc[-1] <= 40 and curve["rankme"].count() == 1
+    # Without the monitor the weights are the same bytes.
+    unwatched = dataclasses.replace(params, pretrain=dataclasses.replace(params.pretrain, monitor_epochs=0))
+    run(pretrain, unwatched, "unwatched", records=records, teacher=clip, bank=bank, variant="milan", seed=0)
+    for file in ("encoder.safetensors", "decoder.safetensors"):
+        assert Path("outs/unwatched", file).read_bytes() == Path("outs/pretrain/milan-0", file).read_bytes()
+
     # The variants predict nothing, the pixels of a patch, or the teacher's features.
     decoders = {variant: Path("outs/pretrain", f"{variant}-0", "decoder.safetensors") for variant in params.variants}
     assert [variant for variant in params.variants if not decoders[variant].exists()] == ["scratch"]
@@ -103,3 +120,31 @@ def test_every_variant_gets_its_row(params, workplace):
     run_main(report, params, out=Path("reports"), metrics=METRICS, curve=None, **given)
     rows = [line.split(" | ")[0] for line in Path("reports/table.md").read_text().splitlines() if line.startswith("| ")]
     assert rows[2:7] == ["| No pretraining", "| MAE", "| CLIP target", "| CLIP target, prompting decoder", "| MILAN"]
+
+
+def test_evaluations_in_between_change_nothing_else(params, tree, workplace):
+    """Weights, confusion matrix and last metrics are those of a training that is evaluated once."""
+    records, encoder = Path("outs/prepare_imagenet"), Path("outs/encoder")
+    run(prepare_imagenet, params, records.name)
+    save_weights(encoder / "encoder.safetensors", Encoder(params.model).vit.state_dict())
+    for key in ("finetune.epochs", "linear_eval.epochs"):
+        change(tree, key, 2)
+    once = validate(Params, tree, "params.yaml")
+    for key, value in LOOKS.items():
+        change(tree, key, value)
+    each = validate(Params, tree, "params.yaml")
+    given = {"records": records, "weights": encoder, "variant": "scratch", "seed": 0}
+    for module, weights, more in (
+        (finetune, "classifier.safetensors", {"confusion": Path("confusion.csv")}),
+        (linear_eval, "head.safetensors", {"teacher": Path("none")}),
+    ):
+        stage = module.__name__.removeprefix("stages.")
+        last = run(module, once, f"{stage}/once", **given, **more)
+        seen = run(module, each, f"{stage}/each", **given, **more)
+        files = [Path("outs", stage, name, weights).read_bytes() for name in ("once", "each")]
+        assert files[0] == files[1] and last.pop("recipe") != seen.pop("recipe")
+        curves = [pandas.read_csv(CURVES / stage / f"{name}.csv") for name in ("once", "each")]
+        assert curves[0].equals(curves[1][list(curves[0])])
+        tops = curves[1]["val/top1"].dropna()
+        assert list(tops.index) == [1, 3] and round(tops[3], 4) == last[f"{stage}/top1"]
+        assert seen == {**last, f"{stage}/best_top1": round(tops.max(), 4)}

@@ -131,15 +131,24 @@ def patient(run: FitSettings) -> FitSettings:
     return dataclasses.replace(run, runtime=dataclasses.replace(run.runtime, save_seconds=3600))
 
 
-def train(data: Points, run: FitSettings, out: Path | None = None) -> dict:
+def train(data: Points, run: FitSettings, out: Path | None = None, monitor_epochs: float = 0) -> dict:
     """Build, fit and save, as a stage does; weights are returned as lists, to be sent between processes."""
     set_up(run.compute)
     model = Regression()
+    if monitor_epochs:
+        run = dataclasses.replace(run, monitor=lambda: look(model), monitor_epochs=monitor_epochs)
     optimizer = optim.adamw(optim.decay_groups(model, run.training.weight_decay), (0.9, 0.95))
     curve = fit(model, data, optimizer, run, lambda batch: (batch["x"], batch["y"]))
     if out is not None and distributed.rank() == 0:
         save_weights(out, model.state_dict())
     return {"curve": curve, "weights": {name: tensor.tolist() for name, tensor in model.state_dict().items()}}
+
+
+def look(model: Regression) -> dict[str, float]:
+    """Return the model's mean answer to fixed points: a value of its weights alone, as dropout is off. Draw numbers meanwhile."""
+    torch.rand(3)
+    with torch.inference_mode():
+        return {"answer": distributed.mean(model.layers(torch.linspace(-1, 1, 30).view(5, 6)).mean()).item()}
 
 
 def digest(path: Path) -> str:
@@ -337,6 +346,33 @@ def test_a_point_s_mean_survives_an_interruption_between_its_checks(workplace, m
     state = settings().saved.load()
     assert (state["step"], len(state["curve"]), len(state["checked"])) == (15, 1, 1)
     assert train(Points(), settings(**options))["curve"] == whole
+
+
+def test_a_monitor_looks_every_so_many_epochs_and_leaves_the_training_as_it_is(workplace, undisturbed):
+    """3 steps an epoch: every 1.5 epochs, rounded to 4 steps, and after the last."""
+    result = train(Points(), settings(), workplace / "out", 1.5)
+    assert digest(workplace / "out") == undisturbed
+    assert [point["step"] for point in result["curve"] if "answer" in point] == [4, 8, 12]
+    model = Regression().eval()
+    model.load_state_dict({name: torch.tensor(value) for name, value in result["weights"].items()})
+    assert result["curve"][-1]["answer"] == look(model)["answer"]
+
+
+def test_a_monitored_step_is_a_point_of_the_curve(workplace, monkeypatch):
+    """60 steps, 5 points, and a look every 15 steps."""
+    monkeypatch.setattr("milan.training.loop.CURVE_POINTS", 5)
+    curve = train(Points(), settings(epochs=20), None, 5)["curve"]
+    assert [point["step"] for point in curve] == [12, 15, 24, 30, 36, 45, 48, 60]
+    assert [point["step"] for point in curve if "answer" in point] == [15, 30, 45, 60]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_the_monitor_saw_before_an_interruption_is_kept(workplace, processes):
+    whole = launched(processes, train, Points(), settings(name="undisturbed"), None, 1)
+    assert sum("answer" in point for point in whole["curve"]) == EPOCHS
+    with pytest.raises(RuntimeError, match="the lights went out"):
+        launched(processes, train, Points(at(2, 3, fail)), settings(), None, 1)
+    assert launched(processes, train, Points(), settings(), None, 1) == whole
 
 
 def test_a_damaged_state_falls_back_to_the_one_before(workplace, undisturbed, capfd):
