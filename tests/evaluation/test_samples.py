@@ -10,7 +10,6 @@ from milan.core.errors import UserError
 from milan.core.validation import validate
 from milan.data import records, seeding
 from milan.data.records import Records
-from milan.evaluation.linear import LinearHead
 from milan.evaluation.samples import balanced_subset, refuse_few_labels
 from milan.params import Params
 from stages import linear_eval
@@ -60,18 +59,16 @@ def grey_level(images: torch.Tensor) -> torch.Tensor:
     return ((images[:, :1, 0, 0] * 0.229 + 0.485) * 25.5).round()
 
 
-def test_layer_and_neighbours_see_the_drawn_images_alone(few, monkeypatch):
+def test_layer_and_neighbours_see_the_drawn_images_alone(few):
     params, train, val = few
     subset = balanced_subset([i % 3 for i in range(12)], 0.5, 0)
     assert linear_eval.labels_in_use(params, train) == subset and len(subset) == 6
     samples, inputs = linear_eval.training_data(params, 3, train, grey_level, CPU)
     features, labels = inputs({name: torch.stack([samples[0, i][name] for i in range(6)]) for name in ("features", "label")})
     assert len(samples) == 6 and features[:, 0].tolist() == subset and labels.tolist() == [i % 3 for i in subset]
-    seen = []
-    monkeypatch.setattr("milan.evaluation.scores.knn_top1", lambda *given: seen.append(given) or 0.0)
-    linear_eval.assess(params, train, val, grey_level, LinearHead(1, 3).eval(), CPU)
-    assert seen[0][0][:, 0].tolist() == subset and seen[0][1].tolist() == [i % 3 for i in subset]
-    assert seen[0][2][:, 0].tolist() == [0, 1, 2]
+    neighbours, labels = linear_eval.central_features(params, train, grey_level, CPU, subset)
+    assert neighbours[:, 0].tolist() == subset and labels.tolist() == [i % 3 for i in subset]
+    assert linear_eval.central_features(params, val, grey_level, CPU)[0][:, 0].tolist() == [0, 1, 2]
 
 
 def test_the_list_names_the_images(few):

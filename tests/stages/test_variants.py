@@ -42,7 +42,6 @@ SETTINGS = {
     "pretrain.epochs": 1,
     "pretrain.monitor_epochs": 1,
     "linear_eval.epochs": 1,
-    "linear_eval.labels": 0.5,
     "attentive_probe.epochs": 2,
     "finetune.epochs": 1,
     "finetune.labels": 1.0,
@@ -108,9 +107,13 @@ def test_every_variant_gets_its_row(params, workplace):
     zero_shot = {variant for variant in params.variants if "linear_eval/zero_shot_top1" in metrics[variant]}
     assert zero_shot == {"clip_target", "prompt_decoder", "milan"}
     assert "pretrain/loss" not in metrics["scratch"] and all(0 < metrics[v]["pretrain/loss"] < 4 for v in widths)
-    # Linear evaluation has the labels of the same images: half of the two of each class.
-    lists = [Path("outs/linear_eval", f"{variant}-0", "labels.csv").read_text() for variant in params.variants]
-    assert len(set(lists)) == 1 and len({line.split(",")[2] for line in lists[0].splitlines()[1:]}) == len(lists[0].splitlines()) - 1 == 20
+    # With half of the two labels of each class, every variant has those of the same images.
+    few = dataclasses.replace(params, linear_eval=dataclasses.replace(params.linear_eval, labels=0.5))
+    for variant in ("mae", "milan"):
+        weights = Path("outs/pretrain", f"{variant}-0")
+        run(linear_eval, few, f"few/{variant}", records=records, teacher=clip, weights=weights, variant=variant, seed=0)
+    lists = [Path("outs/few", variant, "labels.csv").read_text() for variant in ("mae", "milan")]
+    assert lists[0] == lists[1] and len({line.split(",")[2] for line in lists[0].splitlines()[1:]}) == lists[0].count("\n") - 1 == 20
     # All variants begin with the same encoder and end with different ones.
     first = [encoders[variant]["blocks.0.attn.qkv.weight"] for variant in params.variants]
     assert all(not torch.equal(a, b) for i, a in enumerate(first) for b in first[:i])
