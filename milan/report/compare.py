@@ -5,7 +5,7 @@ Notebook 1 shows the table; `mlflow ui` compares the same runs with their curves
 
 import pandas as pd
 
-from milan.report.results import MEASURES, TITLES, ZERO_SHOT
+from milan.report.results import MEASURES, OPTIONAL, TITLES
 from milan.report.text import DASH, decimal, in_markdown, markdown_table
 from milan.tracking.runs import first_line, open_store
 
@@ -31,7 +31,7 @@ def pretrained_models(client, scale: str) -> pd.DataFrame:
 def row_of(model, run) -> dict:
     metrics = {metric.key: metric.value for metric in model.metrics or []}
     recipe = {f"-S {key}": value for key, value in run.data.params.items() if not key.startswith(NO_RECIPE)}
-    measured = {**MEASURES, **ZERO_SHOT}
+    measured = {**MEASURES, **OPTIONAL}
     minutes = {"minutes": run.data.metrics[SECONDS] / 60} if SECONDS in run.data.metrics else {}
     return {
         "model": model.name,

@@ -29,7 +29,7 @@ from milan.report.provenance import StageRun
 from milan.report.results import read_results
 from milan.report.text import in_markdown, markdown_table
 
-EVALUATIONS = ("linear_eval", "finetune", "segment", "dense_probe")  # the stages to run, with the stages that they need
+EVALUATIONS = ("linear_eval", "finetune", "segment", "dense_probe", "robustness")  # the stages to run, with the stages that they need
 OUT = Path("reports/evidence")
 COMMITTED = ("milan", "stages", "conf", "dvc.yaml", "reports/published.csv")  # an experiment would take their changes along
 EXECUTIONS = Path(".dvc/tmp/exps/run")  # DVC's records of the experiments that it ran: a JSON file each
