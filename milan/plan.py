@@ -26,6 +26,7 @@ from milan.core.files import explain_os_errors
 from milan.core.program import fail
 from milan.evaluation.attentive import AttentiveHead
 from milan.evaluation.classifier import build_classifier
+from milan.ingest.world.drawing import WORLDS
 from milan.method.encoder import Encoder
 from milan.method.model import MaskedPretraining
 from milan.method.target_bank import bank_bytes
@@ -43,6 +44,13 @@ IMAGE_BYTES = 110_000  # mean size of an ImageNet JPEG
 SCENE_BYTES = 45_000  # mean size of an ADE20K scene with its annotation
 DRAWN_BYTES_PER_PIXEL = 2_500 / 48**2  # in JPEGs of the built-in world
 CLASSES = 1000  # of ImageNet
+ROBUSTNESS_IMAGES = {  # as published
+    "imagenet_a": 7_500,
+    "imagenet_r": 30_000,
+    "imagenet_sketch": 50_889,
+    "imagenet_v2": 10_000,
+    "imagenet_c": 19 * 5 * 50_000,
+}
 VOCABULARY = 20 * 49  # tokens of the built-in captions; hardly changes any count
 
 
@@ -220,8 +228,24 @@ def dense_cost(params: Params) -> Cost:
     return training_cost(head, lambda: head(features), 2, frozen_flops(of_crop, settings))
 
 
+def robustness_images(params: Params) -> int:
+    """Return the images of the robustness sets, as published, and of the corrupted validation images."""
+    given = {name for name, path in vars(params.data.robustness).items() if path}
+    images = sum(ROBUSTNESS_IMAGES[name] for name in given)
+    if "imagenet_c" in given:
+        return images
+    classes = CLASSES if params.data.imagenet else len(WORLDS[params.prepare_imagenet.world].classes)
+    return images + 25 * classes * params.prepare_robustness.images
+
+
+def robustness_cost(params: Params) -> Cost:
+    """Return the cost of an image: forward passes of the classifier and of the frozen encoder, which are of one size."""
+    encoder_flops = forward_flops(build_fake(lambda: Encoder(params.model)), fake_images(1, params.model.image_size))
+    return Cost(0, 2 * encoder_flops, 0.0, 0)
+
+
 def stage_plans(params: Params) -> list[StagePlan]:
-    """Return the plan of every training stage; pretraining has one for each variant."""
+    """Return the plan of every training stage, pretraining for each variant, and of robustness where it is measured."""
     train, scenes, seeds = params.prepare_imagenet.train, params.prepare_ade20k.train, len(params.seeds)
 
     def stage_plan(name: str, images: int, training: Training, cost: Cost, runs: int) -> StagePlan:
@@ -232,7 +256,8 @@ def stage_plans(params: Params) -> list[StagePlan]:
         for variant in params.variants
         if (cost := pretrain_cost(params, variant))
     ]
-    runs = seeds * len(params.variants)
+    runs, shifted, micro_batch = seeds * len(params.variants), robustness_images(params), params.robustness.micro_batch
+    robustness = [StagePlan("robustness", shifted, 1, micro_batch, micro_batch, robustness_cost(params), runs)] if shifted else []
     return [
         *pretraining,
         stage_plan("linear_eval", round(train * params.linear_eval.labels), params.linear_eval, linear_cost(params), runs),
@@ -240,6 +265,7 @@ def stage_plans(params: Params) -> list[StagePlan]:
         stage_plan("finetune", round(train * params.finetune.labels), params.finetune, finetune_cost(params), runs),
         stage_plan("segment", scenes, params.segment, segment_cost(params), runs),
         stage_plan("dense_probe", scenes, params.dense_probe, dense_cost(params), runs),
+        *robustness,
     ]
 
 

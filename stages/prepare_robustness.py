@@ -27,7 +27,7 @@ def main(stage: Stage) -> None:
     sections = {"prepare_robustness": section, "data.robustness": given, "view": view}
     identity = stage.identify(sections, records=args.records / "manifest.json")
     made_from = stage.folder_digest(identity)
-    paths = {name: Path(path) for name in robustness.SETS if (path := getattr(given, name))}
+    paths = {name: Path(path) for name, path in vars(given).items() if path}
     wnids, drawn = val.manifest.get("wnids", []), SCRATCH / f"corrupted-{made_from}"
     splits = robustness.find_splits(paths, {wnid: label for label, wnid in enumerate(wnids)})
     with whole_folder(args.out, made_from) as folder:

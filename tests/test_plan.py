@@ -86,6 +86,17 @@ def test_steps_and_hours_by_hand(stages):
     assert stages["dense_probe"].cost.parameters == 2 * 768 + 768 * 150 + 150
 
 
+def test_robustness_is_planned_where_sets_are_given(paper, stages):
+    """Two forward passes of ViT-B/16 (17.6 GMAC, 35.1 GFLOP) for each of 7,500 images of -A and 19 x 5 x 50,000 of -C."""
+    assert "robustness" not in stages
+    sets = dataclasses.replace(paper.data.robustness, imagenet_a="/a", imagenet_c="/c")
+    given = dataclasses.replace(paper, data=dataclasses.replace(paper.data, robustness=sets))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        planned = {stage.name: stage for stage in plan.stage_plans(given)}["robustness"]
+    assert planned.images == 4_757_500 and planned.steps == 4_757_500 // 256
+    assert planned.flops == pytest.approx(4_757_500 * 2 * 35.1e9, rel=0.01)
+
+
 def test_parameters_are_those_of_the_models(stages):
     """timm's ViT-B/16 has 85,798,656 without a head; pos_embed is trained in fine-tuning and not in pretraining."""
     assert stages["finetune"].cost.parameters == 85_798_656 + 768 * 1000 + 1000

@@ -1,10 +1,11 @@
 """Corrupt images in five ways and five strengths, and write them in ImageNet-C's layout.
 
-The strengths are those of Tiny ImageNet-C (hendrycks/robustness, ImageNet-C/create_c/make_tinyimagenet_c.py), but for the blur, of
-which we chose the radii for images of 48 pixels. Noise is keyed by (seed, "corruption", severity, index).
+The strengths are those of Tiny ImageNet-C, of contrast those of CIFAR-10-C (hendrycks/robustness, ImageNet-C/create_c/); the
+radii of the blur are ours, for images of 48 pixels. Noise is keyed by (seed, "corruption", severity, index).
 """
 
 import io
+import re
 from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
@@ -24,27 +25,35 @@ JOB_IMAGES = 20
 
 
 def write_corrupted(root: Path, val: Records, per_class: int, seed: int, view: tuple[int, int], processes: int) -> dict[str, int]:
-    """Write the first per_class images of each class to root/<corruption>/<severity>/<wnid>/<index>.JPEG, and return the label
-    of each class that has images.
+    """Write the first per_class images of each class to root/<corruption>/<severity>/<folder>/<index>.JPEG, and return {folder:
+    label} of the classes that have images.
 
     view: (resize, size) of the evaluation view, which is cut out first, as ImageNet-C's own images are."""
     places: dict[int, list[int]] = {}
     for index, label in enumerate(val.column("label")):
         places.setdefault(label, []).append(index)
     chosen = [index for indices in places.values() for index in indices[:per_class]]
-    with closing(ordered(partial(write_images, root, val, seed, view), chunks(chosen, JOB_IMAGES), processes)) as written:
+    folders = {label: class_folder(val.manifest["wnids"][label], label) for label in places}
+    with closing(ordered(partial(write_images, root, val, folders, seed, view), chunks(chosen, JOB_IMAGES), processes)) as written:
         for _ in written:
             pass
-    return {val.manifest["wnids"][label]: label for label in places}
+    return {folder: label for label, folder in folders.items()}
 
 
-def write_images(root: Path, val: Records, seed: int, view: tuple[int, int], indices: list[int]) -> None:
-    """Write all corrupted versions of these validation images."""
+def class_folder(wnid: str, label: int) -> str:
+    """Return the name of a class's folder: its WordNet id, else its label, because other names may be no names of folders."""
+    return wnid if re.fullmatch(r"n\d{8}", wnid) else str(label)
+
+
+def write_images(
+    root: Path, val: Records, folders: dict[int, str], seed: int, view: tuple[int, int], indices: list[int]
+) -> None:
+    """Write all corrupted versions of these validation images. folders: by label."""
     for index in indices:
         record = val[index]
         image = transforms.centre(transforms.decode(record["image"], record["name"]), *view).permute(1, 2, 0).numpy()
         for corruption, severity, version in versions(image, seed, index):
-            path = root / corruption / severity / val.manifest["wnids"][record["label"]] / f"{index:08d}.JPEG"
+            path = root / corruption / severity / folders[record["label"]] / f"{index:08d}.JPEG"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(version).save(path, **SAVED)
 
@@ -97,7 +106,7 @@ def to_bytes(values: np.ndarray) -> np.ndarray:
 STRENGTHS = {  # corruption: its function, and its strength in each severity
     "gaussian_noise": (noisy, (0.04, 0.08, 0.12, 0.15, 0.18)),
     "defocus_blur": (defocused, (0.75 / 48, 1 / 48, 1.5 / 48, 2 / 48, 2.5 / 48)),
-    "contrast": (faded, (0.4, 0.3, 0.2, 0.1, 0.05)),
+    "contrast": (faded, (0.75, 0.5, 0.4, 0.3, 0.15)),
     "pixelate": (pixelated, (0.9, 0.8, 0.7, 0.6, 0.5)),
     "jpeg_compression": (compressed, (65, 58, 50, 40, 25)),
 }

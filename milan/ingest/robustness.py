@@ -17,7 +17,6 @@ from milan.data.corruptions import ALEXNET_ERROR, CORRUPTIONS, IMAGENET_CLASSES,
 from milan.ingest.archives import list_files, passed_over, unreadable
 from milan.ingest.imagenet import images_of_classes, named_items
 
-SETS = ("imagenet_a", "imagenet_r", "imagenet_sketch", "imagenet_v2", "imagenet_c")
 SUBSETS = ("imagenet_a", "imagenet_r")
 SUBSET_CLASSES = 200  # of a subset of ImageNet's classes, as published
 
@@ -49,7 +48,7 @@ class ClassFolders:
 def find_splits(
     paths: dict[str, Path], labels: dict[str, int], corruptions: Iterable[str] = ALEXNET_ERROR
 ) -> dict[str, ClassFolders]:
-    """Return {split: its class folders} of the sets {name of SETS: folder}, without a look at the images.
+    """Return {split: its class folders} of the sets {key of data.robustness: folder}, without a look at the images.
 
     labels: {wnid: label} of the training set's classes; corruptions: those that imagenet_c must have. Raises one UserError that names every missing and every unknown folder."""
     roots, faults = {}, []

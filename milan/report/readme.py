@@ -21,7 +21,8 @@ README = Path("README.md")
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 TABLE, PLAN = Path("reports/table.csv"), Path("reports/plan/paper.txt")
 STUDIES = {"demo": Path("reports/evidence/seeds"), "demo_gpu": Path("reports/evidence/demo_gpu/seeds")}
-COLUMNS = {column: TITLES[column] for column in ("linear", "knn", "attentive", "finetune")} | {"miou": "mIoU", "dense": TITLES["dense"]}
+COLUMNS = {column: TITLES[column] for column in ("linear", "knn", "attentive", "finetune", "corrupted")}
+COLUMNS |= {"miou": "mIoU", "dense": TITLES["dense"]}
 SOURCES = "Top-1 and mIoU in %; a dash: not measured or not published. [All measures and all sources](reports/table.md)."
 
 

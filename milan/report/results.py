@@ -24,6 +24,20 @@ ZERO_SHOT = {  # further columns, of variants that predict CLIP features, when t
     "zero_shot": ("linear_eval", "linear_eval/zero_shot_top1"),
     "zero_shot_masked": ("linear_eval", "linear_eval/zero_shot_masked_top1"),
 }
+OPTIONAL = {  # columns that may have no number
+    **ZERO_SHOT,
+    "corrupted": ("robustness", "robustness/finetune/corrupted_top1"),  # without a set, not measured
+}
+HEADS = {"finetune": "fine-tuned", "linear": "linear layer"}  # whose robustness is measured
+ROBUSTNESS_TITLES = {  # measures of robustness; others are the top-1 of a corruption
+    "corrupted_top1": "Corrupted top-1",
+    "mce": "ImageNet-C mCE (lower is better)",
+    "imagenet_a_top1": "ImageNet-A",
+    "imagenet_r_top1": "ImageNet-R",
+    "imagenet_sketch_top1": "ImageNet-Sketch",
+    "imagenet_v2_top1": "ImageNet-V2",
+    "corrupted_extra_top1": "Extra corruptions",
+}
 TITLES = {
     "linear": "Linear eval",
     "knn": "k-NN",
@@ -31,6 +45,7 @@ TITLES = {
     "zero_shot_masked": "Zero-shot, masked",
     "attentive": "Attentive probe",
     "finetune": "Fine-tuning",
+    "corrupted": ROBUSTNESS_TITLES["corrupted_top1"],
     "miou": "ADE20K mIoU",
     "dense": "Dense probe mIoU",
 }
@@ -79,14 +94,16 @@ class Results(NamedTuple):
     importance: dict  # metrics of the stage extract_targets
     edited: tuple[str, ...] = ()  # runs whose training went on over an edit of code
     best: tuple[str, ...] = ()  # runs that were better before their last evaluation
+    robustness: pd.DataFrame = pd.DataFrame()  # means over seeds: a row per variant and head, a column per measure
 
 
 def read_results(metrics: Path, published: Path, params: Params) -> Results:
     """Read metrics (the folder of one data set) and published numbers. Raises UserError naming a missing file or entry."""
     runs = read_runs(metrics, params)
     reports = [read_metrics(metrics / f"{name}.json") for name in ("teacher", "extract_targets")]
-    said = edited_runs(metrics), better_before(metrics, params)
-    return Results(params, read_data(metrics, params), runs, summarise(runs), read_published(published), *reports, *said)
+    measured = (runs, summarise(runs), read_published(published), *reports)
+    said = (edited_runs(metrics), better_before(metrics, params), read_robustness(metrics, params))
+    return Results(params, read_data(metrics, params), *measured, *said)
 
 
 def edited_runs(metrics: Path) -> tuple[str, ...]:
@@ -133,13 +150,35 @@ def read_value(path: Path, name: str) -> float:
     return metrics[name]
 
 
+def optional_value(path: Path, name: str) -> float:
+    """Read one number of a metrics file, NaN where the stage was not run or did not measure it."""
+    return read_metrics(path).get(name, math.nan) if path.exists() else math.nan
+
+
+def read_robustness(metrics: Path, params: Params) -> pd.DataFrame:
+    """Return the means over seeds of every measure of robustness, NaN where a seed lacks it: a row per variant and head, a column
+    per measure that a run has, those of ROBUSTNESS_TITLES first."""
+    rows = {}
+    for variant in params.variants:
+        paths = [metrics / "robustness" / f"{variant}-{seed}.json" for seed in params.seeds]
+        runs = [read_metrics(path) if path.exists() else {} for path in paths]
+        for head in HEADS:
+            prefix = f"robustness/{head}/"
+            names = {name.removeprefix(prefix) for run in runs for name in run if name.startswith(prefix)}
+            if names:
+                rows[variant, head] = {name: sum(run.get(prefix + name, math.nan) for run in runs) / len(runs) for name in names}
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    first = [name for name in ROBUSTNESS_TITLES if name in table]
+    return table[[*first, *sorted(set(table) - set(first))]]
+
+
 def read_runs(metrics: Path, params: Params) -> pd.DataFrame:
     """Return a row per variant and seed of the recipe: variant, seed, and a column for each of TITLES, NaN also for infinity."""
 
     def numbers(variant: str, seed: int) -> dict:
-        path = {stage: metrics / stage / f"{variant}-{seed}.json" for stage, _ in MEASURES.values()}
+        path = {stage: metrics / stage / f"{variant}-{seed}.json" for stage, _ in (MEASURES | OPTIONAL).values()}
         values = {column: read_value(path[stage], name) for column, (stage, name) in MEASURES.items()}
-        values |= {column: read_metrics(path[stage]).get(name, math.nan) for column, (stage, name) in ZERO_SHOT.items()}
+        values |= {column: optional_value(path[stage], name) for column, (stage, name) in OPTIONAL.items()}
         return {column: value if math.isfinite(value) else math.nan for column, value in values.items()}
 
     rows = [

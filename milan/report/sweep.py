@@ -30,7 +30,7 @@ from milan.report import costs, plots
 from milan.report.costs import COSTS
 from milan.report.plots import Figure, plt
 from milan.report.provenance import StageRun
-from milan.report.results import FREE, MEASURES, TITLES, ZERO_SHOT, method_name
+from milan.report.results import FREE, MEASURES, OPTIONAL, TITLES, method_name
 from milan.report.text import DASH, decimal, in_markdown, markdown_table
 from milan.tracking.runs import parse_yaml, recipe_stages
 
@@ -159,7 +159,7 @@ def members(key: str, experiments: list[Experiment]) -> tuple[list[Experiment], 
 
 def rows(key: str, sweep: list[Experiment], known: list[StageRun]) -> pd.DataFrame:
     """Return one row per value, variant and seed with all measures; of repeated ones the newest counts. Variants with one
-    value only are left out, and so are zero-shot columns without a number."""
+    value only are left out, and so are optional columns without a number."""
     points = {}
     for experiment in sweep:
         value = flatten(experiment.recipe)[key]
@@ -168,13 +168,13 @@ def rows(key: str, sweep: list[Experiment], known: list[StageRun]) -> pd.DataFra
             for seed in experiment.recipe["seeds"]:
                 numbers = {
                     column: experiment.metrics.get(f"{stage}/{variant}-{seed}.json", {}).get(name)
-                    for column, (stage, name) in {**MEASURES, **ZERO_SHOT}.items()
+                    for column, (stage, name) in {**MEASURES, **OPTIONAL}.items()
                 }
                 if None not in [numbers[column] for column in MEASURES]:
                     point = {"value": value, "variant": variant, "seed": seed, "experiment": experiment.name}
                     points[str(value), variant, seed] = {**point, **numbers, **price.of(variant, seed)}
     table = pd.DataFrame(points.values(), columns=["value", "variant", "seed", *TITLES, *COSTS, "experiment"])
-    table = table.drop(columns=[column for column in ZERO_SHOT if table[column].isna().all()])
+    table = table.drop(columns=[column for column in OPTIONAL if table[column].isna().all()])
     numeric = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in table["value"])
     table = table.assign(value=table["value"] if numeric else table["value"].map(str))
     table = table[table.groupby("variant")["value"].transform("nunique") > 1]

@@ -15,9 +15,11 @@ import pandas as pd
 
 from milan.report import claims
 from milan.report.results import (
+    HEADS,
     KINDS,
     METHOD_NAMES,
     PUBLISHED_MEASURES,
+    ROBUSTNESS_TITLES,
     SHOWN,
     TITLES,
     ZERO_SHOT,
@@ -126,6 +128,8 @@ def notes(results: Results) -> list[str]:
         words.append(f"The teacher's own accuracy: {', '.join(scores)}.")
     if results.ours[list(ZERO_SHOT)].notna().any(axis=None):
         words.append(zero_shot_note(results))
+    if results.ours["corrupted"].notna().any():
+        words.append(corrupted_note(results))
     if "extract_targets/importance_on_object" in results.importance:
         names = ("importance_on_object", "object_area", "importance_above_area")
         on, area, above = (decimal(results.importance[f"extract_targets/{name}"]) for name in names)
@@ -164,6 +168,16 @@ def measured_where(results: Results) -> str:
     """Return `at scale demo`, or with real data `on flowers, at scale photos`."""
     data, scale = results.params.data, results.params.scale
     return f"on {data.title}, at scale {scale}" if data.imagenet else f"at scale {scale}"
+
+
+def corrupted_note(results: Results) -> str:
+    """Return the sentence that explains the column of corrupted images."""
+    if results.params.data.robustness.imagenet_c:
+        return "Corrupted top-1: of the fine-tuned classifier on ImageNet-C, the mean over its 15 corruptions and 5 severities."
+    return (
+        "Corrupted top-1: of the fine-tuned classifier on validation images that are corrupted in 5 ways and 5 strengths, the mean "
+        "over both. It is not divided by AlexNet's error, as ImageNet-C's mCE is: there is no AlexNet for these images."
+    )
 
 
 def heading(results: Results) -> str:
@@ -251,6 +265,7 @@ def markdown(results: Results) -> str:
     parts += [
         "![Bars of linear evaluation, fine-tuning, segmentation and dense probe by variant](plots/bars.png)",
         "![Loss curves](plots/curves.png)",
+        *robustness_section(results),
         *claims_section(results),
     ]
     for kind, title in KINDS.items():
@@ -268,6 +283,22 @@ def claims_section(results: Results) -> list[str]:
     notes, rows = claims.notes(results), claims.rows(results)
     table = [markdown_table(rows)] if rows else []
     return [f"### {in_markdown(claims.heading(results))}", *notes[:1], *table, *notes[1:]] if notes else []
+
+
+def robustness_section(results: Results) -> list[str]:
+    """Return the paragraphs on robustness; none where it was not measured."""
+    if results.robustness.empty:
+        return []
+    rows = [
+        {"Algorithm": method_name(variant), "Head": HEADS[head]} | {robustness_title(name): decimal(value) for name, value in row.items()}
+        for (variant, head), row in results.robustness.iterrows()
+    ]
+    said = "Top-1 in %, means over seeds. Of ImageNet-A and -R among their 200 classes. mCE: error by AlexNet's, over 15 corruptions."
+    return ["### Robustness", said, markdown_table(rows)]
+
+
+def robustness_title(name: str) -> str:
+    return ROBUSTNESS_TITLES.get(name, name.removesuffix("_top1").replace("_", " ").capitalize())
 
 
 def link_from_reports(text: str, path: str) -> str:

@@ -212,8 +212,8 @@ def test_the_seeds_page_has_table_claims_numbers_and_lock(tree, workplace):
     epochs, batch = tree["pretrain"]["epochs"], tree["pretrain"]["batch_size"]
     assert "../outs" not in text and f"| MILAN | ViT-tiny/8 | {epochs} | {batch} | 13.0 (12.0–14.0) |" in text
     assert (out / "table.csv").read_text().splitlines()[:2] == [
-        "variant,seed,linear,knn,zero_shot,zero_shot_masked,attentive,finetune,miou,dense",
-        "mae,0,10.0,10.0,,,10.0,10.0,10.0,10.0",
+        "variant,seed,linear,knn,zero_shot,zero_shot_masked,attentive,finetune,corrupted,miou,dense",
+        "mae,0,10.0,10.0,,,10.0,10.0,,10.0,10.0",
     ]
     assert (out / "claims.csv").read_text().splitlines()[1].endswith(",3.0,0.5159,5.4841,3,supported")
     assert yaml.safe_load((out / "dvc.lock").read_text())["stages"] == {"teacher": {"cmd": "t"}}

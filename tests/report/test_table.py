@@ -37,7 +37,8 @@ def write(path: Path, **metrics) -> None:
 @pytest.fixture
 def metrics(tmp_path) -> Path:
     """Write metrics of three variants with two seeds: fine-tuning is linear + 1, the attentive probe's is
-    linear + 2, mIoU is 50 - linear, the dense probe's is linear / 2."""
+    linear + 2, mIoU is 50 - linear, the dense probe's is linear / 2, and MILAN's top-1 on corrupted images is 20 and 21.5, with
+    the linear layer 10."""
     for variant, values in LINEAR.items():
         for seed, value in enumerate(values):
             name = f"{variant}-{seed}.json"
@@ -46,6 +47,9 @@ def metrics(tmp_path) -> Path:
             write(tmp_path / "attentive_probe" / name, **{"attentive_probe/top1": value + 2})
             write(tmp_path / "finetune" / name, **{"finetune/top1": value + 1})
             write(tmp_path / "segment" / name, **{"segment/miou": 50 - value})
+            if variant == "milan":
+                tops = {"robustness/finetune/corrupted_top1": 20 + 1.5 * seed, "robustness/finetune/pixelate_top1": 7.5}
+                write(tmp_path / "robustness" / name, **tops, **{"robustness/linear/corrupted_top1": 10})
             write(tmp_path / "dense_probe" / name, **{"dense_probe/miou": value / 2})
     images = {"classes": 20, "train": 8000, "val": 2500}
     write(tmp_path / "prepare_imagenet.json", **{f"prepare_imagenet/{name}": count for name, count in images.items()})
@@ -90,6 +94,7 @@ def test_means_and_ranges_by_hand(metrics):
         | {"zero_shot_masked": 20.04, "zero_shot_masked_low": 20.04, "zero_shot_masked_high": 20.04}
         | {"attentive": 38.02, "attentive_low": 37.0, "attentive_high": 39.04}
         | {"finetune": 37.02, "finetune_low": 36.0, "finetune_high": 38.04, "miou": 13.98, "miou_low": 12.96, "miou_high": 15.0}
+        | {"corrupted": 20.75, "corrupted_low": 20.0, "corrupted_high": 21.5}
         | {"dense": 18.01, "dense_low": 17.5, "dense_high": 18.52}
     )
 
@@ -98,10 +103,11 @@ def test_row_shows_mean_range_recipe_weights_and_curves(metrics):
     row = cells(table.markdown(read_results(metrics, PUBLISHED, recipe())), "MILAN")
     p = recipe()
     assert row[1:4] == [p.model.name, f"{p.pretrain.epochs:g}", str(p.pretrain.batch_size)]
-    assert row[4:6] == ["36.0 (35.0–37.0)", "35.0 (34.0–36.0)"] and row[8:11] == ["38.0 (37.0–39.0)", "37.0 (36.0–38.0)", "14.0 (13.0–15.0)"]
-    assert row[11] == "18.0 (17.5–18.5)" and row[12] == "[demo](../conf/scale/demo.yaml)"
-    assert row[13] == "[0](../outs/demo/pretrain/milan-0), [1](../outs/demo/pretrain/milan-1)"
-    assert row[14] == "[0](curves/demo/pretrain/milan-0.csv), [1](curves/demo/pretrain/milan-1.csv)"
+    assert row[4:6] == ["36.0 (35.0–37.0)", "35.0 (34.0–36.0)"]
+    assert row[8:11] == ["38.0 (37.0–39.0)", "37.0 (36.0–38.0)", "20.8 (20.0–21.5)"]
+    assert row[11:14] == ["14.0 (13.0–15.0)", "18.0 (17.5–18.5)", "[demo](../conf/scale/demo.yaml)"]
+    assert row[14] == "[0](../outs/demo/pretrain/milan-0), [1](../outs/demo/pretrain/milan-1)"
+    assert row[15] == "[0](curves/demo/pretrain/milan-0.csv), [1](curves/demo/pretrain/milan-1.csv)"
 
 
 def test_no_pretraining_has_no_epochs_and_no_curve(metrics):
@@ -121,6 +127,20 @@ def test_zero_shot_columns_and_their_explanation(metrics):
     assert r"30.0 (30.0--30.0) & 20.0 (20.0--20.0)" in table.latex(r) and "nan" not in text + table.csv(r) + table.latex(r)
 
 
+def test_robustness_has_a_column_and_a_table_of_its_own(metrics):
+    r = read_results(metrics, PUBLISHED, recipe())
+    text = table.markdown(r)
+    assert cells(text, "Algorithm")[9] == "Corrupted top-1" and cells(text, "MAE")[9] == "–", "a dash where it was not measured"
+    assert "| Algorithm | Head | Corrupted top-1 | Pixelate |" in text
+    assert "| MILAN | fine-tuned | 20.8 | 7.5 |" in text and "| MILAN | linear layer | 10.0 | – |" in text
+    assert any("there is no AlexNet" in said for said in table.notes(r))
+
+
+def test_without_robustness_there_is_no_word_of_it(metrics):
+    text = table.markdown(read_results(metrics, PUBLISHED, recipe(["scratch", "mae"])))
+    assert "### Robustness" not in text and "AlexNet" not in text
+
+
 def test_without_zero_shot_results_there_is_no_explanation(metrics):
     text = table.markdown(read_results(metrics, PUBLISHED, recipe(["scratch", "mae"])))
     assert cells(text, "MAE")[6:8] == ["–", "–"] and "- Zero-shot:" not in text
@@ -128,7 +148,7 @@ def test_without_zero_shot_results_there_is_no_explanation(metrics):
 
 def test_one_seed_has_no_range_and_says_so(metrics):
     text = table.markdown(read_results(metrics, PUBLISHED, recipe(seeds=[1])))
-    assert cells(text, "MILAN")[4:12] == ["37.0", "36.0", "30.0", "20.0", "39.0", "38.0", "13.0", "18.5"]
+    assert cells(text, "MILAN")[4:13] == ["37.0", "36.0", "30.0", "20.0", "39.0", "38.0", "21.5", "13.0", "18.5"]
     assert "One seed, so the spread over seeds is not known; the sampling error of a top-1 over 2,500 images is up to 1.0 points" in text
 
 
@@ -247,7 +267,9 @@ def test_notes_name_the_teacher_and_the_captions(metrics):
 def test_a_released_teacher_has_no_numbers_in_the_notes(metrics):
     write(metrics / "teacher.json")
     write(metrics / "extract_targets.json")
-    assert [said[:9] for said in table.notes(read_results(metrics, PUBLISHED, recipe()))] == ["Means ove", "Zero-shot", "The CLIP "]
+    assert [said[:9] for said in table.notes(read_results(metrics, PUBLISHED, recipe()))] == [
+        "Means ove", "Zero-shot", "Corrupted", "The CLIP ",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("missing", ["linear_eval/mae-1.json", "segment/milan-0.json", "prepare_ade20k.json", "teacher.json"])

@@ -92,7 +92,7 @@ def test_forced_reruns_leave_the_same_lock(clone):
     before = lock(clone)
     forced = [stage for stage in yaml.safe_load(before)["stages"] if stage != "pretrain@milan-0"]
     said = dvc(clone, "repro", "-f", "-s", *forced)
-    assert said.count(STAGE_WORDS) == len(forced) == 12
+    assert said.count(STAGE_WORDS) == len(forced) == 14
     assert lock(clone) == before
 
 
@@ -253,7 +253,7 @@ def test_status_reports_an_edit_at_once(clone):
     with edited(clone, *elsewhere):
         assert "up to date" in dvc(clone, "status", "pretrain@milan-0", "extract_targets", "prepare_imagenet")
         changed = json.loads(dvc(clone, "status", "--json"))
-    evaluations = {f"{stage}@milan-0" for stage in ("segment", "dense_probe", "linear_eval", "attentive_probe", "finetune")}
+    evaluations = {f"{stage}@milan-0" for stage in ("segment", "dense_probe", "linear_eval", "attentive_probe", "finetune", "robustness")}
     assert set(changed) == {"prepare_ade20k", "teacher", *evaluations, "report", "figures", "page"}
     with edited(clone, "milan/method/model.py"):
         said = dvc(clone, "status", "pretrain@milan-0")

@@ -32,6 +32,8 @@ def changes(data, teacher) -> dict:
         "scale": "paper",
         "data.imagenet": data / "imagenet",
         "data.ade20k": data / "ADEChallengeData2016.zip",
+        "data.robustness.imagenet_r": data / "imagenet-r",
+        "data.robustness.imagenet_v2": data / "imagenet-v2",
         "prepare_imagenet.expect": "null",
         "prepare_ade20k.expect": "null",
         "teacher.pretrained.file": teacher,
@@ -73,6 +75,9 @@ def data(tmp_path_factory):
             kind, mode = KINDS[i % len(KINDS)]
             split[name] = layouts.encoded(kind, mode, size=(240 + 11 * i, 230 + 17 * i), seed=i)
     layouts.tars(root / "imagenet", given=given)
+    shifted = layouts.encoded(size=(300, 260))
+    layouts.class_tree(root / "imagenet-r", {f"{wnid}/a.jpg": shifted for wnid in layouts.WNIDS[1:]})
+    layouts.class_tree(root / "imagenet-v2", {f"{label}/a.jpeg": shifted for label in range(3)})
     scenes = {}
     for split, n in {"training": 4, "validation": 2}.items():
         blocks = np.random.default_rng(n).integers(0, 151, (n, 7, 8)).repeat(40, axis=1).repeat(40, axis=2)
@@ -99,7 +104,7 @@ def test_from_the_tars_to_the_table(data, teacher, tmp_path):
     clone = clone_of(tmp_path / "milan")
     options = [word for key, value in changes(data, teacher).items() for word in ("-S", f"{key}={value}")]
     said = dvc(clone, "exp", "run", *options, "report")  # and the stages that it needs: all but figures and page
-    assert said.count("Running stage") == len(yaml.safe_load((clone / "dvc.lock").read_text())["stages"]) == 10
+    assert said.count("Running stage") == len(yaml.safe_load((clone / "dvc.lock").read_text())["stages"]) == 12
     metrics = {path.stem: json.loads(path.read_text()) for path in (clone / "reports/metrics/paper").rglob("*.json")}
     assert metrics["prepare_imagenet"] | {"recipe": 0} == {
         "prepare_imagenet/train": 12, "prepare_imagenet/val": 6, "prepare_imagenet/classes": 3, "recipe": 0,
@@ -108,6 +113,9 @@ def test_from_the_tars_to_the_table(data, teacher, tmp_path):
     assert json.loads((clone / "outs/paper/teacher/class_text.json").read_text())["names"] == layouts.IMAGENET_NAMES
     linear = json.loads((clone / "reports/metrics/paper/linear_eval/milan-0.json").read_text())
     assert all(0 <= linear[f"linear_eval/zero_shot{seen}_top1"] <= 100 for seen in ("", "_masked"))
+    robustness = json.loads((clone / "reports/metrics/paper/robustness/milan-0.json").read_text())
+    # One picture with a class of each: of R's two classes one is right, of V2's three.
+    assert robustness["robustness/finetune/imagenet_r_top1"] == 50 and robustness["robustness/linear/imagenet_v2_top1"] == 33.3333
     curve = pandas.read_csv(clone / "reports/curves/paper/pretrain/milan-0.csv")
     assert curve["lr"].tolist() == pytest.approx([0, 1.5e-4 * 4096 / 256])  # one step of warm-up, then the peak
     assert curve["loss"].min() > 0 and curve["loss"].max() < 4

@@ -230,16 +230,18 @@ HEAVY = {
     "finetune": ["records", "weights"],
     "segment": ["scenes", "weights"],
     "dense_probe": ["scenes", "weights"],
+    "prepare_robustness": ["records"],
+    "robustness": ["sets", "weights", "linear", "classifier"],
 }
 
 
 @pytest.mark.parametrize("name", HEAVY)
 def test_an_earlier_stage_s_output_is_missing(desk, name):
     arguments = [word for given in HEAVY[name] for word in (f"--{given}", f"nowhere/{given}")]
-    arguments += ["--out", "outs/made", "--metrics", "metrics.json"]
-    arguments += ["--curve", "curve.csv"] if name != "extract_targets" else []
+    arguments += ["--metrics", "metrics.json"] + (["--out", "outs/made"] if name != "robustness" else [])
+    arguments += ["--curve", "curve.csv"] if name not in ("extract_targets", "prepare_robustness", "robustness") else []
     arguments += ["--confusion", "confusion.csv"] if name == "finetune" else []
-    arguments += ["--variant", "milan", "--seed", "0"] if name not in ("teacher", "extract_targets") else []
+    arguments += ["--variant", "milan", "--seed", "0"] if name not in ("teacher", "extract_targets", "prepare_robustness") else []
     status, said = run_heavy(name, *arguments)
     assert status == 1, said
     assert "nowhere/" in refused(said, "outs/made", "metrics.json", "curve.csv") and "dvc repro" in said
@@ -281,6 +283,7 @@ def test_a_teacher_without_a_description(desk):
 
 @pytest.mark.parametrize("key, words", [
     ("pretrain.weights", ["pretrain.weights: /nowhere/milan.pth is missing"]),
+    ("data.robustness.imagenet_r", ["data.robustness.imagenet_r: /nowhere/milan.pth is missing, or no folder"]),
     ("report.published", ["report.published: /nowhere/milan.pth is missing"]),
     ("prepare_imagenet.size", ["data.imagenet: the recipe demo needs real data", "-S data.imagenet=/path"]),
 ])  # fmt: skip

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from milan.core.validation import validate
+from milan.ingest.corrupting import STRENGTHS
 from milan.method.encoder import Encoder
 from milan.params import Params
 from milan.training.weights import save_weights
@@ -20,8 +21,10 @@ from stages import (
     linear_eval,
     prepare_ade20k,
     prepare_imagenet,
+    prepare_robustness,
     pretrain,
     report,
+    robustness,
     segment,
     teacher,
 )
@@ -35,6 +38,7 @@ SETTINGS = {
     "prepare_imagenet.pairs": 40,
     "prepare_ade20k.train": 8,
     "prepare_ade20k.val": 4,
+    "prepare_robustness.images": 1,
     "teacher.epochs": 1,
     "teacher.warmup_epochs": 0.5,
     "extract_targets.views": 1,
@@ -75,6 +79,9 @@ def test_every_variant_gets_its_row(params, workplace):
     run(prepare_ade20k, params, scenes.name)
     run(teacher, params, clip.name, records=records)
     run(extract_targets, params, bank.name, records=records, teacher=clip)
+    sets = Path("outs", "prepare_robustness")
+    packed = run(prepare_robustness, params, sets.name, records=records)
+    assert [packed[name] for name in packed if name != "recipe"] == [20] * 25, "one of each class, corruption and strength"
     metrics, encoders = {}, {}
     for variant in params.variants:
         own = {"variant": variant, "seed": 0, "weights": Path("outs/pretrain", f"{variant}-0")}
@@ -85,6 +92,9 @@ def test_every_variant_gets_its_row(params, workplace):
         metrics[variant] |= run(finetune, params, f"finetune/{variant}-0", records=records, confusion=confusion, **own)
         metrics[variant] |= run(segment, params, f"segment/{variant}-0", scenes=scenes, **own)
         metrics[variant] |= run(dense_probe, params, f"dense_probe/{variant}-0", scenes=scenes, **own)
+        if variant == "milan":
+            heads = {head: Path("outs", stage, "milan-0") for head, stage in (("linear", "linear_eval"), ("classifier", "finetune"))}
+            metrics[variant] |= run(robustness, params, f"robustness/{variant}-0", sets=sets, **heads, **own)
         encoders[variant] = load_file(own["weights"] / "encoder.safetensors")
 
     # So few images are all in the monitor's set: its last neighbours are those of the linear evaluation.
@@ -121,6 +131,9 @@ def test_every_variant_gets_its_row(params, workplace):
 
     given = {"curves": CURVES, "published": ROOT / "reports/published.csv"}
     run_main(report, params, out=Path("reports"), metrics=METRICS, curve=None, **given)
+    corrupted = metrics["milan"]["robustness/finetune/corrupted_top1"]
+    names = [f"robustness/finetune/{name}_top1" for name in STRENGTHS]
+    assert corrupted == pytest.approx(sum(metrics["milan"][name] for name in names) / 5, abs=1e-3)
     rows = [line.split(" | ")[0] for line in Path("reports/table.md").read_text().splitlines() if line.startswith("| ")]
     assert rows[2:7] == ["| No pretraining", "| MAE", "| CLIP target", "| CLIP target, prompting decoder", "| MILAN"]
 
