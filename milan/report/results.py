@@ -98,9 +98,14 @@ def read_metrics(path: Path) -> dict:
         ) from None
     except (ValueError, RecursionError) as error:  # JSON's and UTF-8's errors are ValueErrors
         raise UserError(f"{path} is no valid JSON ({error}). Delete it and run `dvc repro` again.") from None
-    if not isinstance(metrics, dict) or not all(isinstance(value, (int, float, str)) for value in metrics.values()):
+    if not isinstance(metrics, dict) or not all(is_number(value) or isinstance(value, str) for value in metrics.values()):
         raise UserError(f"{path} is no valid JSON object of numbers and words. Delete it and run `dvc repro` again.")
     return metrics
+
+
+def is_number(value: object) -> bool:
+    """Return whether a value of JSON is a number that a float can hold."""
+    return isinstance(value, float) or (isinstance(value, int) and value.bit_length() <= 1000)
 
 
 def read_value(path: Path, name: str) -> float:
@@ -119,7 +124,10 @@ def read_runs(metrics: Path, params: Params) -> pd.DataFrame:
     def numbers(variant: str, seed: int) -> dict:
         path = {stage: metrics / stage / f"{variant}-{seed}.json" for stage, _ in MEASURES.values()}
         values = {column: read_value(path[stage], name) for column, (stage, name) in MEASURES.items()}
-        values |= {column: read_metrics(path[stage]).get(name, math.nan) for column, (stage, name) in ZERO_SHOT.items()}
+        values |= {
+            column: read_value(path[stage], name) if name in read_metrics(path[stage]) else math.nan
+            for column, (stage, name) in ZERO_SHOT.items()
+        }
         return {column: value if math.isfinite(value) else math.nan for column, value in values.items()}
 
     rows = [

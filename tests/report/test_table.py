@@ -105,6 +105,19 @@ def test_zero_shot_columns_and_their_explanation(metrics):
     assert r"30.0 (30.0--30.0) & 20.0 (20.0--20.0)" in table.latex(r) and "nan" not in text + table.csv(r) + table.latex(r)
 
 
+@pytest.mark.parametrize("name, value, said", [
+    ("linear_eval/zero_shot_top1", "high", "zero_shot_top1 is 'high' and no number"),
+    ("linear_eval/knn_top1", "high", "knn_top1 is 'high' and no number"),
+    ("linear_eval/knn_top1", 10**400, "no valid JSON object of numbers and words"),
+    ("linear_eval/zero_shot_top1", 10**400, "no valid JSON object of numbers and words"),
+])  # fmt: skip
+def test_a_value_that_is_no_number_is_named_with_its_file(metrics, name, value, said):
+    path = metrics / "linear_eval/milan-0.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    with pytest.raises(UserError, match=f"^{path}.*{said}"):
+        read_results(metrics, PUBLISHED, recipe())
+
+
 def test_without_zero_shot_results_there_is_no_explanation(metrics):
     text = table.markdown(read_results(metrics, PUBLISHED, recipe(["scratch", "mae"])))
     assert cells(text, "MAE")[6:8] == ["–", "–"] and "- Zero-shot:" not in text
