@@ -35,8 +35,9 @@ Ascending = must(lambda values: sorted(values) == values, "{} must not fall: the
 Distinct = must(lambda values: len(set(values)) == len(values), "{} names one of them twice")
 Betas = Annotated[list[Below1], Strict(), Pair]  # of Adam
 CropScale = Annotated[list[ShareAbove0], Strict(), Pair, Ascending]  # smallest and largest share of the area
-Folder = Annotated[Text, must(str.strip, "an empty path; give the folder of the data, or null for the built-in world")]
-SetFolder = Annotated[Text, must(str.strip, "an empty path; give the folder of the set, or null to leave it out")]
+WrittenOut = must(lambda path: not path.startswith("~"), "{!r}: write your home folder out; only a shell knows ~, at the start of a word")
+Folder = Annotated[Text, must(str.strip, "an empty path; give the folder of the data, or null for the built-in world"), WrittenOut]
+SetFolder = Annotated[Text, must(str.strip, "an empty path; give the folder of the set, or null to leave it out"), WrittenOut]
 Sha256 = Annotated[Text, must("[0-9a-fA-F]{64}", "{!r} is no SHA-256: 64 hexadecimal digits (null: not checked)")]
 TIMM = r"rand(-(m|n|mmax|inc)[0-9]{1,3}|-(mstd|p)[0-9]{1,3}([.][0-9]+)?|-t(weights|3aw|3a))+"
 RandAugment = Annotated[Text, must(TIMM, "{!r} is none of timm's, such as rand-m9-mstd0.5-inc1 (null: none)")]

@@ -50,7 +50,6 @@ def number(value: Any) -> Any:
 
 Int = Annotated[int, Strict(), BeforeValidator(number)]
 Float = Annotated[float, Strict(), BeforeValidator(number)]
-Text = Annotated[str, Strict()]
 Bool = Annotated[bool, Strict()]
 
 
@@ -64,6 +63,15 @@ def must(rule: Callable[[Any], Any] | str, text: str) -> AfterValidator:
         return value
 
     return AfterValidator(check)
+
+
+def is_text(text: str) -> bool:
+    """Return whether a text can be written to a file in UTF-8 and be part of a path: JSON and YAML also hold halves of
+    characters ("\\ud800") and NUL."""
+    return not re.search("[\0\ud800-\udfff]", text)
+
+
+Text = Annotated[str, Strict(), must(is_text, "{!a} holds characters that no text has")]
 
 
 def arithmetic(text: str) -> float:

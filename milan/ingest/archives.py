@@ -27,6 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from milan.core.errors import UserError, listed
+from milan.core.validation import is_text
 
 LIMIT = 1 << 28  # bytes of a member; no image of ImageNet or ADE20K has a tenth of it, a decompression bomb has more
 BLOCK = 512  # bytes of a tar's block
@@ -447,6 +448,7 @@ def label_names(path: Path, metadata: dict | None) -> list[str] | None:
         names = json.loads(metadata[b"huggingface"])["info"]["features"]["label"]["names"]
     except (TypeError, KeyError, ValueError, RecursionError):  # RecursionError: nested too deep to be anybody's metadata
         return None
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+    words = isinstance(names, list) and all(isinstance(name, str) and is_text(name) for name in names)
+    if not words or len(set(names)) < len(names):
         raise UserError(f"{path}: the names of the feature label, in the metadata, must be a list of distinct words.")
     return names

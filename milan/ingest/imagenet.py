@@ -7,6 +7,7 @@ An item is a row of the records with places (see archives.py) instead of bytes: 
 import dataclasses
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from functools import lru_cache
@@ -245,13 +246,11 @@ def class_folders(listing: Listing, folder: str) -> list[str]:
 
 def refuse_different_classes(root: Path, train: list[str], val: list[str]) -> None:
     """Raise UserError unless root/train and root/val have the same class folders: a label is an index in their list."""
-    differences = [
-        f"only {split} has {listed(names)}"
-        for split, names in (("train", sorted(set(train) - set(val))), ("val", sorted(set(val) - set(train))))
-        if names
-    ]
-    if differences:
-        raise UserError(f"{root}/train and {root}/val must have the same class folders: {'; '.join(differences)}.")
+    only = {"train": set(train) - set(val), "val": set(val) - set(train)}
+    if differences := [f"only {split} has {listed(sorted(names))}" for split, names in only.items() if names]:
+        plain = [{unicodedata.normalize("NFKC", name).strip().casefold() for name in names} for names in only.values()]
+        alike = " Some differ only in case, spaces or the Unicode form of accents: rename them." if plain[0] & plain[1] else ""
+        raise UserError(f"{root}/train and {root}/val must have the same class folders: {'; '.join(differences)}.{alike}")
 
 
 def flat_val(root: Path, places: list[Place], wnids: list[str]) -> list[dict]:

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from milan.core.errors import UserError, listed
+from milan.core.validation import is_text
 from milan.ingest.archives import regular, tar_texts, unreadable
 
 DEVKIT, META, TRUTH = "ILSVRC2012_devkit_t12.tar.gz", "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"
@@ -115,7 +116,7 @@ def read_class_names(path: Path) -> dict[str, str]:
         names = json.loads(read_text(path))
     except (ValueError, RecursionError):
         names = None
-    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+    if not isinstance(names, dict) or not all(isinstance(name, str) and is_text(name) for name in names.values()):
         raise UserError(f'{path} must be a JSON object of class folders and their names, such as {{"n01440764": "tench"}}.')
     return names
 

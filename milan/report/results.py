@@ -135,9 +135,14 @@ def read_metrics(path: Path) -> dict:
         ) from None
     except (ValueError, RecursionError) as error:  # JSON's and UTF-8's errors are ValueErrors
         raise UserError(f"{path} is no valid JSON ({error}). Delete it and run `dvc repro` again.") from None
-    if not isinstance(metrics, dict) or not all(isinstance(value, (int, float, str)) for value in metrics.values()):
+    if not isinstance(metrics, dict) or not all(is_number(value) or isinstance(value, str) for value in metrics.values()):
         raise UserError(f"{path} is no valid JSON object of numbers and words. Delete it and run `dvc repro` again.")
     return metrics
+
+
+def is_number(value: object) -> bool:
+    """Return whether a value of JSON is a number that a float can hold."""
+    return isinstance(value, float) or (isinstance(value, int) and value.bit_length() <= 1000)
 
 
 def read_value(path: Path, name: str) -> float:
@@ -152,7 +157,7 @@ def read_value(path: Path, name: str) -> float:
 
 def optional_value(path: Path, name: str) -> float:
     """Read one number of a metrics file, NaN where the stage was not run or did not measure it."""
-    return read_metrics(path).get(name, math.nan) if path.exists() else math.nan
+    return read_value(path, name) if path.exists() and name in read_metrics(path) else math.nan
 
 
 def read_robustness(metrics: Path, params: Params) -> pd.DataFrame:

@@ -250,7 +250,7 @@ def test_a_huge_label_is_refused_at_once(tmp_path):
     assert "data has the label 1099511627776 and 12 rows" in refusal(root)
 
 
-@pytest.mark.parametrize("names", [["a", "b", "a"], "abc", [1, 2, 3], {"0": "a", "1": "b", "2": "c"}])
+@pytest.mark.parametrize("names", [["a", "b", "a"], ["a", "b", "\ud800"], "abc", [1, 2, 3], {"0": "a", "1": "b", "2": "c"}])
 def test_class_names_of_another_form_in_parquet_are_named(tmp_path, names):
     root = parquets(tmp_path / "set")
     path = root / "data" / "train-00000-of-00002.parquet"
@@ -259,7 +259,7 @@ def test_class_names_of_another_form_in_parquet_are_named(tmp_path, names):
     assert "train-00000-of-00002.parquet: the names of the feature label" in refusal(root)
 
 
-CLASSES_OF_OTHERS = [b'{"0": ["n01440764", "tench"]}', b'{"n01440764": 0}', b'{"n01440764": "ten', b'["tench"]', b"null"]
+CLASSES_OF_OTHERS = [b'{"0": ["n01440764", "tench"]}', b'{"n01440764": 0}', b'{"n01440764": "ten', b'["tench"]', b"null", rb'{"n01440764": "\ud800"}']
 
 
 @pytest.mark.parametrize("content", [*CLASSES_OF_OTHERS, '{"n01440764": "pêche"}'.encode("latin-1"), None])
@@ -301,7 +301,15 @@ def test_a_file_instead_of_val_is_refused(tmp_path):
 
 def test_classes_that_differ_between_the_splits_are_named(tmp_path):
     root = class_tree(tmp_path, {f"{folder}/1.JPEG": b"x" for folder in ("train/a", "train/b", "val/a", "val/c")})
-    assert "only train has b; only val has c" in refusal(root)
+    said = refusal(root)
+    assert "only train has b; only val has c" in said and "differ only" not in said
+
+
+@pytest.mark.parametrize("train, val", [("pe\u0302che", "p\u00eache"), ("owl ", "owl"), ("Cat", "cat")], ids=ascii)
+def test_classes_that_look_alike_are_told_apart(tmp_path, train, val):
+    """As macOS, Windows and archives of others write one name in two ways."""
+    root = class_tree(tmp_path, {f"{folder}/1.JPEG": b"x" for folder in ("train/a", "val/a", f"train/{train}", f"val/{val}")})
+    assert "differ only in case, spaces or the Unicode form of accents" in refusal(root)
 
 
 def test_one_class_is_refused(tmp_path):

@@ -112,7 +112,7 @@ def test_row_shows_mean_range_recipe_weights_and_curves(metrics):
 
 def test_no_pretraining_has_no_epochs_and_no_curve(metrics):
     row = cells(table.markdown(read_results(metrics, PUBLISHED, recipe())), "No pretraining")
-    assert row[2:4] == ["–", "–"] and row[14] == "–"
+    assert row[2:4] == ["–", "–"] and row[15] == "–"
 
 
 def test_zero_shot_columns_and_their_explanation(metrics):
@@ -130,7 +130,7 @@ def test_zero_shot_columns_and_their_explanation(metrics):
 def test_robustness_has_a_column_and_a_table_of_its_own(metrics):
     r = read_results(metrics, PUBLISHED, recipe())
     text = table.markdown(r)
-    assert cells(text, "Algorithm")[9] == "Corrupted top-1" and cells(text, "MAE")[9] == "–", "a dash where it was not measured"
+    assert cells(text, "Algorithm")[10] == "Corrupted top-1" and cells(text, "MAE")[10] == "–", "a dash where it was not measured"
     assert "| Algorithm | Head | Corrupted top-1 | Pixelate |" in text
     assert "| MILAN | fine-tuned | 20.8 | 7.5 |" in text and "| MILAN | linear layer | 10.0 | – |" in text
     assert any("there is no AlexNet" in said for said in table.notes(r))
@@ -139,6 +139,19 @@ def test_robustness_has_a_column_and_a_table_of_its_own(metrics):
 def test_without_robustness_there_is_no_word_of_it(metrics):
     text = table.markdown(read_results(metrics, PUBLISHED, recipe(["scratch", "mae"])))
     assert "### Robustness" not in text and "AlexNet" not in text
+
+
+@pytest.mark.parametrize("name, value, said", [
+    ("linear_eval/zero_shot_top1", "high", "zero_shot_top1 is 'high' and no number"),
+    ("linear_eval/knn_top1", "high", "knn_top1 is 'high' and no number"),
+    ("linear_eval/knn_top1", 10**400, "no valid JSON object of numbers and words"),
+    ("linear_eval/zero_shot_top1", 10**400, "no valid JSON object of numbers and words"),
+])  # fmt: skip
+def test_a_value_that_is_no_number_is_named_with_its_file(metrics, name, value, said):
+    path = metrics / "linear_eval/milan-0.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    with pytest.raises(UserError, match=f"^{path}.*{said}"):
+        read_results(metrics, PUBLISHED, recipe())
 
 
 def test_without_zero_shot_results_there_is_no_explanation(metrics):
@@ -268,7 +281,7 @@ def test_a_released_teacher_has_no_numbers_in_the_notes(metrics):
     write(metrics / "teacher.json")
     write(metrics / "extract_targets.json")
     assert [said[:9] for said in table.notes(read_results(metrics, PUBLISHED, recipe()))] == [
-        "Means ove", "Zero-shot", "Corrupted", "The CLIP ",
+        "Means ove", "Of the 8,", "Zero-shot", "Corrupted", "The CLIP ",
     ]  # fmt: skip
 
 
