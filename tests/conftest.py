@@ -45,6 +45,7 @@ SLOW = (  # files, or tests, that run stages, servers or processes: `make test-f
     "stages/test_variants.py",
     "teacher/test_frozen.py::test_features_are_timm_s_without_registers",
     "test_benchmarks.py",
+    "test_export.py",
     "test_fuzz.py",
     "test_golden.py::test_stored_numbers_of_the_original",
     "test_plan.py::test_the_command",

@@ -83,6 +83,14 @@ def test_without_a_decoder_or_any_weights_it_says_so(tmp_path):
         milan.load_decoder  # noqa: B018
 
 
+def test_torch_hub_finds_both_functions(saved):
+    path = saved(model := model_of(AblationRow("clip", "prompt", "semantic"), 20))
+    for name, heads in (("load_encoder", {}), ("load_pretrained", {"decoder_heads": 2})):
+        loaded = torch.hub.load(str(ROOT), name, path, num_heads=3, source="local", **heads)
+        with torch.inference_mode():
+            assert getattr(loaded, "encoder", loaded)(IMAGES).equal(model.encoder(IMAGES))
+
+
 def test_importing_milan_loads_no_library():
     """What a stage starts with stays as quick as it was."""
     asked = "import sys; before = set(sys.modules); import milan; print({n.split('.')[0] for n in set(sys.modules) - before})"
