@@ -146,7 +146,7 @@ def test_without_robustness_there_is_no_word_of_it(metrics):
     ("linear_eval/knn_top1", "high", "knn_top1 is 'high' and no number"),
     ("linear_eval/knn_top1", 10**400, "no valid JSON object of numbers and words"),
     ("linear_eval/zero_shot_top1", 10**400, "no valid JSON object of numbers and words"),
-])  # fmt: skip
+], ids=["a word beside", "a word", "a huge number", "a huge number beside"])  # fmt: skip
 def test_a_value_that_is_no_number_is_named_with_its_file(metrics, name, value, said):
     path = metrics / "linear_eval/milan-0.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))

@@ -125,7 +125,7 @@ MEND = r"Fetch or copy it again \(`git checkout -- \S+other.safetensors` restore
     ("tiny.width", 100, "width 100 is no multiple of head_width 32"),
     ("tiny.context_length", 60_000, r"positional_embedding is \[20, 96\], not \[60000, 96\]"),
     ("tiny.conv_stem", False, "missing: visual.conv1.weight; unexpected: visual.conv1.0.weight"),
-])  # fmt: skip
+], ids=lambda value: str(value)[:20])  # fmt: skip
 def test_a_description_that_makes_no_teacher_is_refused_before_anything_is_built(key, value, said, trained, monkeypatch):
     """The file is named, its fault, and what to do about it; never DVC's cache, which does not hold it."""
     change(config := read_config(trained[0]), key, value)
