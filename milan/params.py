@@ -122,6 +122,7 @@ class PrepareImagenet(Section):
     world: World
     train: Images  # images to draw
     val: Images
+    holdout: Annotated[Float, Field(gt=0, lt=1)] | None  # share of real images for validation, where the set has none for it
     pairs: Annotated[Int, Field(ge=0, le=10**8)]  # captioned images, for the teacher alone
     size: Side | None  # of a drawn image; null: only real data will do
     short_side: Positive | None  # larger images are shrunk to it; null: files are kept as they are

@@ -3,14 +3,16 @@
 Give data.imagenet a folder that holds one of these; with null the built-in captioned world is drawn as real JPEG files in
 the first layout and packed by the very same code:
 
-    train/<class>/ and val/<class>/     or a val/ of images alone, with its labels as below (or as in Tiny ImageNet)
+    train/<class>/ and val/<class>/     (or Train/, training/; test/, validation/), or a val/ of images alone, with its labels
+                                        as below (or as in Tiny ImageNet)
+    <class>/                            with holdout, the share of the images for validation
     ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, read in place, with the val labels in one of
         ILSVRC2012_devkit_t12.tar.gz    as published
         LOC_val_solution.csv            as on Kaggle
         val_labels.txt                  lines of a file's name and its WordNet id
     train-*.parquet and val-*.parquet   (or validation-*, or in data/) with the columns image and label, as on Hugging Face
     images in any folders               without labels: pretraining and segmentation run, what needs labels does not.
-                                        val/ is for validation where there is one, else every 50th image is
+                                        val/ is for validation where there is one, else the share holdout, else every 50th image
 
 The captions of a teacher that is trained here come from pairs/captions.csv (columns file, caption), or from the names of the
 classes. A run that was killed, or that met broken files, keeps the shards that it finished.
@@ -80,7 +82,7 @@ def draw(root: Path, section: PrepareImagenet) -> None:
 
 def pack(root: Path, folder: Path, params: Params, given: str | None) -> dict:
     section = params.prepare_imagenet
-    images = imagenet.read_images(root)
+    images = imagenet.read_images(root, section.holdout if given else None)
     if given:
         counts = {"train": len(images.train), "val": len(images.val), "classes": len(images.classes)}
         imagenet.refuse_other_counts("prepare_imagenet", counts, section.expect)
@@ -105,8 +107,8 @@ def captioned(root: Path, images: imagenet.Images, params: Params) -> list[dict]
     if params.teacher.tiny:
         raise UserError(
             f"{root} has neither labels nor {root / 'pairs' / 'captions.csv'} (columns file, caption), and the teacher that is "
-            "trained here needs one of them. Write captions of some images, or take a released teacher, as the recipe paper "
-            "does (conf/scale/paper.yaml: teacher.tiny null, teacher.pretrained a model of open_clip)."
+            f"trained here needs one of them. Where its folders are classes, {imagenet.HOLD_OUT} reads them so, or move them to "
+            f"{root / 'train'} and {root / 'val'}. Else write captions of some images, or take a released teacher (-S scale=photos)."
         )
     return []
 

@@ -38,6 +38,7 @@ SLOW = (  # files, or tests, that run stages, servers or processes: `make test-f
     "report/test_text.py::test_a_class_s_name_does_not_run_on_dvc_s_page",
     "serve/test_serving.py",
     "stages/test_offline.py",
+    "stages/test_own_images.py",
     "stages/test_pipeline.py",
     "stages/test_rehearsal.py",
     "stages/test_stage.py",

@@ -5,6 +5,7 @@ An item is a row of the records with places (see archives.py) instead of bytes: 
 """
 
 import dataclasses
+import hashlib
 import os
 import re
 import unicodedata
@@ -23,9 +24,11 @@ TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 HELD_OUT = 50  # without a val/, every 50th image is held out for validation
 PARQUET = {"train": r"train-.*\.parquet", "val": r"val(idation)?-.*\.parquet"}
 BESIDE = ("pairs/", "val_objects/")  # folders of captions and of masks
-VALIDATION = {"val", "valid", "validation", "dev", "test"}  # names that others give to the folder beside train
+TRAINING = ("train", "training")  # names of the folder of training images, in any case
+VALIDATION = ("val", "valid", "validation", "dev", "test", "testing")  # and of the one beside it: the first that is there counts
+HOLD_OUT = "-S prepare_imagenet.holdout=0.1"
 LAYOUTS = (
-    f"train/ and val/ with a folder a class; {TRAIN_TAR} and {VAL_TAR} with {DEVKIT}, {KAGGLE} or {LABELS}; "
+    f"train/ and val/ with a folder a class; folders of classes alone, with {HOLD_OUT}; {TRAIN_TAR} and {VAL_TAR} with {DEVKIT}, {KAGGLE} or {LABELS}; "
     "train-*.parquet and val*-*.parquet; or images in any folders, without labels"
 )
 
@@ -42,20 +45,21 @@ class Images:
     unread: list[str] = dataclasses.field(default_factory=list)
 
 
-def read_images(root: Path) -> Images:
-    """Read the set in a folder of one of LAYOUTS, and print what its layout leaves unread. Raises UserError that names the
-    fault for any other folder, and where links or folders that belong to the set cannot be read."""
+def read_images(root: Path, holdout: float | None = None) -> Images:
+    """Read the set in a folder of one of LAYOUTS, and print what its layout leaves unread. holdout: the share of the images
+    that is held out for validation where the set has none for it. Raises UserError that names the fault for any other folder,
+    and where links or folders that belong to the set cannot be read."""
     if require_path(root, f"expected {LAYOUTS}").is_file():
         raise UserError(f"{root} is a file: data.imagenet names the folder that holds it. Expected {LAYOUTS}.")
     listing = list_files(root)
     listing.refuse_lost("pairs")
-    images = read_layout(listing)
+    images = read_layout(listing, holdout)
     used = (item["image"] for items in (images.train, images.val) for item in items)
     listing.tell_unread(used, lambda name: name == "classes.json" or name in TABLES or name.startswith(BESIDE), images.unread)
     return images
 
 
-def read_layout(listing: Listing) -> Images:
+def read_layout(listing: Listing, holdout: float | None) -> Images:
     """Read the set in one of LAYOUTS."""
     root = listing.root
     tables = {split: parquet_files(root, split) for split in ("train", "val")}
@@ -63,9 +67,28 @@ def read_layout(listing: Listing) -> Images:
         return from_tars(root)
     if tables["train"]:
         return from_parquet(root, tables)
-    if class_folders(listing, "train"):
-        return from_class_folders(listing)
-    return from_unlabelled(listing)
+    train = split_folder(listing, TRAINING)
+    beside = {folder.lower() for folder in class_folders(listing, "")} & {*VALIDATION}
+    if train == "train" or train and (beside or holdout):
+        return from_class_folders(listing, train, class_folders(listing, train), holdout)
+    if holdout and (classes := top_classes(listing)):
+        print(f"{root}: its {len(classes)} folders are read as classes (as images without labels: holdout=null).", flush=True)
+        return from_class_folders(listing, "", classes, holdout)
+    return from_unlabelled(listing, holdout)
+
+
+def split_folder(listing: Listing, names: tuple[str, ...]) -> str | None:
+    """Return the folder at the top with the first of these names, in any case, that holds folders; None without one."""
+    folders = [name for name in class_folders(listing, "") if name.lower() in names and class_folders(listing, name)]
+    return min(folders, key=lambda name: (names.index(name.lower()), name != name.lower(), name), default=None)
+
+
+def top_classes(listing: Listing) -> list[str]:
+    """Return the folders at the top that hold images, where they may be classes: two at least, none with the name of a split,
+    and no image beside them."""
+    tops = {name.partition("/")[0] for name in listing.files if is_image(name) and not name.startswith(BESIDE)}
+    may_be = len(tops) > 1 and tops <= listing.folders and not {name.lower() for name in tops} & {*TRAINING, *VALIDATION}
+    return sorted(tops) if may_be else []
 
 
 def from_tars(root: Path) -> Images:
@@ -98,19 +121,61 @@ def pictures(members: list[TarMember], archive: str, unread: list[str]) -> list[
     return [member for member in members if is_image(member.name)]
 
 
-def from_class_folders(listing: Listing) -> Images:
-    """Read train/<class>/ with val/<class>/, or with a val/ of pictures whose labels are in another file."""
-    root = listing.root
-    listing.refuse_lost("train", "val", "val_objects")
-    val = require_path(root / "val", f"expected {LAYOUTS}")
-    if val.is_file():
-        raise UserError(f"{val} is a file: make it the folder of the validation images. Expected {LAYOUTS}.")
-    train, wnids, val_wnids = image_folder(listing, "train"), class_folders(listing, "train"), class_folders(listing, "val")
+def from_class_folders(listing: Listing, train: str, wnids: list[str], holdout: float | None) -> Images:
+    """Read the classes in the folder `train` ("": the set's own) with val/<class>/, under any of its names, or with a val/ of
+    pictures whose labels are in another file, or with a share held out."""
+    root, val = listing.root, "val" if os.path.lexists(listing.root / "val") else split_folder(listing, VALIDATION)
+    listing.refuse_lost(train, "val", "val_objects", *([val] if val else []))
+    items = image_folder(listing, train, wnids)
+    if val is None and holdout:
+        return Images(*hold_out(items, holdout), wnids, class_names(root, wnids))
+    if val is None:
+        raise UserError(
+            f"{root / 'val'} is missing: move the validation images there, into folders of the classes as in {train}/, or "
+            f"{HOLD_OUT} holds out a tenth of {train}/. Expected {LAYOUTS}."
+        )
+    if (root / val).is_file():
+        raise UserError(f"{root / val} is a file: make it the folder of the validation images. Expected {LAYOUTS}.")
+    if (train, val) != ("train", "val"):
+        print(f"{root}: {train}/ is read as train/, and {val}/ as val/.", flush=True)
+    val_wnids = class_folders(listing, val)
     if val_wnids and (set(val_wnids) & set(wnids) or label_table(root) is None):
-        refuse_different_classes(root, wnids, val_wnids)
-        return Images(train, with_object_masks(root, image_folder(listing, "val")), wnids, class_names(root, wnids))
-    flat = [place for name, place in listing.files.items() if name.startswith("val/") and is_image(name)]
-    return Images(train, flat_val(root, flat, wnids), wnids, class_names(root, wnids))
+        refuse_different_classes(root, {train: wnids, val: val_wnids})
+        return Images(items, with_object_masks(root, image_folder(listing, val, val_wnids)), wnids, class_names(root, wnids))
+    flat = [place for name, place in listing.files.items() if name.startswith(f"{val}/") and is_image(name)]
+    return Images(items, flat_val(root, flat, wnids), wnids, class_names(root, wnids))
+
+
+def hold_out(items: list[dict], share: float) -> tuple[list[dict], list[dict]]:
+    """Divide items into those of training and the share that is held out. The digest of a file's bytes decides: an image is
+    always on the same side, whatever is beside it, and so are its copies. Raises UserError where a side or, of training, a
+    class has no image."""
+    sides: dict[bool, list[dict]] = {False: [], True: []}
+    for item in track(items, "digests (images)", len(items)):
+        sides[is_held_out(item["image"], share)].append(item)
+    train, val = sides.values()
+    said = f"prepare_imagenet.holdout {share:g} holds out {len(val):,} of {len(items):,} images"
+    if not train or not val:
+        raise UserError(f"{said}: take another share, or add images.")
+    if lost := sorted({str(class_of(item)) for item in items} - {str(class_of(item)) for item in train}):
+        raise UserError(f"{said} and leaves none to train on of {listed(lost)}: add images of them, or take a smaller share.")
+    print(f"{said} for validation, by the digests of their files.", flush=True)
+    return train, val
+
+
+def is_held_out(place: Place, share: float) -> bool:
+    """Return whether the digest of a file's bytes lies in the first `share` of all digests. A file that cannot be read is of
+    training: packing names it."""
+    try:
+        digest = hashlib.sha256(place.read()).digest()
+    except (OSError, ValueError):
+        return False
+    return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def class_of(item: dict) -> str | None:
+    """Return the class folder of a labelled item; None of one without a label."""
+    return item["name"].partition("/")[0] if "label" in item else None
 
 
 def from_parquet(root: Path, tables: dict[str, list[Path]]) -> Images:
@@ -130,9 +195,9 @@ def from_parquet(root: Path, tables: dict[str, list[Path]]) -> Images:
     return Images(**splits, wnids=wnids, classes=class_names(root, wnids))
 
 
-def from_unlabelled(listing: Listing) -> Images:
-    """Read images without labels from any folders. val/ is for validation, or without it every 50th image from the first on;
-    pairs/ and val_objects/ are left out; all others are for training. A file that links show twice is read once."""
+def from_unlabelled(listing: Listing, holdout: float | None) -> Images:
+    """Read images without labels from any folders. val/ is for validation, or without it the share `holdout`, or without that
+    every 50th image from the first on; pairs/ and val_objects/ are left out; all others are for training. A file that links show twice is read once."""
     root = listing.root
     listing.refuse_lost("")
     refuse_set_below(listing)
@@ -140,13 +205,18 @@ def from_unlabelled(listing: Listing) -> Images:
     names.sort(key=lambda name: not name.startswith("val/"))  # what val/ holds too is no training image
     once = {real_path(listing.files[name].path): name for name in reversed(names)}
     items = [{"image": listing.files[name], "name": name} for name in sorted(once.values())]
-    val = [item for item in items if item["name"].startswith("val/")] or items[::HELD_OUT]
+    val = [item for item in items if item["name"].startswith("val/")]
+    if items and holdout and not val:
+        val = hold_out(items, holdout)[1]
+    val = val or items[::HELD_OUT]
     if len(items) == len(val):
         raise UserError(f"{root} holds no images ({', '.join(sorted(IMAGES))}) to train on. Expected {LAYOUTS}.")
     held_out = {item["name"] for item in val}
     train = [item for item in items if item["name"] not in held_out]
-    also = [folder for folder in class_folders(listing, "") if folder.lower() in VALIDATION - {"val"} or folder in ("Val", "VAL")]
+    also = [folder for folder in class_folders(listing, "") if folder.lower() in VALIDATION and folder != "val"]
     more = f" Images of {listed(also)} are of training, too: only val/ is held out." if also else ""
+    if classes := top_classes(listing):
+        more = f" Where its {len(classes)} folders are classes: {HOLD_OUT}."
     print(f"{root} is read as images without labels: {len(train):,} of training, {len(val):,} of validation.{more}", flush=True)
     return Images(train, val, wnids=[], classes=[])
 
@@ -162,18 +232,17 @@ def real_folder(path: Path) -> str:
 
 
 def refuse_set_below(listing: Listing) -> None:
-    """Raise UserError where a labelled set lies in a folder below, or under other names than train/ and val/: its labels would
-    be dropped and its validation images trained on."""
+    """Raise UserError where a labelled set lies in a folder below: its labels would be dropped and its validation images
+    trained on."""
     for folder in sorted(listing.folders):
         parent, _, name = folder.rpartition("/")
-        if name.lower() != "train":  # first: the rest looks at all folders again
+        if name.lower() not in TRAINING:  # first: the rest looks at all folders again
             continue
         beside = {sibling.lower() for sibling in class_folders(listing, parent)}
-        if beside & VALIDATION and class_folders(listing, folder):
-            advice = f"set data.imagenet to {listing.root / parent}" if parent else "name its folders train/ and val/"
+        if beside & {*VALIDATION} and class_folders(listing, folder):
             raise UserError(
                 f"{listing.root / folder} holds folders of classes, and {listing.root} would be read as images without labels: "
-                f"{advice}. (If they are no classes, rename {name}/.)"
+                f"set data.imagenet to {listing.root / parent}. (If they are no classes, rename {name}/.)"
             )
     for name in listing.files:
         path = PurePosixPath(name)
@@ -203,13 +272,12 @@ def file_name(place: Place) -> str:
     return place.path.name if isinstance(place, File) else PurePosixPath(place.name).name
 
 
-def image_folder(listing: Listing, split: str) -> list[dict]:
-    """Read the images of split/<class>/, also in folders below it, as items. Classes are in the order of their folders' names
-    (in ImageNet the WordNet ids). Raises UserError for a class without images."""
-    by_class = images_of_classes(listing, split)
-    wnids = list(by_class)
+def image_folder(listing: Listing, folder: str, wnids: list[str]) -> list[dict]:
+    """Read the images of <folder>/<class>/ ("": of <class>/), also in folders below it, as items. Classes are in the order of
+    wnids, which is that of their folders' names. Raises UserError for a class without images."""
+    by_class = images_of_classes(listing, folder)
     items = [item for label, wnid in enumerate(wnids) for item in named_items(wnid, label, by_class[wnid])]
-    refuse_empty_classes(listing.root / split, wnids, items)
+    refuse_empty_classes(listing.root / folder, wnids, items)
     return items
 
 
@@ -244,13 +312,14 @@ def class_folders(listing: Listing, folder: str) -> list[str]:
     return sorted(name.rpartition("/")[2] for name in listing.folders if name.rpartition("/")[0] == folder)
 
 
-def refuse_different_classes(root: Path, train: list[str], val: list[str]) -> None:
-    """Raise UserError unless root/train and root/val have the same class folders: a label is an index in their list."""
-    only = {"train": set(train) - set(val), "val": set(val) - set(train)}
+def refuse_different_classes(root: Path, classes: dict[str, list[str]]) -> None:
+    """Raise UserError unless both folders of root have the same class folders: a label is an index in their list."""
+    (train, own), (val, other) = classes.items()
+    only = {train: set(own) - set(other), val: set(other) - set(own)}
     if differences := [f"only {split} has {listed(sorted(names))}" for split, names in only.items() if names]:
         plain = [{unicodedata.normalize("NFKC", name).strip().casefold() for name in names} for names in only.values()]
         alike = " Some differ only in case, spaces or the Unicode form of accents: rename them." if plain[0] & plain[1] else ""
-        raise UserError(f"{root}/train and {root}/val must have the same class folders: {'; '.join(differences)}.{alike}")
+        raise UserError(f"{root / train} and {root / val} must have the same class folders: {'; '.join(differences)}.{alike}")
 
 
 def flat_val(root: Path, places: list[Place], wnids: list[str]) -> list[dict]:

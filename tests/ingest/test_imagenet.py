@@ -1,5 +1,6 @@
 """The layouts of ImageNet and ADE20K: all of them give the same items for the same images, and faults are named."""
 
+import hashlib
 import io
 import json
 import os
@@ -92,10 +93,10 @@ def test_names_of_the_classes(tmp_path, layout, wnids, classes):
     assert imagenet.read_images(tmp_path / "set").classes == [base[0], "the second", base[2]]
 
 
-def refusal(root: Path) -> str:
+def refusal(root: Path, holdout: float | None = None) -> str:
     """Return the text of the error that read_images raises."""
     with pytest.raises(UserError) as error:
-        imagenet.read_images(root)
+        imagenet.read_images(root, holdout)
     return str(error.value)
 
 
@@ -483,13 +484,94 @@ def test_images_without_labels_behind_links_are_read_once(tmp_path, capsys):
     assert "more (a link to /nowhere) cannot be read" in refusal(root)
 
 
+# Other names of the folders, and folders of classes alone.
+
+
+def by_class(*splits: str) -> dict[str, bytes]:
+    """Return files of classes a and b in each folder ("": at the top)."""
+    return {f"{split}{name}.jpg": f"{split}{name}".encode() for split in splits for name in ("a/0", "b/1")}
+
+
+@pytest.mark.parametrize("train, val", [
+    ("train", "test"), ("Train", "Test"), ("TRAIN", "VAL"), ("training", "validation"), ("Training", "testing"), ("train", "valid"), ("train", "dev"),
+])  # fmt: skip
+def test_the_folders_of_the_splits_have_other_names(tmp_path, capsys, train, val):
+    dataset = imagenet.read_images(class_tree(tmp_path, by_class(f"{train}/", f"{val}/")))
+    assert contents(dataset.train) == [("a/0.jpg", 0, f"{train}/a/0".encode()), ("b/1.jpg", 1, f"{train}/b/1".encode())]
+    assert contents(dataset.val) == [("a/0.jpg", 0, f"{val}/a/0".encode()), ("b/1.jpg", 1, f"{val}/b/1".encode())]
+    assert capsys.readouterr().out == f"{tmp_path}: {train}/ is read as train/, and {val}/ as val/.\n"
+
+
+def test_of_several_folders_of_validation_the_first_name_counts(tmp_path, capsys):
+    dataset = imagenet.read_images(class_tree(tmp_path, by_class("train/", "test/", "Valid/")))
+    assert contents(dataset.val)[0][2] == b"Valid/a/0"
+    said = capsys.readouterr().out
+    assert "Valid/ as val/." in said and "Not read in" in said and "2 .jpg (such as test/a/0.jpg)" in said
+
+
+def test_training_classes_without_validation_images_name_both_ways(tmp_path):
+    said = refusal(class_tree(tmp_path, by_class("Train/") | {"test/1.jpg": b"1"}))
+    assert f"{tmp_path / 'val'} is missing: move the validation images there, into folders of the classes as in Train/" in said
+    assert "or -S prepare_imagenet.holdout=0.1 holds out a tenth of Train/" in said
+
+
+def photos(classes: str, each: int) -> dict[str, bytes]:
+    return {f"{name}/{k}.jpg": f"{name} {k}".encode() for name in classes for k in range(each)}
+
+
+def test_folders_of_classes_alone_with_a_share_held_out(tmp_path, capsys):
+    """The digests decide, so a copy is on its original's side and an added image moves no other."""
+    class_tree(tmp_path, photos("abc", 100) | {"c/copy.jpg": b"a 7", "readme.txt": b"r"})
+    dataset = imagenet.read_images(tmp_path, holdout=0.25)
+    assert dataset.classes == ["a", "b", "c"] and len(dataset.train) + len(dataset.val) == 301
+    held = {data for _, _, data in contents(dataset.val)}
+    assert held == {data for data in photos("abc", 100).values() if hashlib.sha256(data).digest()[0] < 64}  # a quarter of 256
+    assert held.isdisjoint(data for _, _, data in contents(dataset.train)) and 50 < len(held) < 100
+    assert ("a/3.jpg", 0, b"a 3") in contents(dataset.train + dataset.val) and ("c/copy.jpg", 2, b"a 7") in contents(dataset.train + dataset.val)
+    said = capsys.readouterr().out
+    assert f"{tmp_path}: its 3 folders are read as classes (as images without labels: holdout=null).\n" in said
+    assert f"prepare_imagenet.holdout 0.25 holds out {len(dataset.val)} of 301 images for validation" in said
+    more = imagenet.read_images(class_tree(tmp_path, photos("d", 50)), holdout=0.25)
+    assert {data for _, _, data in contents(more.val) if not data.startswith(b"d")} == held
+
+
+def test_a_share_is_held_out_of_train_and_of_images_without_labels(tmp_path):
+    labelled = imagenet.read_images(class_tree(tmp_path / "one", {f"train/{name}": data for name, data in photos("ab", 40).items()}), holdout=0.25)
+    loose = imagenet.read_images(class_tree(tmp_path / "two", {name.replace("/", ""): data for name, data in photos("ab", 40).items()}), holdout=0.25)
+    sides = [sorted(item["image"].read() for item in dataset.val) for dataset in (labelled, loose)]
+    assert sides[0] == sides[1] and len(sides[0]) > 5 and labelled.classes == ["a", "b"] and loose.classes == []
+
+
+def test_a_set_with_validation_images_holds_out_none(tmp_path):
+    dataset = imagenet.read_images(folders(tmp_path), holdout=0.5)
+    assert (contents(dataset.train), contents(dataset.val)) == (expected("train"), expected("val"))
+
+
+def test_a_share_that_leaves_a_side_or_a_class_empty_is_refused(tmp_path):
+    class_tree(tmp_path, photos("ab", 3))
+    assert "prepare_imagenet.holdout 1e-09 holds out 0 of 6 images: take another share, or add" in refusal(tmp_path, holdout=1e-9)
+    lost = next(k for k in range(99) if hashlib.sha256(f"c {k}".encode()).digest()[0] < 128)
+    class_tree(tmp_path, photos("ab", 30) | {"c/1.jpg": f"c {lost}".encode()})
+    assert "leaves none to train on of c: add images" in refusal(tmp_path, holdout=0.5)
+
+
+def test_folders_at_the_top_are_no_classes_without_a_word(tmp_path, capsys):
+    """They may be albums: the line says how they become classes. An image beside them or a single folder makes none."""
+    assert imagenet.read_images(class_tree(tmp_path / "albums", photos("ab", 30))).classes == []
+    assert "Where its 2 folders are classes: -S prepare_imagenet.holdout=0.1." in capsys.readouterr().out
+    sets = (["a/1.jpg", "b/1.jpg", "c.jpg"], ["a/1.jpg", "a/2.jpg"], ["a/1.jpg", "pairs/2.jpg", "a/3.jpg"])
+    for number, names in enumerate(sets):
+        assert imagenet.read_images(class_tree(tmp_path / str(number), {name: b"1" for name in names})).classes == []
+    assert "are classes" not in capsys.readouterr().out
+
+
 # Without labels.
 
 
 @pytest.mark.parametrize("names, advice", [
     (["set/train/a/1.jpg", "set/train/b/1.jpg", "set/val/a/1.jpg"], "set data.imagenet to {}/set"),
     (["deep/er/train/a/1.jpg", "deep/er/valid/1.jpg"], "set data.imagenet to {}/deep/er"),
-    (["Train/a/1.jpg", "Val/a/1.jpg"], "name its folders train/ and val/"),
+    (["set/Training/a/1.jpg", "set/Test/a/1.jpg"], "set data.imagenet to {}/set"),
     (["set/ILSVRC2012_img_train.tar", "x.jpg", "y.jpg"], "set data.imagenet to {}/set."),
     (["set/data/train-0.parquet", "x.jpg", "y.jpg"], "set data.imagenet to {}/set."),
 ])  # fmt: skip

@@ -105,23 +105,23 @@ def test_from_the_tars_to_the_table(data, teacher, tmp_path):
     options = [word for key, value in changes(data, teacher).items() for word in ("-S", f"{key}={value}")]
     said = dvc(clone, "exp", "run", *options, "report")  # and the stages that it needs: all but figures and page
     assert said.count("Running stage") == len(yaml.safe_load((clone / "dvc.lock").read_text())["stages"]) == 12
-    metrics = {path.stem: json.loads(path.read_text()) for path in (clone / "reports/metrics/paper").rglob("*.json")}
+    metrics = {path.stem: json.loads(path.read_text()) for path in (clone / "reports/metrics/imagenet").rglob("*.json")}
     assert metrics["prepare_imagenet"] | {"recipe": 0} == {
         "prepare_imagenet/train": 12, "prepare_imagenet/val": 6, "prepare_imagenet/classes": 3, "recipe": 0,
     }  # fmt: skip
     assert "MILAN | ViT-B/16 | 2 | 8 |" in (clone / "reports/table.md").read_text()
-    assert json.loads((clone / "outs/paper/teacher/class_text.json").read_text())["names"] == layouts.IMAGENET_NAMES
-    linear = json.loads((clone / "reports/metrics/paper/linear_eval/milan-0.json").read_text())
+    assert json.loads((clone / "outs/imagenet/teacher/class_text.json").read_text())["names"] == layouts.IMAGENET_NAMES
+    linear = json.loads((clone / "reports/metrics/imagenet/linear_eval/milan-0.json").read_text())
     assert all(0 <= linear[f"linear_eval/zero_shot{seen}_top1"] <= 100 for seen in ("", "_masked"))
-    robustness = json.loads((clone / "reports/metrics/paper/robustness/milan-0.json").read_text())
+    robustness = json.loads((clone / "reports/metrics/imagenet/robustness/milan-0.json").read_text())
     # One picture with a class of each: of R's two classes one is right, of V2's three.
     assert robustness["robustness/finetune/imagenet_r_top1"] == 50 and robustness["robustness/linear/imagenet_v2_top1"] == 33.3333
-    curve = pandas.read_csv(clone / "reports/curves/paper/pretrain/milan-0.csv")
+    curve = pandas.read_csv(clone / "reports/curves/imagenet/pretrain/milan-0.csv")
     assert curve["lr"].tolist() == pytest.approx([0, 1.5e-4 * 4096 / 256])  # one step of warm-up, then the peak
     assert curve["loss"].min() > 0 and curve["loss"].max() < 4
-    weights = clone / "outs/paper/pretrain/milan-0/encoder.safetensors"
+    weights = clone / "outs/imagenet/pretrain/milan-0/encoder.safetensors"
     timm.create_model("vit_base_patch16_224", num_classes=0, depth=4).load_state_dict(load_file(weights))
-    kept = Records(clone / "outs/paper/imagenet", "train")
+    kept = Records(clone / "outs/imagenet/imagenet", "train")
     assert kept.manifest["wnids"] == layouts.WNIDS and kept.column("label") == [0] * 4 + [1] * 4 + [2] * 4
-    classes = Records(clone / "outs/paper/ade20k", "val").manifest["classes"]
+    classes = Records(clone / "outs/imagenet/ade20k", "val").manifest["classes"]
     assert len(classes) == 150
