@@ -72,6 +72,7 @@ class Stage:
         self.name, self.args, self.params, self.kind = name, args, params, kind
         self.tracker: tracker.Tracker = None
         self.metrics: dict[str, float] = {}
+        self.doubts: list[str] = []
         self.state: SavedState | None = None
         variant, rows = getattr(args, "variant", None), params.pretrain.ablation
         if variant is not None and variant not in rows:
@@ -150,12 +151,18 @@ class Stage:
         write_whole(self.args.confusion, text.getvalue().encode())
         self.tracker.artifact(self.args.confusion)
 
+    def doubt(self, sentence: str) -> None:
+        """Say that a number of this stage means nothing, and why: now, and under the table."""
+        print(f"warning: {sentence}", file=sys.stderr, flush=True)
+        self.doubts.append(sentence)
+
     def write_metrics(self, metrics: dict, identity: Identity) -> None:
         """Write deterministic values only, with the digest of recipe and inputs. Edits of code that a training went on over
-        are named under `edited_while_training`."""
+        are named under `edited_while_training`, doubts under `doubts`."""
         self.metrics = {k: round(v, 4) if isinstance(v, float) else v for k, v in metrics.items()}
         edited = {"edited_while_training": ", ".join(files)} if self.state and (files := self.state.edited()) else {}
-        write_json(self.args.metrics, {**self.metrics, "recipe": identity.digest, **edited})
+        doubts = {"doubts": " ".join(self.doubts)} if self.doubts else {}
+        write_json(self.args.metrics, {**self.metrics, "recipe": identity.digest, **edited, **doubts})
         self.tracker.results({k: v for k, v in self.metrics.items() if isinstance(v, (int, float))})
         if edited:
             self.tracker.event("tags", values=edited)

@@ -21,6 +21,12 @@ def accuracy(logits: Tensor, labels: Tensor, prefix: str) -> Iterator[tuple[str,
     yield f"{prefix}/top5", 100 * hits.any(dim=1).double().mean().item()
 
 
+def is_chance(top1: float, classes: int, images: int) -> bool:
+    """Return whether a top-1 in % over so many images is that of guessing, or less, up to two standard errors."""
+    guess = 1 / classes
+    return top1 <= 100 * (guess + 2 * math.sqrt(guess * (1 - guess) / images))
+
+
 @torch.inference_mode()
 def knn_top1(
     train: Tensor,

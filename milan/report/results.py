@@ -75,19 +75,31 @@ class Results(NamedTuple):
     teacher: dict  # metrics of the stage teacher
     importance: dict  # metrics of the stage extract_targets
     edited: tuple[str, ...] = ()  # runs whose training went on over an edit of code
+    doubts: tuple[str, ...] = ()  # what stages said of numbers that mean nothing, each behind its run
 
 
 def read_results(metrics: Path, published: Path, params: Params) -> Results:
     """Read metrics (the folder of one scale) and published numbers. Raises UserError naming a missing file or entry."""
     runs = read_runs(metrics, params)
     reports = [read_metrics(metrics / f"{name}.json") for name in ("teacher", "extract_targets")]
-    return Results(params, read_data(metrics, params), runs, summarise(runs), read_published(published), *reports, edited_runs(metrics))
+    words = edited_runs(metrics), doubts(metrics)
+    return Results(params, read_data(metrics, params), runs, summarise(runs), read_published(published), *reports, *words)
 
 
 def edited_runs(metrics: Path) -> tuple[str, ...]:
     """Return "stage variant-seed (files)" for each run whose training went on although its code had been edited."""
-    files = {path: read_metrics(path).get("edited_while_training") for path in sorted(metrics.glob("**/*.json"))}
-    return tuple(f"{path.parent.name} {path.stem} ({names})" for path, names in files.items() if names)
+    return tuple(f"{run} ({files})" for run, files in words_of_runs(metrics, "edited_while_training"))
+
+
+def doubts(metrics: Path) -> tuple[str, ...]:
+    """Return "stage variant-seed: sentences" for each run that has numbers that mean nothing."""
+    return tuple(f"{run}: {sentences}" for run, sentences in words_of_runs(metrics, "doubts"))
+
+
+def words_of_runs(metrics: Path, entry: str) -> list[tuple[str, str]]:
+    """Return (run, words) for each metrics file with this entry. A run is "stage" or "stage variant-seed"."""
+    words = {path.relative_to(metrics): read_metrics(path).get(entry) for path in sorted(metrics.glob("**/*.json"))}
+    return [(" ".join(path.with_suffix("").parts), text) for path, text in words.items() if text]
 
 
 def read_metrics(path: Path) -> dict:

@@ -134,6 +134,7 @@ def notes(results: Results) -> list[str]:
         )
     if results.params.data.imagenet and results.params.teacher.tiny:
         words.append(NAMES_CAVEAT)
+    words += [f"Warning of {doubt}" for doubt in results.doubts]
     if results.edited:
         words.append(f"Trained over an edit of the code, so not by one piece of code: {'; '.join(results.edited)}.")
     return [*words, CAPTIONS_CAVEAT]

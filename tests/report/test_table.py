@@ -67,6 +67,15 @@ def test_a_training_over_an_edit_of_code_is_named_below_the_table(metrics):
     assert "not by one piece of code: pretrain milan-1 (milan/method/masking.py)." in said
 
 
+def test_doubts_of_stages_stand_below_the_table(metrics):
+    assert "Warning" not in table.markdown(read_results(metrics, PUBLISHED, recipe()))
+    write(metrics / "extract_targets.json", doubts="Its features are constant.")
+    write(metrics / "pretrain" / "milan-1.json", **{"pretrain/loss": 0.001, "doubts": "The loss is near zero. So."})
+    said = table.notes(read_results(metrics, PUBLISHED, recipe()))
+    assert "Warning of extract_targets: Its features are constant." in said
+    assert "Warning of pretrain milan-1: The loss is near zero. So." in said
+
+
 def test_means_and_ranges_by_hand(metrics):
     ours = read_results(metrics, PUBLISHED, recipe()).ours
     assert list(ours.index) == ["scratch", "mae", "milan"]
