@@ -188,7 +188,7 @@ def run(name: str, main: Callable[[Stage], None], doc: str, kind: Kind) -> None:
             for argument, of in kind.arguments.items():
                 setattr(args, argument, typed(argument, filled(getattr(args, argument), params), of))
             stage = Stage(name, args, params, kind)
-            refuse_what_is_not_there(stage.params)
+            refuse_what_is_not_there(stage)
             refuse_what_cannot_be_written(stage)
             if project_root() != Path.cwd():  # DVC's workspace of an experiment
                 refuse_lost_experiments()
@@ -231,8 +231,9 @@ def preempt(*_) -> None:
     raise Preempted
 
 
-def refuse_what_is_not_there(params: Params) -> None:
-    """Name at the first stage what only a later one would miss."""
+def refuse_what_is_not_there(stage: Stage) -> None:
+    """Name at the first stage each path of the recipe that is not there, and at a stage that packs a data set the lack of it."""
+    params = stage.params
     given = {
         "pretrain.weights": params.pretrain.weights,
         "teacher.pretrained.file": params.teacher.pretrained and params.teacher.pretrained.file,
@@ -249,13 +250,13 @@ def refuse_what_is_not_there(params: Params) -> None:
         raise UserError(
             f"report.published: {params.report.published} is missing, or no file. Mend the path; reports/published.csv is in git."
         )
-    sections = {"imagenet": params.prepare_imagenet, "ade20k": params.prepare_ade20k}
-    for name, section in sections.items():
-        if section.size is None and not getattr(params.data, name):
-            raise UserError(
-                f"data.{name}: the recipe {params.scale} needs real data. Give its folder (-S data.{name}=/path), or set "
-                f"prepare_{name}.size and the built-in world is drawn in that size."
-            )
+    sections = {"prepare_imagenet": "imagenet", "prepare_ade20k": "ade20k"}
+    name = sections.get(stage.name)
+    if name and getattr(params, stage.name).size is None and not getattr(params.data, name):
+        raise UserError(
+            f"data.{name}: the recipe {params.scale} needs real data. Give its folder (-S data.{name}=/path), or set "
+            f"prepare_{name}.size and the built-in world is drawn in that size."
+        )
 
 
 def refuse_teacher_of_another_world(params: Params) -> None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from milan.core.errors import UserError
+from milan.core.errors import UserError, listed
 from milan.params import Params
 
 MEASURES = {  # column: (stage, name in its metrics file)
@@ -53,7 +53,7 @@ class EvaluationData(NamedTuple):
     classes: int
     images: int  # validation images
     scene_classes: int
-    scenes: int  # validation scenes
+    scenes: int  # validation scenes; 0 where none were packed
     scenes_name: str
     constant_miou: float  # of answering every pixel with the most frequent class
     constant_pixel_accuracy: float
@@ -75,15 +75,27 @@ class Results(NamedTuple):
     teacher: dict  # metrics of the stage teacher
     importance: dict  # metrics of the stage extract_targets
     edited: tuple[str, ...] = ()  # runs whose training went on over an edit of code
+    missing: tuple[tuple[str, str], ...] = ()  # (stage, variant-seed) of the measures that were not run
     doubts: tuple[str, ...] = ()  # what stages said of numbers that mean nothing, each behind its run
 
 
-def read_results(metrics: Path, published: Path, params: Params) -> Results:
-    """Read metrics (the folder of one scale) and published numbers. Raises UserError naming a missing file or entry."""
-    runs = read_runs(metrics, params)
+def read_results(metrics: Path, published: Path, params: Params, partial: bool = False) -> Results:
+    """Read metrics (the folder of one scale) and published numbers. Raises UserError naming a missing file or entry.
+
+    partial: evaluations that left no file are no error; their numbers are NaN, and Results.missing names them."""
+    missing = missing_runs(metrics, params) if partial else ()
+    runs = read_runs(metrics, params, missing)
     reports = [read_metrics(metrics / f"{name}.json") for name in ("teacher", "extract_targets")]
-    words = edited_runs(metrics), doubts(metrics)
-    return Results(params, read_data(metrics, params), runs, summarise(runs), read_published(published), *reports, *words)
+    data = read_data(metrics, params, partial)
+    words = {"edited": edited_runs(metrics), "missing": missing, "doubts": doubts(metrics)}
+    return Results(params, data, runs, summarise(runs), read_published(published), *reports, **words)
+
+
+def missing_runs(metrics: Path, params: Params) -> tuple[tuple[str, str], ...]:
+    """Return (stage, variant-seed) of each run of the stages of MEASURES that left no metrics file."""
+    stages = dict.fromkeys(stage for stage, _ in MEASURES.values())
+    names = [f"{variant}-{seed}" for variant in params.variants for seed in params.seeds]
+    return tuple((stage, name) for stage in stages for name in names if not (metrics / stage / f"{name}.json").exists())
 
 
 def edited_runs(metrics: Path) -> tuple[str, ...]:
@@ -127,13 +139,16 @@ def read_value(path: Path, name: str) -> float:
     return metrics[name]
 
 
-def read_runs(metrics: Path, params: Params) -> pd.DataFrame:
-    """Return a row per variant and seed of the recipe: variant, seed, and a column for each of TITLES, NaN also for infinity."""
+def read_runs(metrics: Path, params: Params, missing: tuple[tuple[str, str], ...] = ()) -> pd.DataFrame:
+    """Return a row per variant and seed of the recipe: variant, seed, and a column for each of TITLES, NaN also for infinity and
+    for what is missing."""
 
     def numbers(variant: str, seed: int) -> dict:
-        path = {stage: metrics / stage / f"{variant}-{seed}.json" for stage, _ in MEASURES.values()}
-        values = {column: read_value(path[stage], name) for column, (stage, name) in MEASURES.items()}
-        values |= {column: read_metrics(path[stage]).get(name, math.nan) for column, (stage, name) in ZERO_SHOT.items()}
+        values = dict.fromkeys(TITLES, math.nan)
+        for column, (stage, name) in {**MEASURES, **ZERO_SHOT}.items():
+            if (stage, f"{variant}-{seed}") not in missing:
+                path = metrics / stage / f"{variant}-{seed}.json"
+                values[column] = read_value(path, name) if column in MEASURES else read_metrics(path).get(name, math.nan)
         return {column: value if math.isfinite(value) else math.nan for column, value in values.items()}
 
     rows = [
@@ -157,13 +172,28 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
 def without_number(results: Results) -> list[str]:
     """Return "linear eval of MILAN, seed 1" for each number that a run should have, and has not (NaN or infinity)."""
     runs, titles = results.runs, results.data.titles
+    stage_of = {column: stage for column, (stage, _) in {**MEASURES, **ZERO_SHOT}.items()}
     columns = [column for column in TITLES if column in MEASURES or runs[column].notna().any()]
     asked = {column: runs["variant"].isin(runs.loc[runs[column].notna(), "variant"]) | (column in MEASURES) for column in columns}
     return [
         f"{title_in_sentence(titles[column])} of {method_name(run.variant)}, seed {run.seed}"
         for column in columns
         for run in runs[runs[column].isna() & asked[column]].itertuples()
+        if (stage_of[column], f"{run.variant}-{run.seed}") not in results.missing
     ]
+
+
+def not_run(results: Results) -> list[str]:
+    """Return "segment" for each stage that was not run, "segment (mae-0, milan-0)" where it was run for others."""
+    names: dict[str, list[str]] = {}
+    for stage, name in results.missing:
+        names.setdefault(stage, []).append(name)
+    return [stage if len(some) == len(results.runs) else f"{stage} ({listed(some)})" for stage, some in names.items()]
+
+
+def shown(results: Results) -> list[str]:
+    """Return the columns of SHOWN whose stage was run."""
+    return [column for column in SHOWN if MEASURES[column][0] not in not_run(results)]
 
 
 def title_in_sentence(title: str) -> str:
@@ -171,18 +201,20 @@ def title_in_sentence(title: str) -> str:
     return title if title.startswith("ADE20K") else title[0].lower() + title[1:]
 
 
-def read_data(metrics: Path, params: Params) -> EvaluationData:
-    """Read the names and sizes of the evaluation data. Raises UserError when a metrics file is missing."""
+def read_data(metrics: Path, params: Params, partial: bool = False) -> EvaluationData:
+    """Read the names and sizes of the evaluation data. Raises UserError when a metrics file is missing; partial: there may be no
+    scenes."""
     imagenet, scenes = metrics / "prepare_imagenet.json", metrics / "prepare_ade20k.json"
+    constants = ("constant_miou", "constant_pixel_accuracy")
+    none = partial and not scenes.exists()
     return EvaluationData(
         "the built-in world" if params.data.imagenet is None else "ImageNet-layout images",
         read_value(imagenet, "prepare_imagenet/classes"),
         read_value(imagenet, "prepare_imagenet/val"),
         params.prepare_ade20k.classes,
-        read_value(scenes, "prepare_ade20k/val"),
+        0 if none else read_value(scenes, "prepare_ade20k/val"),
         "Segmentation" if params.data.ade20k is None else "ADE20K",
-        read_value(scenes, "prepare_ade20k/constant_miou"),
-        read_value(scenes, "prepare_ade20k/constant_pixel_accuracy"),
+        *(math.nan if none else read_value(scenes, f"prepare_ade20k/{name}") for name in constants),
     )
 
 
