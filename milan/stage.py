@@ -75,6 +75,7 @@ class Stage:
         self.name, self.args, self.params, self.kind = name, args, params, kind
         self.tracker: tracker.Tracker = None
         self.metrics: dict[str, float] = {}
+        self.doubts: list[str] = []
         self.state: SavedState | None = None
         variant, rows = getattr(args, "variant", None), params.pretrain.ablation
         if variant is not None and variant not in rows:
@@ -156,12 +157,18 @@ class Stage:
         write_whole(path, text.encode())
         self.tracker.text(text, f"{what}-{self.slug}.csv")
 
+    def doubt(self, sentence: str) -> None:
+        """Say that a number of this stage means nothing, and why: now, and under the table."""
+        print(f"warning: {sentence}", file=sys.stderr, flush=True)
+        self.doubts.append(sentence)
+
     def write_metrics(self, metrics: dict, identity: Identity) -> None:
         """Write deterministic values only, with the digest of recipe and inputs. Edits of code that a training went on over
-        are named under `edited_while_training`."""
+        are named under `edited_while_training`, doubts under `doubts`."""
         self.metrics = {k: round(v, 4) if isinstance(v, float) else v for k, v in metrics.items()}
         edited = {"edited_while_training": ", ".join(files)} if self.state and (files := self.state.edited()) else {}
-        write_json(self.args.metrics, {**self.metrics, "recipe": identity.digest, **edited})
+        doubts = {"doubts": " ".join(self.doubts)} if self.doubts else {}
+        write_json(self.args.metrics, {**self.metrics, "recipe": identity.digest, **edited, **doubts})
         self.tracker.results({k: v for k, v in self.metrics.items() if isinstance(v, (int, float))})
         if edited:
             self.tracker.event("tags", values=edited)
@@ -187,7 +194,7 @@ def run(name: str, main: Callable[[Stage], None], doc: str, kind: Kind) -> None:
             for argument, of in kind.arguments.items():
                 setattr(args, argument, typed(argument, filled(getattr(args, argument), params), of))
             stage = Stage(name, args, params, kind)
-            refuse_what_is_not_there(stage.params)
+            refuse_what_is_not_there(stage)
             refuse_what_cannot_be_written(stage)
             if project_root() != Path.cwd():  # DVC's workspace of an experiment
                 refuse_lost_experiments()
@@ -230,8 +237,9 @@ def preempt(*_) -> None:
     raise Preempted
 
 
-def refuse_what_is_not_there(params: Params) -> None:
-    """Name at the first stage what only a later one would miss."""
+def refuse_what_is_not_there(stage: Stage) -> None:
+    """Name at the first stage each path of the recipe that is not there, and at a stage that packs a data set the lack of it."""
+    params = stage.params
     given = {
         "pretrain.weights": params.pretrain.weights,
         "teacher.pretrained.file": params.teacher.pretrained and params.teacher.pretrained.file,
@@ -248,13 +256,13 @@ def refuse_what_is_not_there(params: Params) -> None:
         raise UserError(
             f"report.published: {params.report.published} is missing, or no file. Mend the path; reports/published.csv is in git."
         )
-    sections = {"imagenet": params.prepare_imagenet, "ade20k": params.prepare_ade20k}
-    for name, section in sections.items():
-        if section.size is None and not getattr(params.data, name):
-            raise UserError(
-                f"data.{name}: the recipe {params.scale} needs real data. Give its folder (-S data.{name}=/path), or set "
-                f"prepare_{name}.size and the built-in world is drawn in that size."
-            )
+    sections = {"prepare_imagenet": "imagenet", "prepare_ade20k": "ade20k"}
+    name = sections.get(stage.name)
+    if name and getattr(params, stage.name).size is None and not getattr(params.data, name):
+        raise UserError(
+            f"data.{name}: the recipe {params.scale} needs real data. Give its folder (-S data.{name}=/path), or set "
+            f"prepare_{name}.size and the built-in world is drawn in that size."
+        )
 
 
 def refuse_teacher_of_another_world(params: Params) -> None:

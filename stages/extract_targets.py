@@ -19,6 +19,7 @@ from milan.core.progress import Progress
 from milan.data.evaluation_view import CentreSamples, object_cover
 from milan.data.records import Records
 from milan.method import target_bank
+from milan.method.model import NEAR_ZERO
 from milan.method.samples import BankViews
 from milan.params import Params
 from milan.stage import Kind, Stage, run
@@ -47,7 +48,18 @@ def main(stage: Stage) -> None:
             if params.no_teacher
             else distributed.launch(extract, resolve_params(params, stage.tracker), args.records, args.teacher, folder)
         )
+    if result:
+        doubt_features(stage, result["extract_targets/constant_loss"])
     stage.write_metrics(result, identity)
+
+
+def doubt_features(stage: Stage, constant_loss: float) -> None:
+    """Say so where the teacher's features are nearly constant."""
+    if constant_loss < NEAR_ZERO:
+        stage.doubt(
+            "The teacher's features are nearly the same for all patches of all images: a constant answer has a loss of "
+            f"{constant_loss:.2g}. A student's loss near zero then says nothing."
+        )
 
 
 def nothing(params: Params, folder: Path) -> dict:
@@ -151,6 +163,7 @@ def write_figure_images(params: Params, val: Records, targets: Targets, teacher:
     save_weights(path, {"images": images, "features": features, "importance": importance, "index": torch.tensor(chosen)})
     return {
         "extract_targets/figure_images": len(chosen),
+        "extract_targets/constant_loss": constant_loss(features),
         "extract_targets/perplexity": perplexity(importance),
         **importance_on_objects(params, val, targets),
     }
@@ -161,6 +174,12 @@ def is_constant(features: torch.Tensor) -> bool:
     image, whether they are the same for all its tokens."""
     rows = features.float() if len(features) > 1 else features[0].float()
     return bool((rows - rows.mean(dim=0)).abs().max() <= 1e-3 * rows.abs().max())
+
+
+def constant_loss(features: torch.Tensor) -> float:
+    """Return the loss, 2 - 2 cos, of the best constant answer to features (B, 1+N, D): the direction of the mean unit vector."""
+    units = torch.nn.functional.normalize(features.double().flatten(0, 1), dim=1)
+    return (2 - 2 * units.mean(dim=0).norm()).item()
 
 
 def perplexity(importance: torch.Tensor) -> float:

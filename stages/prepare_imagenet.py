@@ -50,6 +50,7 @@ def main(stage: Stage) -> None:
     with whole_folder(stage.args.out, made_from) as folder:
         manifest = pack(Path(root or drawn), folder, stage.params, root)
     shutil.rmtree(drawn, ignore_errors=True)
+    doubt_one_class(stage, manifest["classes"])
     splits = {f"prepare_imagenet/{name}": split["images"] for name, split in manifest["splits"].items()}
     stage.write_metrics({**splits, "prepare_imagenet/classes": len(manifest["classes"])}, identity)
 
@@ -59,6 +60,16 @@ def where_results_go(name: str) -> str:
         f"These images are called {name}: results go to outs/{name}, reports/metrics/{name} and MLflow's experiment "
         f"milan-{name}, in place of those of other images of that name. To name them: -S data.name=NAME."
     )
+
+
+def doubt_one_class(stage: Stage, classes: list[str]) -> None:
+    """Say so where all validation images are of one class."""
+    labels = set(records.Records(stage.args.out, "val").column("label")) if classes else ()
+    if len(labels) == 1:
+        stage.doubt(
+            f"All validation images are of one class, {classes[labels.pop()]}: accuracies on them do not tell whether classes are told "
+            "apart. Give val/ images of every class."
+        )
 
 
 def draw(root: Path, section: PrepareImagenet) -> None:
@@ -102,8 +113,14 @@ def captioned(root: Path, images: imagenet.Images, params: Params) -> list[dict]
     if pairs or not most:
         return pairs
     if images.classes:
-        print("No captions in pairs/captions.csv: the teacher trained here will learn from class names, as captions.", flush=True)
-        return imagenet.class_captions(images.train, images.classes, most)
+        pairs = imagenet.class_captions(images.train, images.classes, most)
+        few = f" of {len(pairs):,} of the {len(images.train):,} training images (prepare_imagenet.pairs is {most:,})"
+        print(
+            "No captions in pairs/captions.csv: the teacher trained here will learn from class names, as captions"
+            f"{few if len(pairs) < len(images.train) else ''}.",
+            flush=True,
+        )
+        return pairs
     if params.teacher.tiny:
         raise UserError(
             f"{root} has neither labels nor {root / 'pairs' / 'captions.csv'} (columns file, caption), and the teacher that is "

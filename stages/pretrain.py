@@ -20,7 +20,7 @@ from milan.data.records import Records
 from milan.evaluation.monitor import Monitor
 from milan.method import target_bank
 from milan.method.encoder import Encoder
-from milan.method.model import MaskedPretraining
+from milan.method.model import NEAR_ZERO, MaskedPretraining
 from milan.method.samples import PretrainSamples
 from milan.method.target_bank import Bank
 from milan.params import Params
@@ -47,8 +47,19 @@ def main(stage: Stage) -> None:
         saved = stage.keep(SavedState(stage.slug, identity, stage.code))
         curve = distributed.launch(train, resolve_params(params, stage.tracker), args, saved, stage, about)["curve"]
     stage.write_curve(curve)
+    if curve:
+        doubt_loss(stage, curve[-1]["loss"])
     stage.write_metrics({"pretrain/loss": curve[-1]["loss"]} if curve else {}, identity)
     stage.tracker.model(args.out, f"{args.variant}-{args.seed}")
+
+
+def doubt_loss(stage: Stage, loss: float) -> None:
+    """Say so where the loss is near zero."""
+    if loss < NEAR_ZERO:
+        stage.doubt(
+            f"The loss is near zero, {loss:.2g}: the targets are nearly the same everywhere, as those of a teacher that tells nothing "
+            "apart, or of flat images. The student had nothing to learn."
+        )
 
 
 def identify(stage: Stage) -> Identity:

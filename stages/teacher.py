@@ -56,6 +56,8 @@ def main(stage: Stage) -> None:
             fetch(params, args.records, folder)
         if not params.no_teacher:
             metrics = assess(params, args.records, folder)
+    if metrics:
+        doubt_chance(stage, metrics["teacher/zero_shot_top1"])
     stage.write_curve(curve)
     stage.write_metrics(metrics, identity)
     if not params.no_teacher:
@@ -93,6 +95,16 @@ def fetch(params: Params, records: Path, folder: Path) -> None:
     source, manifest = params.teacher.pretrained, read_manifest(records)
     wording = Wording(manifest["classes"], drawing.PROMPTS) if source.library == "milan" else wording_of(manifest)
     fetch_teacher(source, folder, wording, set_up(params.compute))
+
+
+def doubt_chance(stage: Stage, top1: float) -> None:
+    """Say so where the teacher's zero-shot accuracy is that of guessing."""
+    val = Records(stage.args.records, "val")
+    if scores.is_chance(top1, len(val.classes), len(val)):
+        stage.doubt(
+            f"The teacher's zero-shot accuracy, {top1:.1f} %, is that of guessing among {len(val.classes)} classes: it learned too "
+            "little, or the classes' names mean nothing to it. What students learn from its features then says nothing of the method."
+        )
 
 
 def assess(params: Params, records: Path, folder: Path) -> dict:

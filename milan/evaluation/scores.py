@@ -27,6 +27,12 @@ def best_top1(curve: list[dict], prefix: str) -> Iterator[tuple[str, float]]:
         yield f"{prefix}/best_top1", max(tops)
 
 
+def is_chance(top1: float, classes: int, images: int) -> bool:
+    """Return whether a top-1 in % over so many images is that of guessing, or less, up to two standard errors."""
+    guess = 1 / classes
+    return top1 <= 100 * (guess + 2 * math.sqrt(guess * (1 - guess) / images))
+
+
 @torch.inference_mode()
 def knn_top1(
     train: Tensor,

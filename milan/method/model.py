@@ -12,6 +12,8 @@ from milan.method.encoder import Encoder
 from milan.params import AblationRow, Model
 from milan.training.weights import load_into
 
+NEAR_ZERO = 0.01  # a loss below it means targets that are nearly the same everywhere: 2 - 2 cos of an angle of 6 degrees
+
 
 class MaskedPretraining(nn.Module):
     """MILAN and its ablations. An AblationRow says which target, decoder and masking a model has.

@@ -11,7 +11,7 @@ import pandas as pd
 from milan.core.errors import UserError
 from milan.core.files import write_whole
 from milan.params import Params
-from milan.report.results import KINDS, PUBLISHED_MEASURES, SHOWN, Results, method_name
+from milan.report.results import KINDS, PUBLISHED_MEASURES, SHOWN, Results, method_name, shown
 from milan.report.text import decimal
 
 matplotlib.use("Agg")
@@ -91,10 +91,16 @@ def draw_ours(axes: Iterable[Axes], results: Results) -> None:
     """Draw the mean of each variant as a bar, the range over seeds as a whisker, seeds as dots, and as a dashed
     line chance, or the mIoU of a constant answer."""
     variants, data = list(results.ours.index), results.data
-    chance, constant = ("chance", 100 / data.classes), ("constant answer", data.constant_miou)
+    chance = ("chance", 100 / max(data.classes, 1))  # without classes no accuracy is shown
+    constant = ("constant answer", data.constant_miou)
     lines = {"linear": chance, "finetune": chance, "miou": constant, "dense": constant}
     titles = {**data.titles, "linear": "Linear eval, top-1", "finetune": "Fine-tuning, top-1"}
+    measured = shown(results)
     for axis, column in zip(axes, SHOWN, strict=True):
+        if column not in measured:
+            axis.set_axis_off()
+            axis.set_title(f"{titles[column]}\n(not run)")
+            continue
         means, low, high = (results.ours[f"{column}{end}"] for end in ("", "_low", "_high"))
         axis.bar(range(len(variants)), means, color=[colour(v, variants) for v in variants], width=0.72)
         if len(results.params.seeds) > 1:
@@ -136,9 +142,10 @@ def draw_published(axes: Iterable[Axes], published: pd.DataFrame) -> None:
     axes[0].figure.legend(handles, KINDS.values(), loc="outside lower center", ncols=2)
 
 
-def curves(folder: Path, params: Params) -> Figure:
-    """Draw the loss by epoch of every stage that trains, a line for each variant and seed."""
-    panels = {title: read_curves(folder / stage, params, targets) for title, (stage, targets) in CURVES.items()}
+def curves(folder: Path, params: Params, missing: Iterable[tuple[str, str]] = ()) -> Figure:
+    """Draw the loss by epoch of every stage that trains, a line for each variant and seed but for the (stage, variant-seed) that
+    are missing."""
+    panels = {title: read_curves(folder / stage, params, targets, missing) for title, (stage, targets) in CURVES.items()}
     panels = {"Teacher, contrast": {"teacher": [read_curve(folder / "teacher.csv")]}, **panels}
     panels = {title: lines for title, lines in panels.items() if any(len(curve) for seeds in lines.values() for curve in seeds)}
     rows = -(-len(panels) // 3)
@@ -164,10 +171,17 @@ def draw_curves(axis: Axes, lines: dict[str, list[pd.DataFrame]], variants: list
     axis.set_ylabel("loss")
 
 
-def read_curves(folder: Path, params: Params, targets: tuple[str, ...]) -> dict[str, list[pd.DataFrame]]:
-    """Read the curves of a stage, for the variants with one of these targets: {variant: a table for each seed}."""
-    shown = [variant for variant in params.variants if params.pretrain.ablation[variant].target in targets]
-    return {variant: [read_curve(folder / f"{variant}-{seed}.csv") for seed in params.seeds] for variant in shown}
+def read_curves(
+    folder: Path, params: Params, targets: tuple[str, ...], missing: Iterable[tuple[str, str]]
+) -> dict[str, list[pd.DataFrame]]:
+    """Read the curves of a stage, for the variants with one of these targets, but for those that are missing: {variant: a table
+    for each seed}."""
+    drawn = [variant for variant in params.variants if params.pretrain.ablation[variant].target in targets]
+    names = {variant: [f"{variant}-{seed}" for seed in params.seeds] for variant in drawn}
+    return {
+        variant: [read_curve(folder / f"{name}.csv") for name in some if (folder.name, name) not in missing]
+        for variant, some in names.items()
+    }
 
 
 def read_curve(path: Path) -> pd.DataFrame:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from milan.core.errors import UserError
+from milan.core.errors import UserError, listed
 from milan.params import Params
 from milan.report.text import decimal
 
@@ -70,7 +70,7 @@ class EvaluationData(NamedTuple):
     classes: int
     images: int  # validation images
     scene_classes: int
-    scenes: int  # validation scenes
+    scenes: int  # validation scenes; 0 where none were packed
     scenes_name: str
     constant_miou: float  # of answering every pixel with the most frequent class
     constant_pixel_accuracy: float
@@ -95,21 +95,44 @@ class Results(NamedTuple):
     edited: tuple[str, ...] = ()  # runs whose training went on over an edit of code
     best: tuple[str, ...] = ()  # runs that were better before their last evaluation
     robustness: pd.DataFrame = pd.DataFrame()  # means over seeds: a row per variant and head, a column per measure
+    missing: tuple[tuple[str, str], ...] = ()  # (stage, variant-seed) of the measures that were not run
+    doubts: tuple[str, ...] = ()  # what stages said of numbers that mean nothing, each behind its run
 
 
-def read_results(metrics: Path, published: Path, params: Params) -> Results:
-    """Read metrics (the folder of one data set) and published numbers. Raises UserError naming a missing file or entry."""
-    runs = read_runs(metrics, params)
+def read_results(metrics: Path, published: Path, params: Params, partial: bool = False) -> Results:
+    """Read metrics (the folder of one data set) and published numbers. Raises UserError naming a missing file or entry.
+
+    partial: evaluations that left no file are no error; their numbers are NaN, and Results.missing names them."""
+    missing = missing_runs(metrics, params) if partial else ()
+    runs = read_runs(metrics, params, missing)
     reports = [read_metrics(metrics / f"{name}.json") for name in ("teacher", "extract_targets")]
-    measured = (runs, summarise(runs), read_published(published), *reports)
-    said = (edited_runs(metrics), better_before(metrics, params), read_robustness(metrics, params))
-    return Results(params, read_data(metrics, params), *measured, *said)
+    data = read_data(metrics, params, partial)
+    words = {"edited": edited_runs(metrics), "best": better_before(metrics, params), "missing": missing, "doubts": doubts(metrics)}
+    robustness = read_robustness(metrics, params)
+    return Results(params, data, runs, summarise(runs), read_published(published), *reports, robustness=robustness, **words)
+
+
+def missing_runs(metrics: Path, params: Params) -> tuple[tuple[str, str], ...]:
+    """Return (stage, variant-seed) of each run of the stages of MEASURES that left no metrics file."""
+    stages = dict.fromkeys(stage for stage, _ in MEASURES.values())
+    names = [f"{variant}-{seed}" for variant in params.variants for seed in params.seeds]
+    return tuple((stage, name) for stage in stages for name in names if not (metrics / stage / f"{name}.json").exists())
 
 
 def edited_runs(metrics: Path) -> tuple[str, ...]:
     """Return "stage variant-seed (files)" for each run whose training went on although its code had been edited."""
-    files = {path: read_metrics(path).get("edited_while_training") for path in sorted(metrics.glob("**/*.json"))}
-    return tuple(f"{path.parent.name} {path.stem} ({names})" for path, names in files.items() if names)
+    return tuple(f"{run} ({files})" for run, files in words_of_runs(metrics, "edited_while_training"))
+
+
+def doubts(metrics: Path) -> tuple[str, ...]:
+    """Return "stage variant-seed: sentences" for each run that has numbers that mean nothing."""
+    return tuple(f"{run}: {sentences}" for run, sentences in words_of_runs(metrics, "doubts"))
+
+
+def words_of_runs(metrics: Path, entry: str) -> list[tuple[str, str]]:
+    """Return (run, words) for each metrics file with this entry. A run is "stage" or "stage variant-seed"."""
+    words = {path.relative_to(metrics): read_metrics(path).get(entry) for path in sorted(metrics.glob("**/*.json"))}
+    return [(" ".join(path.with_suffix("").parts), text) for path, text in words.items() if text]
 
 
 def better_before(metrics: Path, params: Params) -> tuple[str, ...]:
@@ -118,7 +141,7 @@ def better_before(metrics: Path, params: Params) -> tuple[str, ...]:
     said = []
     for (column, (stage, name)), variant, seed in product(MEASURES.items(), params.variants, params.seeds):
         path, best_name = metrics / stage / f"{variant}-{seed}.json", name.replace("/", "/best_")
-        if best_name in read_metrics(path):
+        if path.exists() and best_name in read_metrics(path):
             best, last = (decimal(read_value(path, each)) for each in (best_name, name))
             if best != last:
                 said.append(f"{title_in_sentence(TITLES[column])} of {method_name(variant)}, seed {seed}: {best} (last: {last})")
@@ -177,13 +200,16 @@ def read_robustness(metrics: Path, params: Params) -> pd.DataFrame:
     return table[[*first, *sorted(set(table) - set(first))]]
 
 
-def read_runs(metrics: Path, params: Params) -> pd.DataFrame:
-    """Return a row per variant and seed of the recipe: variant, seed, and a column for each of TITLES, NaN also for infinity."""
+def read_runs(metrics: Path, params: Params, missing: tuple[tuple[str, str], ...] = ()) -> pd.DataFrame:
+    """Return a row per variant and seed of the recipe: variant, seed, and a column for each of TITLES, NaN also for infinity and
+    for what is missing."""
 
     def numbers(variant: str, seed: int) -> dict:
-        path = {stage: metrics / stage / f"{variant}-{seed}.json" for stage, _ in (MEASURES | OPTIONAL).values()}
-        values = {column: read_value(path[stage], name) for column, (stage, name) in MEASURES.items()}
-        values |= {column: optional_value(path[stage], name) for column, (stage, name) in OPTIONAL.items()}
+        values = dict.fromkeys(TITLES, math.nan)
+        for column, (stage, name) in {**MEASURES, **OPTIONAL}.items():
+            if (stage, f"{variant}-{seed}") not in missing:
+                read = read_value if column in MEASURES else optional_value
+                values[column] = read(metrics / stage / f"{variant}-{seed}.json", name)
         return {column: value if math.isfinite(value) else math.nan for column, value in values.items()}
 
     rows = [
@@ -207,13 +233,28 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
 def without_number(results: Results) -> list[str]:
     """Return "linear eval of MILAN, seed 1" for each number that a run should have, and has not (NaN or infinity)."""
     runs, titles = results.runs, results.data.titles
+    stage_of = {column: stage for column, (stage, _) in {**MEASURES, **ZERO_SHOT}.items()}
     columns = [column for column in TITLES if column in MEASURES or runs[column].notna().any()]
     asked = {column: runs["variant"].isin(runs.loc[runs[column].notna(), "variant"]) | (column in MEASURES) for column in columns}
     return [
         f"{title_in_sentence(titles[column])} of {method_name(run.variant)}, seed {run.seed}"
         for column in columns
         for run in runs[runs[column].isna() & asked[column]].itertuples()
+        if (stage_of[column], f"{run.variant}-{run.seed}") not in results.missing
     ]
+
+
+def not_run(results: Results) -> list[str]:
+    """Return "segment" for each stage that was not run, "segment (mae-0, milan-0)" where it was run for others."""
+    names: dict[str, list[str]] = {}
+    for stage, name in results.missing:
+        names.setdefault(stage, []).append(name)
+    return [stage if len(some) == len(results.runs) else f"{stage} ({listed(some)})" for stage, some in names.items()]
+
+
+def shown(results: Results) -> list[str]:
+    """Return the columns of SHOWN whose stage was run."""
+    return [column for column in SHOWN if MEASURES[column][0] not in not_run(results)]
 
 
 def title_in_sentence(title: str) -> str:
@@ -221,18 +262,20 @@ def title_in_sentence(title: str) -> str:
     return title if title.startswith("ADE20K") else title[0].lower() + title[1:]
 
 
-def read_data(metrics: Path, params: Params) -> EvaluationData:
-    """Read the names and sizes of the evaluation data. Raises UserError when a metrics file is missing."""
+def read_data(metrics: Path, params: Params, partial: bool = False) -> EvaluationData:
+    """Read the names and sizes of the evaluation data. Raises UserError when a metrics file is missing; partial: there may be no
+    scenes."""
     imagenet, scenes = metrics / "prepare_imagenet.json", metrics / "prepare_ade20k.json"
+    constants = ("constant_miou", "constant_pixel_accuracy")
+    none = partial and not scenes.exists()
     return EvaluationData(
         params.data.title,
         read_value(imagenet, "prepare_imagenet/classes"),
         read_value(imagenet, "prepare_imagenet/val"),
         params.prepare_ade20k.classes,
-        read_value(scenes, "prepare_ade20k/val"),
+        0 if none else read_value(scenes, "prepare_ade20k/val"),
         "Segmentation" if params.data.ade20k is None else "ADE20K",
-        read_value(scenes, "prepare_ade20k/constant_miou"),
-        read_value(scenes, "prepare_ade20k/constant_pixel_accuracy"),
+        *(math.nan if none else read_value(scenes, f"prepare_ade20k/{name}") for name in constants),
         read_value(imagenet, "prepare_imagenet/train"),
     )
 

@@ -20,12 +20,13 @@ from milan.report.results import (
     METHOD_NAMES,
     PUBLISHED_MEASURES,
     ROBUSTNESS_TITLES,
-    SHOWN,
     TITLES,
     ZERO_SHOT,
     Results,
     method_name,
     name_in_sentence,
+    not_run,
+    shown,
     title_in_sentence,
     without_number,
 )
@@ -47,7 +48,7 @@ def order_sentences(results: Results) -> list[str]:
     """Return sentences on MILAN's lead over the other variants, and on where the order of variants is not the expected one."""
     if results.params.pretrain.weights:
         return []  # one checkpoint is no ablation
-    return [*(lead_sentence(results, column) for column in SHOWN), *expected_order_sentences(results)]
+    return [*(lead_sentence(results, column) for column in shown(results)), *expected_order_sentences(results)]
 
 
 def lead_sentence(results: Results, column: str) -> str:
@@ -82,7 +83,7 @@ def expected_order_sentences(results: Results) -> list[str]:
         return []
     order = " < ".join(map(name_in_sentence, chain))
     words = [f"Expected order, as each ingredient of the paper adds to the one before: {order}."]
-    for column in SHOWN:
+    for column in shown(results):
         value = rounded_means(results, column)
         if missing := [name_in_sentence(variant) for variant in chain if pd.isna(value[variant])]:
             words.append(f"{results.data.titles[column]}: not known, without a number for {', '.join(missing)}.")
@@ -121,6 +122,8 @@ def notes(results: Results) -> list[str]:
     error = decimal(50 / n**0.5)
     words = [f"{spread}; the sampling error of a top-1 over {n:,} images is up to {error} points (one standard error)."]
     words.append(labels_note(results))
+    if stages := not_run(results):
+        words.append(f"Not run, so a dash in the table: {', '.join(stages)}.")
     if missing := without_number(results):
         words.append(f"NaN or infinite, so without a mean and a verdict: {'; '.join(missing)}.")
     if "teacher/linear_top1" in results.teacher:
@@ -141,6 +144,7 @@ def notes(results: Results) -> list[str]:
         words.append(NAMES_CAVEAT)
     if results.best:
         words.append(f"The table shows the last evaluation; best of the training where it was better: {'; '.join(results.best)}.")
+    words += [f"Warning of {doubt}" for doubt in results.doubts]
     if results.edited:
         words.append(f"Trained over an edit of the code, so not by one piece of code: {'; '.join(results.edited)}.")
     return [*words, CAPTIONS_CAVEAT]
@@ -188,13 +192,18 @@ def heading(results: Results) -> str:
 
 def measured_on(results: Results) -> str:
     """Return the sentence on measures and data of our table."""
-    data = results.data
-    return (
-        f"Top-1 in % over {data.images:,} validation images of {data.classes} classes (chance {decimal(100 / data.classes)} %); "
-        f"mIoU in % over {data.scenes:,} scenes with {data.scene_classes} classes"
-        f"{' of the built-in world' if results.params.data.imagenet and not results.params.data.ade20k else ''} "
-        f"(the most frequent class everywhere: {decimal(data.constant_miou)}, and {decimal(data.constant_pixel_accuracy)} % of the pixels)."
-    )
+    data, params = results.data, results.params
+    sentences = []
+    if data.classes:
+        chance = decimal(100 / data.classes)
+        sentences.append(f"Top-1 in % over {data.images:,} validation images of {data.classes} classes (chance {chance} %)")
+    if data.scenes:
+        sentences.append(
+            f"mIoU in % over {data.scenes:,} scenes with {data.scene_classes} classes"
+            f"{' of the built-in world' if params.data.imagenet and not params.data.ade20k else ''} "
+            f"(the most frequent class everywhere: {decimal(data.constant_miou)}, and {decimal(data.constant_pixel_accuracy)} % of the pixels)"
+        )
+    return "; ".join(sentences) + "."
 
 
 # Rows.

@@ -27,6 +27,11 @@ def test_the_best_of_a_training_by_hand():
     assert dict(scores.best_top1(curve[:1], "here")) == {}
 
 
+def test_chance_by_hand():
+    """Four classes, 300 images: a standard error is sqrt(0.25 * 0.75 / 300) = 2.5 %, and two above 25 % are 30 %."""
+    assert scores.is_chance(29.9, 4, 300) and not scores.is_chance(30.1, 4, 300) and scores.is_chance(0, 4, 300)
+
+
 ANGLES = torch.tensor([0.0, 0.1, 0.3, 1.5, 1.6])
 POINTS = torch.stack([ANGLES.cos(), ANGLES.sin()], dim=1) * torch.tensor([[1.0], [5], [0.1], [3], [9]])  # lengths must not matter
 LABELS = torch.tensor([0, 0, 1, 1, 1])

@@ -85,6 +85,15 @@ def test_a_training_over_an_edit_of_code_is_named_below_the_table(metrics):
     assert "not by one piece of code: pretrain milan-1 (milan/method/masking.py)." in said
 
 
+def test_doubts_of_stages_stand_below_the_table(metrics):
+    assert "Warning" not in table.markdown(read_results(metrics, PUBLISHED, recipe()))
+    write(metrics / "extract_targets.json", doubts="Its features are constant.")
+    write(metrics / "pretrain" / "milan-1.json", **{"pretrain/loss": 0.001, "doubts": "The loss is near zero. So."})
+    said = table.notes(read_results(metrics, PUBLISHED, recipe()))
+    assert "Warning of extract_targets: Its features are constant." in said
+    assert "Warning of pretrain milan-1: The loss is near zero. So." in said
+
+
 def test_means_and_ranges_by_hand(metrics):
     ours = read_results(metrics, PUBLISHED, recipe()).ours
     assert list(ours.index) == ["scratch", "mae", "milan"]
@@ -290,6 +299,31 @@ def test_missing_file_is_named(metrics, missing):
     (metrics / missing).unlink()
     with pytest.raises(UserError, match=missing.replace(".", r"\.")):
         read_results(metrics, PUBLISHED, recipe())
+
+
+def test_evaluations_that_were_not_run_are_dashes(metrics, tmp_path):
+    """No scenes, and one fine-tuning of six is missing."""
+    for path in [metrics / "prepare_ade20k.json", metrics / "finetune/mae-1.json", *metrics.glob("segment/*"), *metrics.glob("dense_probe/*")]:
+        path.unlink()
+    results = read_results(metrics, PUBLISHED, recipe(), partial=True)
+    said = table.markdown(results)
+    assert "Not run, so a dash in the table: finetune (mae-1), segment, dense_probe." in said
+    assert "(chance 5.0 %)." in said and "mIoU in % over" not in said and "NaN" not in said
+    rows = {row["Algorithm"]: row for row in table.our_rows(results, lambda text, path: text)}
+    assert rows["MILAN"]["Linear eval"] == "36.0 (35.0–37.0)" and rows["MILAN"]["Fine-tuning"] == "37.0 (36.0–38.0)"
+    assert rows["MILAN"]["Segmentation mIoU"] == rows["MILAN"]["Dense probe mIoU"] == rows["MAE"]["Fine-tuning"] == "–"
+    assert not any("mIoU" in sentence for sentence in table.order_sentences(results))
+    milan = next(row for row in csv.DictReader(io.StringIO(table.csv(results))) if row["variant"] == "milan")
+    assert milan["miou"] == milan["dense"] == "" and float(milan["linear"]) == 36.02
+    axes = plots.bars(results).axes
+    assert [axis.get_title().endswith("(not run)") for axis in axes] == [False, False, True, True]
+    for path in ("teacher", *(f"linear_eval/{variant}-{seed}" for variant in LINEAR for seed in (0, 1))):
+        (csv_file := tmp_path / "curves" / f"{path}.csv").parent.mkdir(parents=True, exist_ok=True)
+        csv_file.write_text("step,epoch,loss,lr\n1,1.0,2.0,0.1\n")
+    missing = [(stage, f"{variant}-{seed}") for stage in ("pretrain", "attentive_probe") for variant in LINEAR for seed in (0, 1)]
+    every = [("finetune", f"{variant}-{seed}") for variant in LINEAR for seed in (0, 1)]
+    panels = plots.curves(tmp_path / "curves", recipe(), [*results.missing, *missing, *every]).axes
+    assert [axis.get_title() for axis in panels] == ["Teacher, contrast", "Linear evaluation"]
 
 
 def test_missing_entry_and_broken_file_are_named(metrics):

@@ -93,6 +93,11 @@ def test_an_edit_reruns_exactly_these_stages(file):
     assert {stage for stage in STAGES if any(covers(dep, file) for dep in entry(stage)["deps"])} == set(EDITS[file].split())
 
 
+def test_missing_scenes_are_told_before_the_images_are_packed():
+    """`dvc repro` takes the stages in the order of dvc.yaml, and what each needs before it."""
+    assert list(STAGES)[:2] == ["prepare_ade20k", "prepare_imagenet"]
+
+
 def test_the_code_of_a_stage_by_hand(workplace):
     texts = {
         "milan/a/one.py": "import os\nfrom milan.b import two\n", "milan/b/two.py": "", "milan/b/three.py": "import milan.b.two\n",

@@ -25,7 +25,7 @@ from milan.core.validation import validate
 from milan.data import records
 from milan.method.encoder import Encoder
 from milan.params import Params
-from milan.stage import Kind, Stage, filled, name_leftovers
+from milan.stage import Kind, Stage, filled, name_leftovers, refuse_what_is_not_there
 from milan.tracking.tracker import Tracker
 from milan.training.weights import save_weights
 from stages import prepare_imagenet, pretrain
@@ -285,13 +285,24 @@ def test_a_teacher_without_a_description(desk):
     ("pretrain.weights", ["pretrain.weights: /nowhere/milan.pth is missing"]),
     ("data.robustness.imagenet_r", ["data.robustness.imagenet_r: /nowhere/milan.pth is missing, or no folder"]),
     ("report.published", ["report.published: /nowhere/milan.pth is missing"]),
-    ("prepare_imagenet.size", ["data.imagenet: the recipe demo needs real data", "-S data.imagenet=/path"]),
 ])  # fmt: skip
 def test_a_file_that_a_later_stage_needs_is_missed_by_the_first(desk, tree, key, words):
-    change(tree, key, None if key == "prepare_imagenet.size" else "/nowhere/milan.pth")
+    change(tree, key, "/nowhere/milan.pth")
     write_recipe(tree)
     said = run_light("prepare_ade20k", *PREPARE)
     assert [word for word in words if word not in said] == [], said
+
+
+def test_real_data_that_is_missing_is_asked_for_by_the_stage_that_packs_it_alone(workplace, tree):
+    for key in ("prepare_imagenet.size", "prepare_ade20k.size"):
+        change(tree, key, None)
+    change(tree, "report.published", str(ROOT / "reports/published.csv"))
+    params = validate(Params, tree, "params.yaml")
+    for name in ("imagenet", "ade20k"):
+        with pytest.raises(UserError, match=rf"data\.{name}: the recipe demo needs real data.*-S data\.{name}=/path"):
+            refuse_what_is_not_there(Stage(f"prepare_{name}", Namespace(), params))
+    for name in ("teacher", "linear_eval", "report"):
+        refuse_what_is_not_there(Stage(name, Namespace(), params))
 
 
 @pytest.mark.parametrize("arguments, words", [
