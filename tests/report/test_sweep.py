@@ -130,7 +130,7 @@ def test_costs_are_those_of_the_sweep_s_data(experiment, tmp_path, monkeypatch):
     monkeypatch.setattr(costs, "known_runs", lambda names: RUNS if names == {"smoke"} else [])
     monkeypatch.setattr("sys.argv", ["sweep", KEY, "--out", str(tmp_path)])
     sweep.main()
-    assert "| 0.5 | 1.0 | 2.0 | 3.0 | 4.0 | 5.0 | 13 | 20 | 90 | a |" in (tmp_path / KEY / "table.md").read_text()
+    assert "| 0.5 | 1.0 | 2.0 | 3.0 | 4.0 | 5.0 | 6.0 | 13 | 20 | 90 | a |" in (tmp_path / KEY / "table.md").read_text()
 
 
 def test_zero_shot_stands_in_the_table_where_somebody_has_it(experiment, tmp_path):
@@ -138,7 +138,7 @@ def test_zero_shot_stands_in_the_table_where_somebody_has_it(experiment, tmp_pat
     asked["linear_eval/milan-0.json"] |= {"linear_eval/zero_shot_top1": 7.5, "linear_eval/zero_shot_masked_top1": 6.25}
     sweep.write(KEY, [experiment("one", 0.5, metrics("milan", 30.0)), experiment("two", 0.75, asked)], [], tmp_path)
     text = (tmp_path / "table.md").read_text()
-    assert f"| {KEY} | Linear eval | k-NN | Zero-shot | Zero-shot, masked | Fine-tuning | mIoU |" in text
+    assert f"| {KEY} | Linear eval | k-NN | Zero-shot | Zero-shot, masked | Attentive probe | Fine-tuning | mIoU |" in text
     assert "| 0.5 | 30.0 | 31.0 | – | – | 32.0 |" in text and "| 0.75 | 40.0 | 41.0 | 7.5 | 6.3 | 42.0 |" in text
 
 

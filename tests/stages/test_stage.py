@@ -184,7 +184,7 @@ def test_without_labels_a_teacher_that_is_trained_here_needs_captions(desk, tree
     change(tree, "data.imagenet", str(desk / "images"))
     write_recipe(tree)
     said = run_light("prepare_imagenet", *PREPARE)
-    assert "neither labels nor" in said and "pairs/captions.csv" in said and "teacher.pretrained" in said
+    assert "neither labels nor" in said and "pairs/captions.csv" in said and "-S scale=photos" in said
 
 
 @pytest.mark.parametrize("name", ["linear_eval", "finetune"])
