@@ -65,15 +65,17 @@ def export(source: Path, target: Path, params: Params) -> None:
 
 
 def read(source: Path, params: Params) -> Trained:
-    """Read what a stage wrote into outs/<scale>/<stage>/<variant>-<seed>. Raises UserError for any other folder."""
-    *_, scale, stage, name = Path("/", "/", source.absolute()).parts
+    """Read what a stage wrote into outs/<data>/<stage>/<variant>-<seed>. Raises UserError for any other folder."""
+    *_, data, stage, name = Path("/", "/", source.absolute()).parts
     variant = name.rpartition("-")[0]
     if stage not in ("pretrain", "finetune") or variant not in params.pretrain.ablation:
         raise UserError(
-            f"{source}: give a folder of the stage pretrain or finetune, such as outs/{params.scale}/pretrain/milan-0."
+            f"{source}: give a folder of the stage pretrain or finetune, such as outs/{params.data.name}/pretrain/milan-0."
         )
-    if scale != params.scale:
-        raise UserError(f"{source} is of the recipe {scale}, and the active one is {params.scale}: give its own by --params.")
+    if data != params.data.name:
+        raise UserError(
+            f"{source} is of the data {data}, and the active recipe has {params.data.name}: give its own by --params."
+        )
     if stage == "finetune":
         vit, info = load_classifier(source)
         return Trained(vit, info.model, info.resize, TIMM_POOLING[info.pooling], info.classes, variant, source)
@@ -229,9 +231,7 @@ def is_imagenet(params: Params) -> bool:
 
 
 def data_words(params: Params) -> str:
-    if is_imagenet(params):
-        return "ImageNet-1K"
-    return "images of its own" if params.data.imagenet else "the built-in world of drawn images"
+    return "ImageNet-1K" if is_imagenet(params) else params.data.title
 
 
 def metrics_table(trained: Trained, params: Params) -> str:
@@ -239,7 +239,7 @@ def metrics_table(trained: Trained, params: Params) -> str:
     stage, name = trained.source.absolute().parts[-2:]
     rows = []
     for column, (measured, entry) in {**MEASURES, **ZERO_SHOT}.items():
-        path = Path("reports/metrics", params.scale, measured, f"{name}.json")
+        path = Path("reports/metrics", params.data.name, measured, f"{name}.json")
         if path.exists() and stage in ("pretrain", measured) and entry in (metrics := read_metrics(path)):
             title = TITLES[column] if params.data.ade20k else TITLES[column].replace("ADE20K", "Segmentation")
             rows.append({"measure": title, "%": decimal(metrics[entry])})
@@ -249,10 +249,10 @@ def metrics_table(trained: Trained, params: Params) -> str:
 def provenance(trained: Trained, params: Params, sha256: str) -> dict[str, str]:
     """Return {what: digest} by which the weights can be traced to dvc.lock, and to the runs in MLflow."""
     stage, name = trained.source.absolute().parts[-2:]
-    metrics = Path("reports/metrics", params.scale, stage, f"{name}.json")
+    metrics = Path("reports/metrics", params.data.name, stage, f"{name}.json")
     return {
         "model.safetensors, SHA-256": sha256,
-        f"outs/{params.scale}/{stage}/{name}, as in dvc.lock": dvc_hash(trained.source) or "not computed, for its size",
+        f"outs/{params.data.name}/{stage}/{name}, as in dvc.lock": dvc_hash(trained.source) or "not computed, for its size",
         "recipe and inputs, as in its metrics": read_json(metrics, recipe=str)["recipe"],
         "git revision of the export": revision(),
     }

@@ -218,7 +218,7 @@ def test_the_card_of_a_released_checkpoint_names_it_and_no_licence(in_project):
 @pytest.mark.parametrize("source, target, message", [
     ("outs/demo/linear_eval/milan-0", "new", "give a folder of the stage pretrain or finetune"),
     ("outs/demo/pretrain/other-0", "new", "give a folder of the stage pretrain or finetune"),
-    ("outs/smoke/pretrain/milan-0", "new", "is of the recipe smoke, and the active one is demo: give its own by --params"),
+    ("outs/smoke/pretrain/milan-0", "new", "is of the data smoke, and the active recipe has demo: give its own by --params"),
     ("outs/demo/pretrain/mae-0", "new", "mae-0/encoder.safetensors is missing"),
     ("outs/demo/pretrain/milan-0", "encoder", "encoder is there and not empty; give a new folder"),
     ("outs/demo/pretrain/milan-0", "photo.jpg", "photo.jpg is there and not empty; give a new folder"),

@@ -53,6 +53,16 @@ def test_data_is_named_by_its_folder(given, name):
     assert validate(Params, composed("smoke", *given), "smoke").data.name == name
 
 
+def test_the_recipe_of_the_released_checkpoint_changes_no_evaluation():
+    """It is the paper's but for what has no effect on the probes on images."""
+    released, paper = composed("released"), composed("paper")
+    differing = {key for key in paper if released[key] != paper[key]}
+    assert differing == {"scale", "data", "runtime", "pretrain", "prepare_ade20k"}
+    assert {**released["data"], "name": "paper"} == paper["data"] and released["runtime"] == {**paper["runtime"], "processes": 1}
+    assert released["pretrain"] == {**paper["pretrain"], "weights": "milan_vit_base.pth"}
+    assert released["prepare_ade20k"] == {**paper["prepare_ade20k"], "size": 512}
+
+
 def test_the_paper_s_derived_numbers():
     paper = validate(Params, composed("paper"), "paper")
     assert paper.pretrain.lr == pytest.approx(2.4e-3, rel=1e-12)

@@ -10,7 +10,7 @@ from milan.core.validation import validate
 from milan.method.model import MaskedPretraining
 from milan.params import AblationRow, Model, Params
 from milan.teacher.clip import load_teacher
-from stages import extract_targets, linear_eval, prepare_imagenet, pretrain, teacher
+from stages import attentive_probe, extract_targets, linear_eval, prepare_imagenet, pretrain, teacher
 from tests.conftest import change, run_main
 from tests.stages.test_dvc import entry
 
@@ -26,6 +26,10 @@ SETTINGS = {
     "linear_eval.batch_size": 20,
     "linear_eval.micro_batch": 20,
     "linear_eval.views": 1,
+    "attentive_probe.epochs": 2,
+    "attentive_probe.batch_size": 20,
+    "attentive_probe.micro_batch": 20,
+    "attentive_probe.views": 1,
     "finetune.labels": 1.0,
     "finetune.batch_size": 20,
     "finetune.micro_batch": 20,
@@ -102,6 +106,16 @@ def test_a_released_checkpoint_is_evaluated_without_any_teacher(recipe, workplac
     metrics = run(linear_eval, p, workplace, variant="milan", seed=0, **given)
     assert 0 <= metrics["linear_eval/top1"] <= 100 and not any("zero_shot" in name for name in metrics)
 
+    few = recipe(**{"linear_eval.labels": 0.5})
+    metrics = run(linear_eval, few, workplace / "few", variant="milan", seed=0, **given)
+    assert 0 <= metrics["linear_eval/knn_top1"] <= 100
+    listed = (workplace / "few/linear_eval/labels.csv").read_text().splitlines()
+    assert len(listed) == 1 + 20  # of 40 images
+    del given["teacher"]
+    metrics = run(attentive_probe, p, workplace, variant="milan", seed=0, **given)
+    assert 0 <= metrics["attentive_probe/top1"] <= 100
+
+    recipe(**{"linear_eval.labels": 1.0})
     torch.save({"model": released(p.model, seed=1)}, "milan.pth")
     assert up_to_pretrain(p, workplace)["recipe"] != first["recipe"]
 
