@@ -233,7 +233,7 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
 def without_number(results: Results) -> list[str]:
     """Return "linear eval of MILAN, seed 1" for each number that a run should have, and has not (NaN or infinity)."""
     runs, titles = results.runs, results.data.titles
-    stage_of = {column: stage for column, (stage, _) in {**MEASURES, **ZERO_SHOT}.items()}
+    stage_of = {column: stage for column, (stage, _) in {**MEASURES, **OPTIONAL}.items()}
     columns = [column for column in TITLES if column in MEASURES or runs[column].notna().any()]
     asked = {column: runs["variant"].isin(runs.loc[runs[column].notna(), "variant"]) | (column in MEASURES) for column in columns}
     return [

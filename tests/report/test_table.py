@@ -17,7 +17,7 @@ from milan.core.errors import UserError
 from milan.core.validation import validate
 from milan.params import Params, read_params
 from milan.report import plots, table
-from milan.report.results import read_published, read_results
+from milan.report.results import read_published, read_results, without_number
 
 PUBLISHED = Path("reports/published.csv")
 ZERO_SHOT = {"linear_eval/zero_shot_top1": 30.0, "linear_eval/zero_shot_masked_top1": 20.04}  # of MILAN, for both seeds
@@ -299,6 +299,11 @@ def test_missing_file_is_named(metrics, missing):
     (metrics / missing).unlink()
     with pytest.raises(UserError, match=missing.replace(".", r"\.")):
         read_results(metrics, PUBLISHED, recipe())
+
+
+def test_an_optional_number_that_one_seed_lacks_is_named(metrics):
+    (metrics / "robustness/milan-1.json").unlink()
+    assert without_number(read_results(metrics, PUBLISHED, recipe())) == ["corrupted top-1 of MILAN, seed 1"]
 
 
 def test_evaluations_that_were_not_run_are_dashes(metrics, tmp_path):
