@@ -466,7 +466,7 @@ class Params(Section):
                 )
             if section.stride > crop:
                 yield f"{name}.stride {section.stride} is above {name}.crop_size {crop}: it would leave out pixels"
-        if self.prepare_imagenet.short_side and not self.data.imagenet:
+        if self.prepare_imagenet.short_side and self.prepare_imagenet.size and not self.data.imagenet:
             yield "prepare_imagenet.short_side shrinks real images: set it to null, or data.imagenet to their folder"
         patches, ratio = self.model.n_patches, self.pretrain.mask_ratio
         kept = int(patches * (1 - ratio))  # as in milan/method/masking.py
