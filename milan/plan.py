@@ -48,7 +48,9 @@ CLASSES = 1000  # of ImageNet
 VOCABULARY = 20 * 49  # tokens of the built-in captions; hardly changes any count
 PHOTO = 500 * 400  # pixels of an image of ImageNet, nearly; benchmarks/loader.py has such images
 START = 2.0  # seconds of a stage before and after its work
-STEP, SEGMENTER_STEP = 0.01, 0.028  # seconds of a small model's step: six (nine) of demo_gpu's trainings made 106 (36) a second
+# Seconds of a small step on a GPU, whose host calls each kernel: six (nine) of demo_gpu's trainings made 106 (36) a second,
+# and a linear layer over features that are kept 360.
+STEP, SEGMENTER_STEP, HEAD_STEP = 0.01, 0.028, 0.0028
 PIXEL = 8.3e-9  # seconds of a worker for a pixel of an image: 6,570 photographs a second by 16 workers
 HANDLING = {  # seconds of a worker for an image besides: rates of demo_gpu's stages on an H100 with two workers each
     "pretrain": 0.8e-3,
@@ -110,7 +112,7 @@ class Device:
         return self.peak * self.shares.of(stage)
 
     def shortest_step(self, stage: str) -> float:
-        """Return the seconds that a step takes however small it is: the host calls each of a GPU's kernels."""
+        """Return the seconds that a step takes however small it is."""
         return (SEGMENTER_STEP if stage == "segment" else STEP) if self.gpu else 0.0
 
 
@@ -137,7 +139,7 @@ class StagePlan:
     pixels: float  # of an image, as it is decoded
     tests: float = 0  # images that the evaluation at the end passes through the model
     windows: float = 0  # windows of scenes that it passes through the model
-    loads: float = 0  # images that a run loads; 0: one for each image of a step
+    loads: float = 0  # images that a run encodes once, to train a linear layer on what it keeps; 0: it keeps nothing
 
     @property
     def steps(self) -> int:
@@ -158,6 +160,8 @@ class StagePlan:
         loading = (HANDLING[stage] + PIXEL * self.pixels) / workers if workers else 0.0
         loads = self.loads or self.steps * self.batch_size
         training = max(self.flops / self.runs / rate, loads * loading, loads / self.batch_size * shortest)
+        if self.loads and device.gpu:
+            training += self.steps * HEAD_STEP
         forward = (self.cost.frozen_flops + self.cost.trained_flops) / rate
         evaluation = self.tests * max(forward, loading) + self.windows * max(forward, shortest / 3)
         return self.runs * (START + (training + evaluation) / devices)
@@ -323,11 +327,11 @@ def stage_plans(params: Params) -> list[StagePlan]:
             if (cost := once(params.pretrain.ablation[variant], variant))
         ),
         stage_plan("linear_eval", imagenet.train, linear, linear_cost(params), runs, tests=imagenet.val,
-                   loads=imagenet.train * (linear.views or linear.epochs)),
+                   loads=imagenet.train * linear.views),
         stage_plan("finetune", round(imagenet.train * finetune.labels), finetune, finetune_cost(params), runs, tests=imagenet.val),
         stage_plan("segment", scenes.train, segment, scene_cost, runs, windows=scene_windows(params, segment), **on_scenes),
         stage_plan("dense_probe", scenes.train, dense, dense_cost(params), runs, windows=scene_windows(params, dense),
-                   loads=scenes.train * (dense.views or dense.epochs), **on_scenes),
+                   loads=scenes.train * dense.views, **on_scenes),
     ]  # fmt: skip
 
 

@@ -359,7 +359,7 @@ def recipes(**scales: str) -> None:
 
 
 def test_settings_that_differ_from_the_scale_s_recipe(workplace):
-    recipes(mine="{a: {rate: 1e-3, epochs: 8}, b: {epochs: 8}, data: {imagenet: null}, runtime: {workers: 0}}")
+    recipes(mine="a: {rate: 1e-3, epochs: 8}\nb: {epochs: 8}\ndata: {imagenet: null}\nruntime: {workers: 0}\n")
     own = {"a.rate": 0.001, "a.epochs": 8, "b.epochs": 8, "data.imagenet": None, "runtime.workers": 0}
     assert changed_settings({"scale": "mine", **own}) == {}
     ours = {"scale": "mine", **own, "a.rate": 0.5, "b.epochs": 4, "data.imagenet": "~/big/photos", "runtime.workers": 2, "c": "new"}

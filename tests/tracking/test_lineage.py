@@ -188,7 +188,6 @@ def test_pretrained_models_side_by_side(store):
     (row,) = compare.pretrained_models(store, "test").to_dict("records")
     assert row == {"model": "milan-0", "Linear eval": 30.0, "Fine-tuning": 34.5, **none}
     assert compare.pretrained_models(store, "of nobody").empty
-    run = store.get_run(store.search_logged_models([experiment(store)])[0].source_run_id)
     models = [SimpleNamespace(name=name, metrics=[], source_run_id=name) for name in "ab"]
     made, whole = [], []
     for name, ratio in (("a", "0.5"), ("b", "0.75")):
