@@ -135,6 +135,7 @@ def test_a_model_has_the_results_of_all_its_evaluations(store):
     assert model.source_run_id == named(store, "pretrain milan seed 0", "2-2").info.run_id
     run = store.get_run(named(store, "finetune milan seed 0", "3-3").info.run_id)
     assert [link.model_id for link in run.inputs.model_inputs] == [model.model_id]
+    assert run.data.tags["mlflow.note.content"] == "`finetune/top1` 34.5"
 
 
 def skipped(store, pipeline: str) -> tuple[dict, str]:
