@@ -27,8 +27,8 @@ torture: setup ## run the fault tests (kills, full disks, damaged files) on a sm
 compare: setup ## print the results of this folder, of experiments and of commits side by side
 	@python -m milan.report.compare
 
-plan: setup ## estimate the cost of a recipe: make plan SCALE=paper
-	@python -m milan.plan $(if $(SCALE),--scale $(SCALE)) $(if $(TFLOPS),--tflops $(TFLOPS))
+plan: setup ## estimate the cost of a recipe: make plan SCALE=paper CARD=H100
+	@python -m milan.plan $(if $(SCALE),--scale $(SCALE)) $(if $(CARD),--card $(CARD)) $(if $(TFLOPS),--tflops $(TFLOPS))
 
 evidence: setup ## run every study of docs/evidence.md (hours at demo scale); run it again to continue
 	@python -m milan.report.studies

@@ -1,16 +1,19 @@
 """Print what a recipe costs before it runs: steps, parameters, arithmetic, memory, disk and hours.
 
-    python -m milan.plan                              # the recipe in params.yaml
-    python -m milan.plan --scale paper --tflops 250   # the recipe in conf/scale/paper.yaml, on GPUs that sustain 250 TFLOP/s
+    python -m milan.plan                              # the recipe in params.yaml, on the GPU or the CPU of this machine
+    python -m milan.plan --scale paper --card H100    # the recipe in conf/scale/paper.yaml, on a card known by name
+    python -m milan.plan --scale paper --tflops 250   # the same, on GPUs that sustain 250 TFLOP/s in every stage
 
 Torch counts parameters, arithmetic and activations on the stages' own models with fake tensors, which have shapes but no
-values, so nothing is computed or stored. Hours are the arithmetic divided by the rate that a device sustains, which
-benchmarks/step.py measures; without --tflops, half the rate of a large matrix product on this machine is assumed.
+values, so nothing is computed or stored. A training takes as long as the slower of its arithmetic and its loaders; evaluation
+and start-up are added. Rates of all four are measured ones (benchmarks/RESULTS.md); another card than the H200 is assumed to
+sustain the same share of its peak. Of 39 hours of pretraining on 8 A100, which the release reports, this share is 12.6 %; the
+same algorithm in plain PyTorch sustained 12.4 % of the H200's peak.
 """
 
 import argparse
 import dataclasses
-import time
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +33,18 @@ from milan.ingest.world.drawing import WORLDS
 from milan.method.encoder import Encoder
 from milan.method.model import MaskedPretraining
 from milan.method.target_bank import bank_bytes
-from milan.params import AblationRow, AttentiveProbe, DenseProbe, LinearEval, Model, Params, Training, compose_recipe, read_params
+from milan.params import (
+    AblationRow,
+    AttentiveProbe,
+    DenseProbe,
+    LinearEval,
+    Model,
+    Params,
+    Segment,
+    Training,
+    compose_recipe,
+    read_params,
+)
 from milan.report.text import aligned
 from milan.segmentation import upernet
 from milan.segmentation.dense import DenseHead
@@ -38,7 +52,7 @@ from milan.teacher.clip import tiny_config
 from milan.teacher.frozen import build_tower
 from milan.teacher.released import describe
 from milan.teacher.towers import Tower
-from milan.training.device import DTYPES, resolve_compute, resolve_device
+from milan.tracking.machine import gpu_names
 
 IMAGE_BYTES = 110_000  # mean size of an ImageNet JPEG
 SCENE_BYTES = 45_000  # mean size of an ADE20K scene with its annotation
@@ -52,6 +66,23 @@ ROBUSTNESS_IMAGES = {  # as published
     "imagenet_c": 19 * 5 * 50_000,
 }
 VOCABULARY = 20 * 49  # tokens of the built-in captions; hardly changes any count
+PHOTO = 500 * 400  # pixels of an image of ImageNet, nearly; benchmarks/loader.py has such images
+START = 2.0  # seconds of a stage before and after its work
+# Seconds of a small step on a GPU, whose host calls each kernel: six (nine) of demo_gpu's trainings made 106 (36) a second,
+# and a linear layer over features that are kept 360.
+STEP, SEGMENTER_STEP, HEAD_STEP = 0.01, 0.028, 0.0028
+PIXEL = 8.3e-9  # seconds of a worker for a pixel of an image: 6,570 photographs a second by 16 workers
+HANDLING = {  # seconds of a worker for an image besides: rates of demo_gpu's stages on an H100 with two workers each
+    "pretrain": 0.8e-3,
+    "linear_eval": 0.8e-3,
+    "attentive_probe": 0.8e-3,  # this and robustness load as the linear evaluation does
+    "robustness": 0.8e-3,
+    "extract_targets": 0.8e-3,
+    "finetune": 1.4e-3,
+    "teacher": 1.8e-3,
+    "segment": 1.4e-3,  # no more, by the demo's dense probe
+    "dense_probe": 1.4e-3,
+}
 
 
 @dataclass(frozen=True)
@@ -70,8 +101,55 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class Shares:
+    """The share of a device's peak that a stage's arithmetic sustains: of trainings, and of the forward pass of frozen models."""
+
+    pretrain: float
+    finetune: float
+    segment: float
+    frozen: float
+
+    def of(self, stage: str) -> float:
+        """Return the share of a stage; teacher and linear layers are nearly all forward passes of a frozen encoder."""
+        return getattr(self, stage, self.frozen)
+
+
+# ViT-B/16 in bfloat16 on an H200, steps of 217, 268 and 164 TFLOP/s and the teacher alone 268; compiled 336, 367 and 416, where
+# the segmenter was not.
+EAGER, COMPILED = Shares(0.22, 0.27, 0.17, 0.27), Shares(0.34, 0.37, 0.17, 0.42)
+ON_CPU = Shares(0.33, 0.6, 0.54, 0.54)  # the demo's stages in float32 on two cores of an EPYC
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device: words for its rate, its peak in FLOP/s, the shares of it that stages sustain, and whether it is a GPU."""
+
+    words: str
+    peak: float
+    shares: Shares
+    gpu: bool = True
+
+    def rate(self, stage: str) -> float:
+        """Return the FLOP/s that a stage sustains."""
+        return self.peak * self.shares.of(stage)
+
+    def shortest_step(self, stage: str) -> float:
+        """Return the seconds that a step takes however small it is."""
+        return (SEGMENTER_STEP if stage == "segment" else STEP) if self.gpu else 0.0
+
+
+CARDS = {  # TFLOP/s of matrix products in bfloat16 without sparsity, by NVIDIA's data sheets (A100 SXM, H100 SXM, RTX 4090)
+    "A100": 312.0,
+    "H100": 989.0,
+    "H200": 989.0,
+    "4090": 165.0,
+    "CPU": 0.1,  # of a core in float32: 0.07 to 0.12, measured
+}
+
+
+@dataclass(frozen=True)
 class StagePlan:
-    """One training stage of the plan, for all its variants and seeds."""
+    """One stage of the plan that computes, for all its variants and seeds."""
 
     name: str
     images: int
@@ -80,6 +158,10 @@ class StagePlan:
     micro_batch: int
     cost: Cost
     runs: int  # number of variants times number of seeds
+    pixels: float  # of an image, as it is decoded
+    tests: float = 0  # images that the evaluation at the end passes through the model
+    windows: float = 0  # windows of scenes that it passes through the model
+    loads: float = 0  # images that a run encodes once, to train a linear layer on what it keeps; 0: it keeps nothing
 
     @property
     def steps(self) -> int:
@@ -90,6 +172,21 @@ class StagePlan:
     def flops(self) -> float:
         """FLOPs of all runs."""
         return self.runs * self.steps * self.batch_size * self.cost.step_flops
+
+    def seconds(self, device: Device, workers: int, devices: int = 1) -> float:
+        """Return the seconds of all runs, one after the other, each on so many devices with `workers` loader processes each.
+
+        Without workers the process itself loads, which the shares of a CPU's peak include."""
+        stage = self.name.split()[0]
+        rate, shortest = device.rate(stage), device.shortest_step(stage)
+        loading = (HANDLING[stage] + PIXEL * self.pixels) / workers if workers else 0.0
+        loads = self.loads or self.steps * self.batch_size
+        training = max(self.flops / self.runs / rate, loads * loading, loads / self.batch_size * shortest)
+        if self.loads and device.gpu:
+            training += self.steps * HEAD_STEP
+        forward = (self.cost.frozen_flops + self.cost.trained_flops) / rate
+        evaluation = self.tests * max(forward, loading) + self.windows * max(forward, shortest / 3)
+        return self.runs * (START + (training + evaluation) / devices)
 
     @property
     def memory(self) -> float:
@@ -244,29 +341,70 @@ def robustness_cost(params: Params) -> Cost:
     return Cost(0, 2 * encoder_flops, 0.0, 0)
 
 
+def scene_windows(params: Params, section: Segment | DenseProbe) -> float:
+    """Return the windows of the evaluation's scenes, which are taken for 4:3, at all scales, mirrored where the recipe says so."""
+    count = 0
+    for scale in section.scales:
+        sides = [max(section.crop_size, scale * section.resize[1] * ratio) for ratio in (1, 4 / 3)]
+        rows, columns = (1 + math.ceil((side - section.crop_size) / section.stride) for side in sides)
+        count += rows * columns
+    return params.prepare_ade20k.val * count * (2 if section.flip else 1)
+
+
 def stage_plans(params: Params) -> list[StagePlan]:
-    """Return the plan of every training stage, pretraining for each variant, and of robustness where it is measured."""
-    train, scenes, seeds = params.prepare_imagenet.train, params.prepare_ade20k.train, len(params.seeds)
+    """Return the plan of every stage that computes; pretraining has one for each variant, robustness where it is measured."""
+    imagenet, scenes, seeds = params.prepare_imagenet, params.prepare_ade20k, len(params.seeds)
+    pixels = PHOTO if params.data.imagenet or not imagenet.size else imagenet.size**2
+    scene_pixels = PHOTO if params.data.ade20k or not scenes.size else scenes.size**2
+    runs, costs = seeds * len(params.variants), {}
 
-    def stage_plan(name: str, images: int, training: Training, cost: Cost, runs: int) -> StagePlan:
-        return StagePlan(name, images, training.epochs, training.batch_size, training.micro_batch, cost, runs)
+    def stage_plan(name: str, images: int, training: Training, cost: Cost, runs: int, pixels: float = pixels, **more) -> StagePlan:
+        sizes = (training.epochs, training.batch_size, training.micro_batch)
+        return StagePlan(name, images, *sizes, cost, runs, pixels, **more)
 
-    pretraining = [
-        stage_plan(f"pretrain {variant}", train, params.pretrain, cost, seeds)
-        for variant in params.variants
-        if (cost := pretrain_cost(params, variant))
-    ]
-    runs, shifted, micro_batch = seeds * len(params.variants), robustness_images(params), params.robustness.micro_batch
-    robustness = [StagePlan("robustness", shifted, 1, micro_batch, micro_batch, robustness_cost(params), runs)] if shifted else []
+    def once(row: AblationRow, variant: str) -> Cost | None:  # rows that differ in their masking cost the same
+        key = (row.target, row.decoder)
+        return costs[key] if key in costs else costs.setdefault(key, pretrain_cost(params, variant))
+
+    linear, attentive, dense, finetune, segment = (
+        getattr(params, name) for name in ("linear_eval", "attentive_probe", "dense_probe", "finetune", "segment")
+    )
+    labelled, shifted, at_a_time = round(imagenet.train * linear.labels), robustness_images(params), params.robustness.micro_batch
+    scene_cost, on_scenes = segment_cost(params), {"pixels": scene_pixels}
     return [
-        *pretraining,
-        stage_plan("linear_eval", round(train * params.linear_eval.labels), params.linear_eval, linear_cost(params), runs),
-        stage_plan("attentive_probe", train, params.attentive_probe, attentive_cost(params), runs),
-        stage_plan("finetune", round(train * params.finetune.labels), params.finetune, finetune_cost(params), runs),
-        stage_plan("segment", scenes, params.segment, segment_cost(params), runs),
-        stage_plan("dense_probe", scenes, params.dense_probe, dense_cost(params), runs),
-        *robustness,
-    ]
+        *teacher_plans(params, pixels),
+        *(
+            stage_plan(f"pretrain {variant}", imagenet.train, params.pretrain, cost, seeds)
+            for variant in params.variants
+            if (cost := once(params.pretrain.ablation[variant], variant))
+        ),
+        stage_plan("linear_eval", labelled, linear, linear_cost(params), runs, tests=imagenet.val, loads=labelled * linear.views),
+        stage_plan("attentive_probe", imagenet.train, attentive, attentive_cost(params), runs, tests=imagenet.val,
+                   loads=imagenet.train * attentive.views),
+        stage_plan("finetune", round(imagenet.train * finetune.labels), finetune, finetune_cost(params), runs, tests=imagenet.val),
+        stage_plan("segment", scenes.train, segment, scene_cost, runs, windows=scene_windows(params, segment), **on_scenes),
+        stage_plan("dense_probe", scenes.train, dense, dense_cost(params), runs, windows=scene_windows(params, dense),
+                   loads=scenes.train * dense.views, **on_scenes),
+        *([StagePlan("robustness", shifted, 1, at_a_time, at_a_time, robustness_cost(params), runs, pixels)] if shifted else []),
+    ]  # fmt: skip
+
+
+def teacher_plans(params: Params, pixels: float) -> list[StagePlan]:
+    """Return the plans of a teacher that is trained here, whose text tower is left out, and of the target bank."""
+    imagenet, settings, views = params.prepare_imagenet, params.teacher, params.extract_targets.views
+    tower = fake_teacher(params)
+    flops = forward_flops(tower, fake_images(1, tower.size))
+    trained = Cost(sum(parameter.numel() for parameter in tower.parameters()), 0.0, flops, 0)
+    batch = params.extract_targets.batch_size
+    plans = []
+    if settings.tiny:
+        pairs = imagenet.pairs or imagenet.train
+        sizes = (settings.epochs, settings.batch_size, settings.micro_batch)
+        plans.append(StagePlan("teacher", pairs, *sizes, trained, 1, pixels))
+    if views and any(params.pretrain.ablation[variant].target == "clip" for variant in params.variants):
+        frozen = Cost(0, flops, 0.0, 0)
+        plans.append(StagePlan("extract_targets", imagenet.train, views, batch, batch, frozen, 1, pixels))
+    return plans
 
 
 def record_bytes(folder: str | None, size: int | None, real: int) -> float:
@@ -296,42 +434,44 @@ def milan_row(params: Params) -> AblationRow:
     return next((row for row in rows if row and row.target != "none"), AblationRow("clip", "prompt", "semantic"))
 
 
-def measure_rate(params: Params) -> float:
-    """Measure half the FLOP/s of a large matrix product in the recipe's precision on this machine."""
-    device = resolve_device(params.compute)
-    dtype = DTYPES[resolve_compute(params.compute, params.model).precision]
-    side = 8192 if device.type == "cuda" else 1024
-    matrix = torch.ones(side, side, device=device, dtype=dtype)
-    times = []
-    for _ in range(5):
-        began = time.perf_counter()
-        (matrix @ matrix).sum().item()
-        times.append(time.perf_counter() - began)
-    return side**3 / min(times)  # the product takes 2 * side**3
+def device_named(name: str | None, params: Params) -> Device:
+    """Return a card of CARDS; None: the GPU of this machine, or its CPU. Raises UserError for a card that is not known."""
+    gpus = gpu_names() if name is None and params.compute.device != "cpu" else []
+    wanted = name or (gpus[0] if gpus else "CPU")
+    card = next((card for card in CARDS if card.casefold() in wanted.casefold()), None)
+    if card is None:
+        raise UserError(f"No figures are known for {wanted!r}, only for {', '.join(CARDS)}: say with --tflops what it sustains.")
+    if card == "CPU":
+        threads = params.compute.threads
+        return Device(f"on a CPU, {threads} core(s) a process", CARDS[card] * 1e12 * threads, ON_CPU, gpu=False)
+    shares = COMPILED if params.compute.compile else EAGER
+    low, high = min(vars(shares).values()), max(vars(shares).values())
+    words = f"on {card} at {100 * low:.0f} to {100 * high:.0f} % of its {CARDS[card]:.0f} TFLOP/s"
+    return Device(words, CARDS[card] * 1e12, shares)
 
 
-def format_plan(params: Params, rate: float, source: str) -> str:
-    """Return the whole plan as text. rate: FLOP/s that one device sustains; source: a note on where that number is from."""
+def format_plan(params: Params, device: Device) -> str:
+    """Return the whole plan as text, for one and for eight devices of this kind."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         stages, components, kept = stage_plans(params), component_flops(params), disk_bytes(params)
     head = ["stage", "runs", "images", "epochs", "steps", "M parameters", "GFLOP/image", "GB/process", "hours on 1", "hours on 8"]
-    rows = [head]
+    rows, totals = [head], [0.0, 0.0]
     for stage in stages:
         counts = [f"{stage.runs}", f"{stage.images:,}", f"{stage.epochs:.4g}", f"{stage.steps:,}"]
         costs = [f"{stage.cost.parameters / 1e6:.1f}", f"{stage.cost.step_flops / 1e9:.4g}", f"{stage.memory / 1e9:.3g}"]
-        hours = stage.flops / rate / 3600
-        rows.append([stage.name, *counts, *costs, f"{hours:.3g}", f"{hours / 8:.3g}"])
-    total_hours = sum(stage.flops for stage in stages) / rate / 3600
-    rows.append(["all", *[""] * (len(head) - 3), f"{total_hours:.3g}", f"{total_hours / 8:.3g}"])
+        hours = [stage.seconds(device, params.runtime.workers, devices) / 3600 for devices in (1, 8)]
+        totals = [total + more for total, more in zip(totals, hours, strict=True)]
+        rows.append([stage.name, *counts, *costs, *(f"{number:.3g}" for number in hours)])
+    rows.append(["all", *[""] * (len(head) - 3), *(f"{total:.3g}" for total in totals)])
     forward = ", ".join(f"{name} {value / 1e9:.4g}" for name, value in components.items())
     return "\n".join([
-        f"recipe {params.scale}, {params.model.name} at {params.model.image_size} px, "
-        f"at {rate / 1e12:.3g} TFLOP/s a device ({source})",
+        f"recipe {params.scale}, {params.model.name} at {params.model.image_size} px, {device.words}",
         "", aligned(rows, left=1), "",
         f"GFLOP of an image, forward: {forward}. A step is the teacher's forward pass and three of the student's.",
         "GB/process: weights, gradients, AdamW's moments and the activations of a micro-batch, in float32; "
         "bf16 keeps about half of the activations.",
-        "Hours are arithmetic alone: no loading, no evaluation, all devices busy.",
+        f"Hours are start-up, evaluation, and the slower of arithmetic and loading by {params.runtime.workers} worker(s) a device, "
+        "stage after stage.",
         "disk: " + ", ".join(f"{name} {size / 1e9:,.3g} GB" for name, size in kept.items()) + ".",
     ])  # fmt: skip
 
@@ -340,7 +480,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="the recipe (default: %(default)s)")
     parser.add_argument("--scale", help="the recipe of this name in conf/scale instead")
-    parser.add_argument("--tflops", type=float, help="TFLOP/s that one device sustains in these steps (default: measured here)")
+    parser.add_argument("--card", help=f"the device: {', '.join(CARDS)} (default: what is in this machine)")
+    parser.add_argument("--tflops", type=float, help="TFLOP/s that one device sustains in every stage, instead of --card")
     args = parser.parse_args()
     try:
         with explain_os_errors():
@@ -348,9 +489,10 @@ def main() -> None:
             if args.tflops is not None and not 0 < args.tflops * 1e12 < float("inf"):
                 raise UserError(f"--tflops {args.tflops} must be a number above 0.")
             if args.tflops:
-                print(format_plan(params, args.tflops * 1e12, "given"))
+                device = Device(f"if a device sustains {args.tflops:g} TFLOP/s", args.tflops * 1e12, Shares(1, 1, 1, 1))
             else:
-                print(format_plan(params, measure_rate(params), "half of a matrix product's here"))
+                device = device_named(args.card, params)
+            print(format_plan(params, device))
     except UserError as error:
         fail(str(error))
 

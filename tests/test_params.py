@@ -9,7 +9,7 @@ from timm.data.auto_augment import rand_augment_transform
 
 from milan.core.errors import UserError
 from milan.core.validation import arithmetic, validate
-from milan.params import Model, Params, read_params
+from milan.params import Model, Params, changed_settings, compose_recipe, read_params, say_settings
 from tests.conftest import ROOT, change, composed
 
 SCALES = sorted(path.stem for path in (ROOT / "conf" / "scale").glob("*.yaml"))
@@ -401,3 +401,37 @@ def test_read_params_reads(tmp_path, committed_tree):
     path = tmp_path / "p.yaml"
     path.write_text(yaml.safe_dump({**committed_tree, "scale": "mine"}))
     assert read_params(Path(path)).scale == "mine"
+
+
+def recipes(**scales: str) -> None:
+    """Write conf/ with these recipes."""
+    Path("conf/scale").mkdir(parents=True)
+    Path("conf/config.yaml").write_text("defaults: [_self_, {scale: mine}]")
+    for name, text in scales.items():
+        Path(f"conf/scale/{name}.yaml").write_text(f"# @package _global_\nscale: {name}\n{text}")
+
+
+def test_settings_that_differ_from_the_scale_s_recipe(workplace):
+    recipes(mine="a: {rate: 1e-3, epochs: 8}\nb: {epochs: 8}\ndata: {imagenet: null}\nruntime: {workers: 0}\n")
+    own = {"a.rate": 0.001, "a.epochs": 8, "b.epochs": 8, "data.imagenet": None, "runtime.workers": 0}
+    assert changed_settings({"scale": "mine", **own}) == {}
+    ours = {"scale": "mine", **own, "a.rate": 0.5, "b.epochs": 4, "data.imagenet": "~/big/photos", "runtime.workers": 2, "c": "new"}
+    changed = changed_settings(ours)
+    assert changed == {"a.rate": 0.5, "b.epochs": 4, "data.imagenet": "~/big/photos", "runtime.workers": 2, "c": "new"}
+    assert say_settings(changed, ours) == "rate=0.5, b.epochs=4, imagenet=photos and 1 more"
+    assert say_settings({"variants": ["mae", "milan"]}, ours) == "variants=[mae, milan]"
+    assert changed_settings({**ours, "scale": "other"}) == changed_settings({}) == {}
+
+
+def test_outside_the_repository_the_error_says_where_to_run(workplace):
+    with pytest.raises(UserError, match="run from the repository's root"):
+        compose_recipe("demo")
+
+
+def test_a_broken_recipe_in_conf_is_named(workplace):
+    Path("conf/scale").mkdir(parents=True)
+    Path("conf/config.yaml").write_text("defaults: [{scale: mine}]")
+    for text in ("scale: ${nothing}", "scale: [", "scale: 2024-13-45"):
+        Path("conf/scale/mine.yaml").write_text(text)
+        with pytest.raises(UserError, match="conf/scale/mine.yaml"):
+            compose_recipe("mine")

@@ -3,7 +3,7 @@
     python -m milan.report.readme
 
 Sources: reports/table.csv (the report stage), the seeds study at scale demo_gpu, the verdicts of both seeds studies, and
-the cost of the paper's recipe (`python -m milan.plan --scale paper --tflops 300 > reports/plan/paper.txt`).
+the cost of the paper's recipe (`python -m milan.plan --scale paper --card H100 > reports/plan/paper.txt`).
 """
 
 from pathlib import Path
@@ -56,8 +56,8 @@ def planned_row(plan: str) -> dict[str, str]:
     """Return the row of the paper's own recipe, which has no results: its status and its cost by milan.plan's text."""
     head = plan.splitlines()[0]
     hours = next(line for line in plan.splitlines() if line.startswith("all ")).split()[1:]
-    rate = head.split(" at ")[-1].split(" a device")[0]
-    cost = f"[planned]({PLAN}): {hours[0]} hours on 1 GPU or {hours[1]} on 8 for all stages, if each sustains {rate}"
+    device = head.rpartition(" px, ")[2]
+    cost = f"[planned]({PLAN}): {hours[0]} hours on 1 GPU or {hours[1]} on 8 for all stages, {device}"
     published = "the release reports 39 hours on 8 A100 for pretraining alone"
     return row("MILAN, this code", Markdown(f"{ELSEWHERE}, `paper`"), None, Markdown(f"**not run here**; {cost}; {published}"))
 

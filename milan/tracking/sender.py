@@ -55,6 +55,8 @@ class Sender:
             kind = event["kind"]
             if kind == "metrics":
                 metrics[self.run_of(event)] += [self.metric(event, *item) for item in event["values"].items()]
+                if event.get("result"):  # as the run's description, which MLflow shows above the system's metrics
+                    self.client.set_tag(self.run_id, NOTE, ", ".join(f"`{key}` {value:g}" for key, value in event["values"].items()))
             else:
                 getattr(self, f"send_{kind}")(event)
         for run_id, points in metrics.items():

@@ -66,8 +66,8 @@ def test_readme_is_short():
 
 def test_the_plan_is_what_the_planner_says():
     text = readme.PLAN.read_text()
-    rate = re.search(r"at (\S+) TFLOP/s", text)[1]
-    command = [sys.executable, "-m", "milan.plan", "--scale", "paper", "--tflops", rate]
+    card = re.search(r"px, on (\w+)", text)[1]
+    command = [sys.executable, "-m", "milan.plan", "--scale", "paper", "--card", card]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert text.splitlines()[0] == said.splitlines()[0]
     hours = [[line.split() for line in words.splitlines() if line.startswith("all ")] for words in (text, said)]

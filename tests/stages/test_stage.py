@@ -4,6 +4,7 @@ import copy
 import errno
 import importlib
 import io
+import json
 import multiprocessing
 import os
 import signal
@@ -25,7 +26,7 @@ from milan.core.validation import validate
 from milan.data import records
 from milan.method.encoder import Encoder
 from milan.params import Params
-from milan.stage import Kind, Stage, filled, name_leftovers, refuse_what_is_not_there
+from milan.stage import Kind, Stage, filled, name_leftovers, own_settings, refuse_what_is_not_there
 from milan.tracking.tracker import Tracker
 from milan.training.weights import save_weights
 from stages import prepare_imagenet, pretrain
@@ -615,3 +616,33 @@ def test_an_argument_of_another_type_is_named(desk):
     arguments = ["--variant", "milan", "--seed", "one", "--records", "records", "--weights", "weights", *MADE, "--teacher", "teacher"]
     status, said = run_heavy("linear_eval", *arguments)
     assert status == 1 and "--seed: 'one' is no int." in refused(said, "outs/made")
+
+
+def test_a_stage_s_run_shows_its_own_settings(tree):
+    """Those that dvc.yaml names for it, of the ablation its own row, and not what `auto` stands for."""
+    params = validate(Params, tree, "params.yaml")
+    shown = own_settings(Stage("linear_eval", Namespace(variant="milan", seed=3), params), flatten(params))
+    assert {key: shown[key] for key in ("scale", "variant", "seed")} == {"scale": "demo", "variant": "milan", "seed": "3"}
+    assert {key for key in shown if key.startswith("pretrain.")} == {
+        "pretrain.mask_ratio",
+        *(f"pretrain.ablation.milan.{column}" for column in ("target", "decoder", "masking")),
+    }
+    sections = {key.partition(".")[0] for key in shown}
+    assert sections == {"scale", "variant", "seed", "compute", "model", "linear_eval", "pretrain"}
+    assert "compute.threads" in shown and not {"compute.device", "compute.precision"} & shown.keys()
+    assert own_settings(Stage("page", Namespace(), params), flatten(params)) == {"scale": "demo"}
+
+
+def test_curve_and_confusion_of_a_stage_have_names_of_their_own(workplace, tree):
+    """On disk both are called milan-0.csv, in folders that MLflow does not have."""
+    args = Namespace(variant="milan", seed=0, curve=workplace / "curves/milan-0.csv", confusion=workplace / "confusion/milan-0.csv")
+    stage = Stage("finetune", args, validate(Params, tree, "params.yaml"))
+    stage.tracker = Tracker(workplace / "1-1.jsonl")
+    stage.write_curve([{"step": 1, "loss": 0.5}])
+    stage.write_confusion([("cat", "dog")])
+    events = [json.loads(line) for line in stage.tracker.spool.read_text().splitlines()]
+    assert {event["name"]: event["text"] for event in events} == {
+        "curve-finetune-milan-0.csv": "step,loss\n1,0.5\n",
+        "confusion-finetune-milan-0.csv": "actual,predicted\ncat,dog\n",
+    }
+    assert args.confusion.read_text() == "actual,predicted\ncat,dog\n"

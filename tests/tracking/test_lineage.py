@@ -29,8 +29,8 @@ def write_ended(place: int, pipeline: str, name: str, tags: dict, *events: dict)
     """Write the spool of a stage that has ended."""
     stage, *variation = name.split()
     known = {"stage": stage, "scale": "test", "git_revision": "abc", **dict(zip(("variant", "_", "seed"), variation))}
-    start = {"kind": "start", "time": 1000 + place, "name": name, "experiment": "milan-test", "pipeline": pipeline, "tags": known}
-    spool = write_spool([start], place)
+    whole = {"experiment": "milan-test", "pipeline": pipeline, "recipe": {"scale": "test"}}
+    spool = write_spool([{"kind": "start", "time": 1000 + place, "name": name, "tags": known, **whole}], place)
     for event in (*events, {"kind": "tags", "values": tags}, {"kind": "end", "status": "FINISHED"}):
         tracker.Tracker(spool).event(**event)
 
@@ -135,6 +135,7 @@ def test_a_model_has_the_results_of_all_its_evaluations(store):
     assert model.source_run_id == named(store, "pretrain milan seed 0", "2-2").info.run_id
     run = store.get_run(named(store, "finetune milan seed 0", "3-3").info.run_id)
     assert [link.model_id for link in run.inputs.model_inputs] == [model.model_id]
+    assert run.data.tags["mlflow.note.content"] == "`finetune/top1` 34.5"
 
 
 def skipped(store, pipeline: str) -> tuple[dict, str]:
@@ -189,17 +190,19 @@ def test_pretrained_models_side_by_side(store):
     (row,) = compare.pretrained_models(store, "test").to_dict("records")
     assert row == {"model": "milan-0", "Linear eval": 30.0, "Fine-tuning": 34.5, **none}
     assert compare.pretrained_models(store, "of nobody").empty
-    run = store.get_run(store.search_logged_models([experiment(store)])[0].source_run_id)
     models = [SimpleNamespace(name=name, metrics=[], source_run_id=name) for name in "ab"]
-    made = []
+    made, whole = [], []
     for name, ratio in (("a", "0.5"), ("b", "0.75")):
         params = {"pretrain.mask_ratio": ratio, "pretrain.epochs": "16", "runtime.processes": ratio}
-        data = SimpleNamespace(tags=run.data.tags, params=params, metrics={"wall_seconds": 90.0})
+        data = SimpleNamespace(tags={"mlflow.parentRunId": f"of {name}"}, params=params, metrics={"wall_seconds": 90.0})
         made.append(SimpleNamespace(info=SimpleNamespace(run_id=name), data=data))
-    asked = {"search_logged_models": lambda _: models, "search_runs": lambda *_: made}
+        world = SimpleNamespace(params={"prepare_imagenet.world": name})
+        whole.append(SimpleNamespace(info=SimpleNamespace(run_id=f"of {name}"), data=world))
+    asked = {"search_logged_models": lambda _: models, "search_runs": lambda _, text: whole if "pipeline" in text else made}
     fake = SimpleNamespace(get_experiment_by_name=store.get_experiment_by_name, **asked)
     rows = compare.pretrained_models(fake, "test").to_dict("records")
     assert [(row["model"], row["minutes"], row["-S pretrain.mask_ratio"]) for row in rows] == [("a", 1.5, "0.5"), ("b", 1.5, "0.75")]
+    assert [row["-S prepare_imagenet.world"] for row in rows] == ["a", "b"], "a setting of another stage, from the pipeline's run"
     assert not any("epochs" in name or "processes" in name for name in rows[0])
 
 

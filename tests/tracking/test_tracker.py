@@ -23,9 +23,9 @@ OUT_OF_REACH = "http://127.0.0.1:9"
 
 
 def start_logger(name: str) -> tracker.LoggerProcess:
-    return tracker.LoggerProcess(
-        name, "milan-test", {"stage": name, "scale": "test", "git_revision": "abc"}, {"pretrain.lr": 0.5, "seeds": [0, 1]}
-    )
+    tags = {"stage": name, "scale": "test", "git_revision": "abc", "dvc_experiment": "half"}
+    own = {"pretrain.lr": 0.5, "seeds": [0, 1]}
+    return tracker.LoggerProcess(name, "milan-test", tags, {"scale": "test", **own, "finetune.lr": 0.1}, own)
 
 
 def write_spool(events: list[dict], place: int = 1) -> Path:
@@ -45,6 +45,11 @@ def store(tmp_path_factory):
     patch.chdir(folder)
     patch.setenv("PYTHONPATH", str(ROOT))
     patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (folder / "conf/scale").mkdir(parents=True)
+    (folder / "conf/config.yaml").write_text("defaults: [_self_, {scale: test}]")
+    (folder / "conf/scale/test.yaml").write_text(
+        "# @package _global_\n{scale: test, pretrain: {lr: 0.25}, seeds: [0, 1], finetune: {lr: 1e-1}}"
+    )
     with patch.context() as unreachable:
         unreachable.setenv("MLFLOW_TRACKING_URI", OUT_OF_REACH)
         first = start_logger("first")
@@ -66,6 +71,10 @@ def store(tmp_path_factory):
     last.tracker.model(Path("weights"), "milan-0")
     last.tracker.event("tags", values={"dvc:weights": "digest"})
     last.tracker.event("metrics", step=0, values={"linear_eval/top1": 34.5})
+    last.tracker.text("step,loss\n", "curve-third.csv")
+    last.tracker.pipeline.event("metrics", step=0, values={"linear/milan": 34.5})
+    last.tracker.pipeline.text("| b |\n", "table.md")
+    last.tracker.pipeline.artifact(Path("table.md"), "report")
     last.finish("FINISHED", wait=True)
     yield folder, mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db"), kept
     patch.undo()
@@ -110,7 +119,7 @@ def test_a_stage_is_a_run_under_its_pipeline_s_run(store):
     run = named(store, "third")
     parent = store[1].get_run(run.data.tags["mlflow.parentRunId"])
     assert parent.data.tags["pipeline"] == tracker.pipeline_execution()
-    assert parent.info.run_name.startswith("pipeline test ") and parent.info.status == "FINISHED"
+    assert parent.info.status == "FINISHED"
     assert {named(store, name).data.tags["mlflow.parentRunId"] for name in ("first", "second", "third")} == {parent.info.run_id}
     assert (run.info.status, run.data.tags["stage"], run.data.tags["scale"], run.data.tags["git_revision"]) == (
         "FINISHED",
@@ -120,6 +129,20 @@ def test_a_stage_is_a_run_under_its_pipeline_s_run(store):
     )
     assert run.data.tags["dvc:weights"] == "digest"
     assert history(store, "third", "linear_eval/top1") == [(0, 34.5)]
+
+
+def test_a_pipeline_s_run_says_what_differs_and_what_came_out(store):
+    """Its stages' settings differ from conf/scale/test.yaml in one. What a stage logs to the pipeline is not in its own run."""
+    _, client, _ = store
+    run = named(store, "third")
+    parent = client.get_run(run.data.tags["mlflow.parentRunId"])
+    assert re.fullmatch(r"pretrain\.lr=0\.5 · \d\d:\d\d", parent.info.run_name)
+    assert parent.data.params == {"scale": "test", "pretrain.lr": "0.5"}
+    assert parent.data.metrics == {"linear/milan": 34.5} and "linear/milan" not in run.data.metrics
+    assert (parent.data.tags["scale"], parent.data.tags["dvc_experiment"]) == ("test", "half")
+    of_parent, of_stage = ({file.path for file in client.list_artifacts(each.info.run_id)} for each in (parent, run))
+    assert of_parent == {"table.md", "report"} and of_stage == {"curve-third.csv", "weights"}
+    assert mlflow.artifacts.load_text(f"{parent.info.artifact_uri}/table.md") == "| b |\n"
 
 
 def test_weights_are_a_model_of_their_run(store):
@@ -363,7 +386,7 @@ def test_a_deleted_experiment_is_named_with_the_command_that_restores_it(store, 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     number = client.create_experiment("milan-gone")
     client.delete_experiment(number)
-    start = {"kind": "start", "name": "late", "experiment": "milan-gone", "pipeline": "9-9", "tags": {"stage": "late", "scale": "test"}}
+    start = {"kind": "start", "name": "late", "experiment": "milan-gone", "pipeline": "9-9", "recipe": {}, "tags": {"stage": "late", "scale": "test"}}
     odd = {"dvc:my (own).csv": "1", "dvc:reports/a b.csv": "2"}
     spool = write_spool([start, {"kind": "tags", "values": odd}, {"kind": "end", "status": "FINISHED"}])
     assert not logger.deliver(spool)
