@@ -185,7 +185,7 @@ def test_a_parent_that_executed_all_stages_links_nothing(store):
 
 def test_pretrained_models_side_by_side(store):
     """The table has the results, and of the recipe only keys that differ; the number of processes has no column."""
-    lacking = ("k-NN", "Zero-shot", "Zero-shot, masked", "Attentive probe", "ADE20K mIoU", "Dense probe mIoU")
+    lacking = ("k-NN", "Zero-shot", "Zero-shot, masked", "Attentive probe", "Corrupted top-1", "ADE20K mIoU", "Dense probe mIoU")
     none = dict.fromkeys(lacking)
     (row,) = compare.pretrained_models(store, "test").to_dict("records")
     assert row == {"model": "milan-0", "Linear eval": 30.0, "Fine-tuning": 34.5, **none}
@@ -207,7 +207,7 @@ def test_pretrained_models_side_by_side(store):
 
 
 def test_the_notebook_says_when_the_store_is_out_of_reach(tmp_path, monkeypatch, store):
-    assert "| milan-0 | 30.0 | – | – | – | 34.5 | – |" in compare.markdown("test")
+    assert "| milan-0 | 30.0 | – | – | – | – | 34.5 | – |" in compare.markdown("test")
     assert compare.markdown("smoke") == "MLflow has no pretrained model of the experiment milan-smoke yet."
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/nowhere.db")
     assert "nowhere.db" in compare.markdown("test") and "no runs are compared" in compare.markdown("test")
