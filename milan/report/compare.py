@@ -106,10 +106,11 @@ def result_row(name: str, date: str, recipe: str, table: str) -> dict[str, str]:
     results = pd.read_csv(io.StringIO(table)).reindex(columns=["kind", "variant", *SHOWN])
     ours = results[results.kind == "ours"].set_index("variant")[list(SHOWN)]
     milan, others = ours.reindex(["milan"]).iloc[0], ours.drop("milan", errors="ignore").max()
+    images = settings.get("data.imagenet")
     return {
         "result": name,
         "date": date,
-        "data": settings.get("data.name") or Path(settings.get("data.imagenet") or "built-in world").name,
+        "data": (settings.get("data.name") or Path(images).name) if images else "built-in world",
         "scale": str(settings.get("scale")),
         "changed": say_settings(changed, settings) or DASH,
         **{title: f"{decimal(milan[column])} / {decimal(others[column])}" for column, title in COLUMNS.items()},

@@ -32,13 +32,13 @@ def project(workplace) -> Path:
     for folder in ("conf/scale", "reports"):
         Path(folder).mkdir(parents=True)
     Path("conf/config.yaml").write_text("defaults: [_self_, {scale: mine}]")
-    recipe = "scale: mine\npretrain: {mask_ratio: 0.75}\ndata: {imagenet: null}\n"
+    recipe = "scale: mine\npretrain: {mask_ratio: 0.75}\ndata: {imagenet: null, name: mine}\n"
     Path("conf/scale/mine.yaml").write_text(f"# @package _global_\n{recipe}")
     git("init", "-q")
     result(38.25, recipe)
     git("add", ".")
     git("commit", "-qm", "first")
-    result(20.0, recipe.replace("null", "/data/photos"))
+    result(20.0, recipe.replace("null, name: mine", "/data/photos"))
     git("commit", "-qam", "photos")
     Path("other").touch()
     git("add", "other")
