@@ -13,6 +13,7 @@ same algorithm in plain PyTorch sustained 12.4 % of the H200's peak.
 
 import argparse
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -295,8 +296,13 @@ def attentive_cost(params: Params) -> Cost:
 
 def frozen_flops(model: Model, settings: LinearEval | AttentiveProbe | DenseProbe) -> float:
     """Count the FLOPs of the frozen encoder for one image of a step; fixed views are encoded once."""
-    encoder_flops = forward_flops(build_fake(lambda: Encoder(model)), fake_images(1, model.image_size))
-    return encoder_flops * (1.0 if settings.views == 0 else min(1.0, settings.views / settings.epochs))
+    return encoder_flops(model) * (1.0 if settings.views == 0 else min(1.0, settings.views / settings.epochs))
+
+
+@functools.cache
+def encoder_flops(model: Model) -> float:
+    """Count the FLOPs of the encoder's forward pass for one whole image."""
+    return forward_flops(build_fake(lambda: Encoder(model)), fake_images(1, model.image_size))
 
 
 def finetune_cost(params: Params) -> Cost:
@@ -337,8 +343,7 @@ def robustness_images(params: Params) -> int:
 
 def robustness_cost(params: Params) -> Cost:
     """Return the cost of an image: forward passes of the classifier and of the frozen encoder, which are of one size."""
-    encoder_flops = forward_flops(build_fake(lambda: Encoder(params.model)), fake_images(1, params.model.image_size))
-    return Cost(0, 2 * encoder_flops, 0.0, 0)
+    return Cost(0, 2 * encoder_flops(params.model), 0.0, 0)
 
 
 def scene_windows(params: Params, section: Segment | DenseProbe) -> float:
