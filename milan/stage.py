@@ -32,11 +32,27 @@ from milan.core.files import (
 )
 from milan.core.identity import Identity, flatten, identify, present
 from milan.core.program import alone, explain_shortage, fail, loaded, workers_ended
-from milan.core.repository import refuse_lost_experiments, revision
+from milan.core.repository import git, refuse_lost_experiments, revision
 from milan.params import Params, read_params
 from milan.tracking import machine, tracker
 
 STOPPED = "Stopped. What was saved is kept; type the same command (`dvc repro`, `dvc exp run ...`) again to continue."
+
+
+def left_behind() -> str:
+    """Return, as a sentence, what git shows while a stage that DVC runs has not ended well; "" for nothing."""
+    if "DVC_STAGE" not in os.environ or project_root() != Path.cwd():  # in DVC's own workspace of an experiment nobody works
+        return ""
+    try:
+        changes = git("status", "--porcelain", "-uno", "--", "params.yaml", "reports").stdout.splitlines()
+    except OSError:
+        return ""
+    deleted = sum(line.startswith(" D") for line in changes)
+    shown = [f"{deleted} deleted file(s) of reports/ (DVC removes a stage's results before it runs)"] if deleted else []
+    if " M params.yaml" in changes and "DVC_EXP_NAME" in os.environ:
+        shown.append("params.yaml as this experiment sets it")
+    way = 'docs/experiments.md, "The way back", says how to return'
+    return f" Until a run ends well, git shows {' and '.join(shown)}; {way}." if shown else ""
 
 
 class SavedState(Protocol):
@@ -202,12 +218,12 @@ def run(name: str, main: Callable[[Stage], None], doc: str, kind: Kind) -> None:
             with alone(stage.title), explain_shortage(stage.images_at_a_time):
                 tracked(stage, main)
     except UserError as error:
-        fail(str(error))
+        fail(f"{error}{left_behind()}")
     except KeyboardInterrupt:
-        fail(STOPPED, 130)
+        fail(f"{STOPPED}{left_behind()}", 130)
     except Preempted:
         write_whole(SCRATCH / "preempted", f"{stage.title}\n".encode())
-        fail(STOPPED, PREEMPTED)
+        fail(f"{STOPPED}{left_behind()}", PREEMPTED)
 
 
 def filled(text: str, params: Params, dvc_stage: str | None = None) -> str:

@@ -66,7 +66,9 @@ def read(path: str | Path, take: str | None = None) -> State:
     of_names = take is not None and take.endswith(".")
     state = load(Path(path), None if of_names else take)
     if not layouts.is_clip(state):
-        state = layouts.take_off(chosen(layouts.prefixes_of(state), take if of_names else None, path), state, path)
+        prefix = take if of_names else None
+        state = layouts.take_off(chosen(layouts.prefixes_of(state, prefix), prefix, path), state, path)
+        state = layouts.without_wrappers(state, path)
     if layouts.is_clip(state):
         return state
     tell_left_out([name for name in state if name.startswith(layouts.OTHER_PARTS)], path)

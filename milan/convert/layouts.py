@@ -4,6 +4,7 @@ Every translation goes to or from the official names of MAE and MILAN, in which 
 inverse that gives back the same bits.
 """
 
+import re
 from pathlib import Path
 
 import torch
@@ -70,14 +71,19 @@ OTHER_PARTS = (
     *("head.", "fc.", "classifier.", "vit.pooler.", "pooler."),
     *("target_generator.", "data_preprocessor.", "clip_model.", "teacher."),
 )
+# What FSDP, activation checkpointing and torch.compile put into the middle of names, before the module that they wrap.
+WRAPPERS = re.compile(r"\b(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 # The class token in each layout, under which the wrapper's prefix stands: OpenAI, Hugging Face, mmpretrain, official and timm.
 ANCHORS = ("visual.class_embedding", "vit.embeddings.cls_token", "embeddings.cls_token", "backbone.cls_token", "cls_token")
 
 
-def prefixes_of(state: State) -> list[str]:
-    """Return what stands before the names of an encoder, such as "module." or "": one prefix for each encoder in the state."""
+def prefixes_of(state: State, take: str | None) -> list[str]:
+    """Return what stands before the names of an encoder, such as "module." or "": one prefix for each encoder in the state.
+
+    take: the prefix that is asked for; only then may it be that of a teacher."""
+    others = tuple(part for part in OTHER_PARTS if part != take)
     for anchor in ANCHORS:
-        before = [name.removesuffix(anchor) for name in state if name.endswith(anchor) and not name.startswith(OTHER_PARTS)]
+        before = [name.removesuffix(anchor) for name in state if name.endswith(anchor) and not name.startswith(others)]
         before = [prefix for prefix in before if prefix == "" or prefix.endswith(".")]
         if anchor.startswith("backbone."):  # others than mmpretrain call their wrapper backbone, too
             before = [prefix for prefix in before if any(name.startswith(f"{prefix}backbone.layers.") for name in state)]
@@ -95,6 +101,14 @@ def take_off(prefix: str, state: State, path: str | Path) -> State:
     left = f"; {len(others)} tensors without it are left out: {listed(others)}" if others else ""
     print(f"{path}: the prefix {prefix} is taken off {len(inner)} names{left}.", flush=True)
     return inner
+
+
+def without_wrappers(state: State, path: str | Path) -> State:
+    """Take the names of wrappers out of the middle of names, and print how many names had one."""
+    wrapped = [name for name in state if WRAPPERS.search(name)]
+    if wrapped:
+        print(f"{path}: wrappers are taken out of {len(wrapped)} names: {listed(wrapped)}.", flush=True)
+    return {WRAPPERS.sub("", name): tensor for name, tensor in state.items()}
 
 
 def translate(name: str, prefixes, parts, source: int) -> str | None:
@@ -195,7 +209,10 @@ def require(state: State, dimensions: dict[str, int], path: str | Path) -> None:
     """Raise UserError unless the state has these tensors, each with this number of dimensions and none of size zero."""
     missing = [name for name in dimensions if name not in state]
     if missing:
-        raise UserError(f"{path}: missing keys: {listed(missing)} (in timm's names). It is no complete model; fetch it again.")
+        raise UserError(
+            f"{path}: missing keys: {listed(missing)} (in timm's names). It is no complete ViT in a layout that is "
+            "read here (python -m milan.convert --help); fetch it again, or convert it."
+        )
     for name, count in dimensions.items():
         if state[name].ndim != count or not all(state[name].shape):
             shape = list(state[name].shape)

@@ -20,7 +20,7 @@ def load_encoder(path: str | Path, num_heads: int | None = None) -> Encoder:
 
     images: (B, 3, H, W) with ImageNet's normalisation (milan.data.transforms.normalise). path: a folder of milan.export or of
     the stage `pretrain`, or a checkpoint in any layout that milan.convert reads; no code in it is run. num_heads: of the
-    attention. The weights do not tell it; None: as an exported folder says, else as the published ViT of this width.
+    attention. The weights do not tell it; None: as the config.json in an exported folder or Hugging Face's says, else as the published ViT of this width.
 
     Raises UserError where that is not known, and for a checkpoint without a complete encoder."""
     file, state = read_encoder(Path(path))
@@ -41,7 +41,8 @@ def load_pretrained(
 
     Raises UserError as load_encoder does, and where there is no complete decoder."""
     file, state = read_encoder(Path(path))
-    decoder_file = file.with_name("decoder.safetensors") if file.name in ENCODER_FILES else file
+    of_stage = file.with_name("decoder.safetensors")
+    decoder_file = of_stage if file.name in ENCODER_FILES and of_stage.exists() else file
     decoder = interop.read_decoder(decoder_file)
     interop.check_complete(state, decoder, file, decoder_file)
     (width, _), out_dim = decoder["decoder_embed.weight"].shape, len(decoder["decoder_pred.weight"])
@@ -66,10 +67,12 @@ def read_encoder(path: Path) -> tuple[Path, State]:
 
 
 def encoder_heads(file: Path, state: State) -> int:
-    """Return the number of heads that the config.json beside an exported file says, else the published ViT's of this width."""
-    if file.name == "model.safetensors" and (config := file.with_name("config.json")).exists():
-        return read_json(config, model_args=dict)["model_args"]["num_heads"]
-    return known_heads(ENCODER_HEADS, state["cls_token"].shape[-1], file, "num_heads")
+    """Return the number of heads that the config.json beside an exported file or one of Hugging Face's says, else the published
+    ViT's of this width."""
+    config = file.with_name("config.json")
+    told = read_json(config) if file.name == "model.safetensors" and config.exists() else {}
+    heads = told.get("num_attention_heads") or (told.get("model_args") or {}).get("num_heads")
+    return heads or known_heads(ENCODER_HEADS, state["cls_token"].shape[-1], file, "num_heads")
 
 
 def known_heads(heads: dict[int, int], width: int, file: Path, argument: str) -> int:

@@ -182,6 +182,28 @@ def test_prefixes_are_taken_off_and_said(pth, capsys, prefix, key):
     assert f"in.pth: the prefix {prefix} is taken off {len(state)} names; 1 tensors without it are left out: criterion.scale." in said
 
 
+def test_wrappers_within_names_are_taken_out_and_said(pth, capsys):
+    """Names as torch 2 writes them: FSDP around all and around each block, activation checkpointing, a compiled block."""
+    state = official()
+    inner = {"blocks.0.": "_fsdp_wrapped_module._checkpoint_wrapped_module.", "blocks.1.": "_orig_mod."}
+    named = {}
+    for name, tensor in state.items():
+        for block, wrapper in inner.items():
+            name = name.replace(block, block + wrapper) if name.startswith(block) else name
+        named[f"_fsdp_wrapped_module.{name}"] = tensor
+    assert "_fsdp_wrapped_module.blocks.0._fsdp_wrapped_module._checkpoint_wrapped_module.norm1.weight" in named
+    assert same(interop.read(pth({"model": named})), state)
+    blocks = sum(name.startswith("blocks.") for name in state)
+    assert f"in.pth: wrappers are taken out of {blocks} names: blocks.0._fsdp_wrapped_module." in capsys.readouterr().out
+
+
+def test_a_teacher_is_read_where_it_is_asked_for(pth, tmp_path):
+    good = official()
+    flat = {f"student.{name}": tensor * 0 for name, tensor in good.items()} | {f"teacher.{name}": tensor for name, tensor in good.items()}
+    assert interop.read(pth({"state_dict": flat}))["cls_token"].eq(0).all()
+    assert same(interop.read(pth({"state_dict": flat}), "teacher."), good)
+
+
 def test_mmpretrain_s_backbone_is_no_prefix_and_module_before_it_is(pth):
     state = official()
     wrapped = {f"module.{name}": tensor for name, tensor in layouts.to_mmpretrain(state).items()}

@@ -71,6 +71,23 @@ def test_heads_that_no_file_tells_are_asked_for(saved):
         milan.load_encoder(path, num_heads=5)
 
 
+@pytest.mark.parametrize(
+    "config, heads",
+    [('{"model_args": {"num_heads": 6}}', 6), ('{"model_type": "vit_mae", "num_attention_heads": 6}', 6), ('{"model_args": null}', None)],
+)
+def test_a_config_beside_the_weights_tells_the_heads(tmp_path, config, heads):
+    """Of milan.export, of Hugging Face's ViTMAE, which has its decoder in the same file, and of timm, which does not say."""
+    model = model_of(AblationRow("clip", "mae", "random"), 20)
+    save_weights(tmp_path / "model.safetensors", {**model.encoder.vit.state_dict(), **model.decoder.state_dict()})
+    (tmp_path / "config.json").write_text(config)
+    if heads is None:
+        with pytest.raises(UserError, match="give num_heads"):
+            milan.load_encoder(tmp_path)
+    else:
+        assert milan.load_encoder(tmp_path).vit.blocks[0].attn.num_heads == heads
+        assert milan.load_pretrained(tmp_path, decoder_heads=2).decoder.state_dict().keys() == model.decoder.state_dict().keys()
+
+
 def test_without_a_decoder_or_any_weights_it_says_so(tmp_path):
     encoder = model_of(AblationRow("clip", "prompt", "semantic"), 20).encoder.vit.state_dict()
     torch.save({"model": encoder}, tmp_path / "encoder.pth")

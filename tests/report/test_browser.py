@@ -3,6 +3,7 @@
 Skipped where no Chromium is installed; `.ci/run` installs one."""
 
 import csv
+import io
 import os
 import shutil
 import socket
@@ -19,6 +20,7 @@ from PIL import Image
 from milan.report.text import decimal
 from milan.tracking import logger
 from tests.conftest import ROOT
+from tests.report.test_page import page_text, results
 from tests.tracking.test_tracker import write_spool
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -86,6 +88,27 @@ def test_a_phone_scrolls_tables_and_not_the_page(page):
     page.set_viewport_size({"width": 400, "height": 800})
     assert page.evaluate("document.documentElement.scrollWidth") == 400
     assert page.evaluate("Array.from(document.querySelectorAll('.wide')).some(box => box.scrollWidth > box.clientWidth)")
+
+
+def test_on_a_phone_a_shadow_says_that_a_table_scrolls_and_figures_are_legible(browser, tmp_path):
+    (tmp_path / "page.html").write_text(page_text(results()))
+    page = browser.new_page(viewport={"width": 390, "height": 844}, color_scheme="light")
+    page.goto((tmp_path / "page.html").as_uri())
+    table, figure = page.locator("#ours .wide").first, page.locator("figure .wide").first
+
+    def edges() -> list[int]:
+        """Return the grey of the box's top corners: 255 for paper."""
+        corners = Image.open(io.BytesIO(table.screenshot())).convert("L")
+        return [corners.getpixel((x, 1)) for x in (1, corners.width - 2)]
+
+    assert edges()[0] == 255 and edges()[1] < 200
+    table.evaluate("box => box.scrollLeft = 50")
+    assert max(edges()) < 200
+    table.evaluate("box => box.scrollLeft = box.scrollWidth")
+    assert edges()[0] < 200 and edges()[1] == 255
+    assert figure.evaluate("box => [box.scrollWidth, box.clientWidth]") == [720, 358]  # half of a figure's 1350 pixels, or more
+    page.set_viewport_size({"width": 1300, "height": 900})
+    assert edges() == [255, 255] and figure.evaluate("box => box.scrollWidth == box.clientWidth")
 
 
 def runs_of(variant: str, loss: float, place: int) -> Path:

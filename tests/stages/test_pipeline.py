@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import yaml
 
 from milan.params import read_params
+from milan.report.reproduction import CHANGES
 from milan.stage import filled
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,6 +44,11 @@ def clone_of(folder: Path) -> Path:
     for command in (["init", "-q"], ["add", "-A"], ["-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "clone"]):
         run(["git", *command], folder)
     return folder
+
+
+def commit(folder: Path) -> None:
+    run(["git", "add", "-A"], folder)
+    run(["git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-q", "--allow-empty", "-m", "results"], folder)
 
 
 def run(command: list[str], folder: Path, check: bool = True) -> str:
@@ -184,8 +191,7 @@ def test_pushed_results_come_back_in_another_clone(clone, tmp_path):
     """Push to a local remote, clone, pull: everything is up to date."""
     dvc(clone, "remote", "add", "-f", "-d", "store", str(tmp_path / "store"))
     dvc(clone, "push")
-    run(["git", "add", "-A"], clone)
-    run(["git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "smoke results"], clone)
+    commit(clone)
     other = tmp_path / "other"
     run(["git", "clone", "-q", str(clone), str(other)], tmp_path)
     dvc(other, "pull")
@@ -260,3 +266,64 @@ def test_status_reports_an_edit_at_once(clone):
         dry = dvc(clone, "repro", "-s", "--dry", "pretrain@milan-0")
     assert "milan/method" in said and "Running stage 'pretrain@milan-0'" in dry
     assert "up to date" in dvc(clone, "status")
+
+
+# The ways back of docs/experiments.md.
+
+SMOKE = ("-S", "scale=smoke", "-S", "variants=[milan]")  # in the clone what the default recipe is in the project
+LINEAR = "reports/metrics/smoke/linear_eval/milan-0.json"
+
+
+@pytest.fixture(scope="module")
+def experiment(clone) -> tuple[dict, dict]:
+    """Commit the results, run an experiment of one stage, and return its stages of dvc.lock: the committed ones, its own."""
+    commit(clone)
+    committed = yaml.safe_load(lock(clone))
+    dvc(clone, "exp", "run", *SMOKE, "-S", "linear_eval.epochs=2", "linear_eval")
+    own = yaml.safe_load(lock(clone))
+    assert own != committed and json.loads((clone / LINEAR).read_text())["recipe"]
+    return committed, own
+
+
+def test_a_saved_run_comes_back_after_the_committed_one(clone, experiment):
+    committed, own = experiment
+    (clone / "reports/metrics/smoke/own.json").write_text("{}")
+    metrics = (clone / LINEAR).read_bytes()
+    commands = dict(re.split(": +", line.replace(".venv/bin/", "")) for line in CHANGES.splitlines() if ":  " in line)
+    run(["sh", "-c", commands["Or keep them by name"]], clone)
+    run(["sh", "-c", commands["The committed ones"]], clone)
+    assert yaml.safe_load(lock(clone)) == committed and run(["git", "status", "--porcelain"], clone) == ""
+    dvc(clone, "checkout")
+    assert "up to date" in dvc(clone, "status", "linear_eval@milan-0")
+    run(["sh", "-c", commands["Yours again"]], clone)
+    assert yaml.safe_load(lock(clone)) == own and (clone / LINEAR).read_bytes() == metrics
+    assert (clone / "reports/metrics/smoke/own.json").read_text() == "{}"
+    assert "up to date" in dvc(clone, "status", "linear_eval@milan-0")
+    (clone / "reports/metrics/smoke/own.json").unlink()
+
+
+def test_the_default_recipe_comes_back_from_the_cache_after_an_experiment(clone, experiment):
+    """Nothing is trained, also where a stopped stage left no results."""
+    committed, _ = experiment
+    victim = started(clone, "exp", "run", *SMOKE, "-S", "linear_eval.epochs=3", "linear_eval")
+    wait_for(lambda: not (clone / LINEAR).exists(), victim)
+    os.killpg(victim.pid, signal.SIGINT)
+    victim.communicate()
+    assert f" D {LINEAR}" in run(["git", "status", "--porcelain"], clone)
+    said = dvc(clone, "exp", "run", *SMOKE)
+    assert "Stage 'linear_eval@milan-0' is cached" in said and STAGE_WORDS not in said
+    assert yaml.safe_load(lock(clone)) == committed
+    assert run(["git", "status", "--porcelain"], clone) == ""
+
+
+def test_results_come_back_from_the_cache_where_the_committed_ones_never_were_here(clone):
+    """As on another CPU: the teacher in the committed dvc.lock is a file that this cache does not have."""
+    before = lock(clone)
+    teacher = yaml.safe_load(before)["stages"]["teacher"]["outs"][0]["md5"].encode()
+    (clone / "dvc.lock").write_bytes(before.replace(teacher, b"0" * 32 + b".dir"))
+    assert "Running stage 'teacher'" in dvc(clone, "repro", "--dry", "-s", "teacher")  # what the next line spares
+    (clone / "dvc.lock").unlink()
+    said = dvc(clone, "repro")
+    assert "Stage 'teacher' is cached" in said and said.count(STAGE_WORDS) <= 1  # the page has no outs to keep
+    assert yaml.safe_load(lock(clone))["stages"] == yaml.safe_load(before)["stages"]
+    (clone / "dvc.lock").write_bytes(before)

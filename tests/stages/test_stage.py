@@ -452,6 +452,33 @@ def test_ctrl_c_and_a_full_disk(desk, monkeypatch, error, status, word):
     assert word in refused(said, "outs/data", "metrics.json")
 
 
+@pytest.mark.parametrize(
+    "stage, experiment, deleted, sentence",
+    [
+        ("report", "mine", True, "git shows 1 deleted file(s) of reports/ (DVC removes a stage's results before it runs) and params.yaml as"),
+        ("report", "mine", False, "git shows params.yaml as this experiment sets it; docs/experiments.md"),
+        ("report", None, True, "git shows 1 deleted file(s) of reports/ (DVC removes a stage's results before it runs); docs/exp"),
+        ("report", None, False, None),
+        (None, None, True, None),  # without DVC
+    ],
+)
+def test_a_failed_stage_says_what_git_shows(workplace, monkeypatch, stage, experiment, deleted, sentence):
+    Path("reports").mkdir()
+    for name in ("params.yaml", "reports/table.md", "reports/table.csv"):
+        Path(name).write_text("committed")
+    for words in (["init", "-q"], ["add", "."], ["-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "all"]):
+        subprocess.run(["git", *words], check=True)
+    Path("params.yaml").write_text("changed")
+    Path("reports/table.csv").write_text("changed")
+    if deleted:
+        Path("reports/table.md").unlink()
+    for name, value in {"PYTHONPATH": str(ROOT), "DVC_STAGE": stage, "DVC_EXP_NAME": experiment}.items():
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+    error = run_light("report", "--metrics", "m", "--curves", "c", "--published", "p", "--out", "reports/new")
+    assert error.startswith("error: params.yaml")
+    assert sentence in error if sentence else "git shows" not in error
+
+
 def test_a_real_ctrl_c(desk):
     """Send SIGINT to a process that draws the world."""
     process = subprocess.Popen([sys.executable, "-m", "stages.prepare_imagenet", *PREPARE], stderr=subprocess.PIPE, text=True)
