@@ -38,11 +38,10 @@ NUMBER = ["column", "variant"]  # what the study has several seeds of
 OF_A_RUN = "dvc.lock params.yaml reports"  # what git has of a run
 CHANGES = f"""
 git shows changes: this run's results replace the committed ones, and reports/index.html states times and hardware.
-Commit them:           git add {OF_A_RUN} && git commit -m 'My run'
-Or keep them by name:  .venv/bin/dvc exp save -n mine -I reports
-The committed ones:    git checkout {OF_A_RUN} && git clean -fdq reports
-Yours again:           .venv/bin/dvc exp apply mine
-Compare both:          make compare"""
+Keep them:        git add {OF_A_RUN} && git commit -m 'My run'
+Put them aside:   git stash push -u -m 'My run' -- {OF_A_RUN}
+Bring them back:  git stash pop && .venv/bin/dvc checkout
+Compare runs:     make compare"""
 
 
 class Reproduction(NamedTuple):

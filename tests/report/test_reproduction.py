@@ -188,13 +188,13 @@ def test_git_s_changes_are_explained_and_without_git_nothing_is_said(study, monk
     assert "git shows changes" in (inside := said())
     # The commands that it names do what it says; tests/stages/test_pipeline.py runs those of DVC.
     commands = dict(re.split(": +", line) for line in inside.splitlines() if ":  " in line)
-    subprocess.run(commands["The committed ones"], shell=True, check=True)
+    subprocess.run(commands["Put them aside"], shell=True, check=True)
     assert Path("reports/table.csv").read_text() == "committed" and "git" not in said()
-    Path("reports/table.csv").write_text("mine")
+    subprocess.run(commands["Bring them back"].removesuffix(" && .venv/bin/dvc checkout"), shell=True, check=True)
     for name in ("GIT_AUTHOR", "GIT_COMMITTER"):
         monkeypatch.setenv(f"{name}_NAME", "t")
         monkeypatch.setenv(f"{name}_EMAIL", "t@example.org")
-    subprocess.run(commands["Commit them"], shell=True, check=True)
+    subprocess.run(commands["Keep them"], shell=True, check=True)
     assert Path("reports/table.csv").read_text() == "mine" and "git" not in said()
     Path("reports/table.csv").write_text("other")
     monkeypatch.setenv("PATH", "")
