@@ -17,7 +17,7 @@ from milan.core.errors import UserError
 class ServedClassifier(PythonModel):
     """Answer a table whose column `image` holds encoded images (base64 in JSON) with classes and probabilities.
 
-    Each row gets its top_k classes (a parameter, 5 by default), best first. A single bad image refuses the request: status
+    Each row gets its top_k classes (a parameter, 5 by default and for null), best first. A single bad image refuses the request: status
     400, naming its row."""
 
     def load_context(self, context) -> None:
@@ -26,8 +26,9 @@ class ServedClassifier(PythonModel):
         self.classify = ImageClassifier(Path(context.artifacts["classifier"]))
 
     def predict(self, context, model_input: pd.DataFrame, params: dict | None = None) -> list[dict]:
+        top_k = (params or {}).get("top_k")
         try:
-            return self.classify(list(model_input["image"]), (params or {}).get("top_k", 5))
+            return self.classify(list(model_input["image"]), 5 if top_k is None else top_k)
         except UserError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from None
 

@@ -113,7 +113,7 @@ def test_on_a_phone_a_shadow_says_that_a_table_scrolls_and_figures_are_legible(b
 
 def runs_of(variant: str, loss: float, place: int) -> Path:
     """The spool of a pretraining with a curve of ten points and a picture."""
-    start = {"name": f"pretrain {variant} seed 0", "experiment": "milan-test", "pipeline": "1-1"}
+    start = {"name": f"pretrain {variant} seed 0", "experiment": "milan-test", "pipeline": "1-1", "recipe": {"scale": "test"}}
     tags = {"stage": "pretrain", "scale": "test", "git_revision": "abc", "variant": variant, "seed": "0"}
     points = [{"kind": "metrics", "step": step, "values": {"train/loss": loss / (1 + step)}} for step in range(10)]
     picture = {"kind": "artifact", "path": "masks.png", "folder": "figures"}

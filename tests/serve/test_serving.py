@@ -33,7 +33,7 @@ from tests.tracking.test_tracker import write_spool
 
 MODEL = Model("small", 16, 8, TransformerSize(16, 2, 2), TransformerSize(16, 1, 2))
 CLASSES = ["ant", "bee", "cat", "dog", "emu", "fox"]
-START = {"kind": "start", "name": "finetune milan seed 0", "experiment": "milan-test", "pipeline": "1-1"}
+START = {"kind": "start", "name": "finetune milan seed 0", "experiment": "milan-test", "pipeline": "1-1", "recipe": {"scale": "test"}}
 TAGS = {"stage": "finetune", "scale": "test", "git_revision": "abc", "variant": "milan", "seed": "0"}
 OF_A_VERSION = {"data": "flowers", "top1": 41.25}
 
@@ -193,6 +193,12 @@ def test_a_request_with_two_images_and_all_classes(server):
         assert together["probabilities"] == pytest.approx(single["probabilities"], abs=1e-5)
         assert sum(single["probabilities"]) == pytest.approx(1, abs=1e-5)
     assert both[0]["probabilities"] != pytest.approx(both[1]["probabilities"], abs=0.01)
+
+
+@pytest.mark.parametrize("params", [{}, {"top_k": None}])
+def test_without_a_number_of_classes_there_are_five(server, params):
+    (answer,) = post(server, [picture()], params=params).json()["predictions"]
+    assert len(answer["classes"]) == len(answer["probabilities"]) == 5 < len(CLASSES)
 
 
 BAD_IMAGES = {
