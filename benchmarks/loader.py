@@ -53,7 +53,9 @@ def published(root: Path) -> datasets.ImageFolder:
 def pack(root: Path, packed: Path) -> Records:
     """What was drawn, as records."""
     packed.mkdir()
-    splits = Packing(packed, shard_images=10_000, processes=1).pack({"train": imagenet.image_folder(list_files(root), "train")})
+    folders = sorted(folder.name for folder in (root / "train").iterdir())
+    items = imagenet.image_folder(list_files(root), "train", folders)
+    splits = Packing(packed, shard_images=10_000, processes=1).pack({"train": items})
     records.write_manifest(packed, splits=splits, wnids=[], classes=[], source="benchmark")
     return Records(packed, "train")
 

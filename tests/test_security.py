@@ -474,9 +474,8 @@ def test_a_run_logs_nothing_private(private_environment, tree, monkeypatch):
     (spool,) = tracker.SPOOLS.glob("*.jsonl")
     said = [json.loads(line) for line in spool.read_text().splitlines()]
     assert [event["kind"] for event in said] == ["start", "params", "dataset", "metrics", "metrics", "tags", "end"]
-    assert (
-        said[1]["values"]["data.imagenet"] == "~/images" and said[1]["values"]["pretrain.weights"] == "/scratch/$USER/milan.pth"
-    )
+    recipe = said[0]["recipe"]
+    assert recipe["data.imagenet"] == "~/images" and recipe["pretrain.weights"] == "/scratch/$USER/milan.pth"
     # The data set's name is that of its folder, alice, which is no path.
     said[2]["name"] = ""
     assert [word for word in PRIVATE if word in json.dumps(said)] == []

@@ -45,7 +45,7 @@ def params(tree, workplace, monkeypatch) -> Params:
     tree["prepare_imagenet"] |= changes
     tree["extract_targets"] |= {"figure_images": 4, "views": 1}
     tree["teacher"]["tiny"]["conv_stem"] = False
-    for name in ("teacher", "pretrain", "linear_eval", "finetune"):
+    for name in ("teacher", "pretrain", "linear_eval", "attentive_probe", "finetune"):
         tree[name] |= {"batch_size": 4, "micro_batch": 4}
     change(tree, "finetune.labels", 1.0)
     change(tree, "runtime.processes", 1)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import time
+from argparse import Namespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from milan.core.errors import UserError
 from milan.core.files import read_json
 from milan.core.validation import validate
 from milan.params import Params, Pretrained, Teacher
-from milan.stage import refuse_what_is_not_there
+from milan.stage import Stage, refuse_what_is_not_there
 from milan.teacher import released
 from milan.teacher.class_text import Wording, read_class_text
 from milan.teacher.clip import Tokenizer, build_tiny, embed_classes, load_teacher, read_config, save_teacher, tiny_config
@@ -90,13 +91,16 @@ def test_a_teacher_of_other_drawings_is_refused_by_the_first_stage(taught, world
     file = described(trained[0] / "teacher.safetensors", {**read_config(trained[0]), "world": taught})
     tree["teacher"] |= {"tiny": None, "pretrained": vars(Pretrained("milan", None, None, file, None))}
     tree["prepare_imagenet"]["world"], tree["data"]["imagenet"] = world, data
-    params = validate(Params, tree, "params.yaml")
+
+    def first_stage() -> None:
+        refuse_what_is_not_there(Stage("prepare_imagenet", Namespace(), validate(Params, tree, "params.yaml")))
+
     if said is None:
-        return refuse_what_is_not_there(params)
+        return first_stage()
     with pytest.raises(UserError, match=f"a teacher of the small built-in world and knows nothing of {said}.*scale=demo_teacher"):
-        refuse_what_is_not_there(params)
+        first_stage()
     tree["pretrain"]["weights"] = file  # a released student is only evaluated, without a teacher
-    refuse_what_is_not_there(validate(Params, tree, "params.yaml"))
+    first_stage()
 
 
 MEND = r"Fetch or copy it again \(`git checkout -- \S+other.safetensors` restores a file that git keeps\)\.$"
