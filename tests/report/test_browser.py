@@ -166,7 +166,7 @@ def compared(browser, server):
     page = browser.new_page(viewport={"width": 1400, "height": 1000})
     page.set_default_timeout(90_000)
     page.goto(f"{server}/#/experiments/1/runs")
-    page.get_by_role("row").filter(has_text="pipeline test").get_by_role("button").first.click()
+    page.get_by_role("row").filter(has_text="test · ").get_by_role("button").first.click()
     for variant in LOSSES:
         row = page.get_by_role("row").filter(has_text=f"pretrain {variant} seed 0")
         row.get_by_role("checkbox").first.check(force=True)

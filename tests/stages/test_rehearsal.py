@@ -104,7 +104,7 @@ def test_from_the_tars_to_the_table(data, teacher, tmp_path):
     clone = clone_of(tmp_path / "milan")
     options = [word for key, value in changes(data, teacher).items() for word in ("-S", f"{key}={value}")]
     said = dvc(clone, "exp", "run", *options, "report")  # and the stages that it needs: all but figures and page
-    assert said.count("Running stage") == len(yaml.safe_load((clone / "dvc.lock").read_text())["stages"]) == 12
+    assert said.count("Running stage") == len(yaml.safe_load((clone / "dvc.lock").read_text())["stages"]) == 13
     metrics = {path.stem: json.loads(path.read_text()) for path in (clone / "reports/metrics/imagenet").rglob("*.json")}
     assert metrics["prepare_imagenet"] | {"recipe": 0} == {
         "prepare_imagenet/train": 12, "prepare_imagenet/val": 6, "prepare_imagenet/classes": 3, "recipe": 0,
