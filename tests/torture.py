@@ -116,8 +116,15 @@ class Clone:
         return {"lock": self.lock(), "seconds": seconds}
 
     def lock(self) -> dict:
+        """Return the stages of dvc.lock. A file that DVC was killed over while it wrote it is removed first, as
+        docs/reproducibility.md says: the cache has all results."""
         path = self.folder / "dvc.lock"
-        return yaml.safe_load(path.read_text())["stages"] if path.exists() else {}
+        try:
+            return yaml.safe_load(path.read_text())["stages"] if path.exists() else {}
+        except (TypeError, KeyError, yaml.YAMLError):
+            print("    dvc.lock was cut by a kill: removed", flush=True)
+            path.unlink()
+            return {}
 
     def forget(self) -> None:
         """Remove all results; the recipe stays at smoke scale."""

@@ -132,7 +132,7 @@ def full_disk(clone: Clone, options) -> Trials | str:
 def fill(clone: Clone, stage: str, place: Path) -> None:
     """Run a stage's command with its results on a disk of half their size, and again once there is room."""
     results = {word: word.replace("/", "-") for word in places(clone, stage)}
-    words = [f"full/{results[word]}" if word in results else word for word in command(clone, stage)[1:]]
+    words = [f"full/{results[word]}" if word in results else word for word in command(clone, stage)]
     size = sum(out["size"] for out in clone.truth[stage].get("outs", [])) or (clone.folder / next(iter(results))).stat().st_size
     half = max(4096, size // 2 // 4096 * 4096)
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={half}", "none", place], check=True)
@@ -152,8 +152,9 @@ def fill(clone: Clone, stage: str, place: Path) -> None:
 
 
 def command(clone: Clone, stage: str) -> list[str]:
-    """Return the words of a stage's command, as the stage itself fills them."""
-    return shlex.split(filled(clone.truth[stage]["cmd"], read_params(clone.folder / "params.yaml"), stage))
+    """Return the words of a stage's command behind `python`, as the stage itself fills them."""
+    words = shlex.split(filled(clone.truth[stage]["cmd"], read_params(clone.folder / "params.yaml"), stage))
+    return words[words.index("python") + 1 :]
 
 
 def places(clone: Clone, stage: str) -> list[str]:
