@@ -45,7 +45,7 @@ def changes(data, teacher) -> dict:
         "compute.threads": 1,
         "compute.precision": "fp32",  # this machine may have no bf16
         "compute.compile": "false",  # minutes on a CPU
-        "runtime.processes": 2,
+        "runtime.processes": 1,  # tests/training/test_processes.py has several
         "runtime.workers": 1,
         **sizes("pretrain", epochs=2, warmup=1, batch=8, micro=2),
         **sizes("linear_eval", epochs=2, warmup=1, batch=8, micro=4),
