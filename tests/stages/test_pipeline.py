@@ -97,9 +97,10 @@ def test_dvc_answers_questions(clone):
 def test_forced_reruns_leave_the_same_lock(clone):
     """Every stage but pretraining, which the next test runs."""
     before = lock(clone)
-    forced = [stage for stage in yaml.safe_load(before)["stages"] if stage != "pretrain@milan-0"]
+    elsewhere = ("pretrain@milan-0", "figures", "page")  # the next test; tests/report
+    forced = [stage for stage in yaml.safe_load(before)["stages"] if stage not in elsewhere]
     said = dvc(clone, "repro", "-f", "-s", *forced)
-    assert said.count(STAGE_WORDS) == len(forced) == 14
+    assert said.count(STAGE_WORDS) == len(forced) == 12
     assert lock(clone) == before
 
 
