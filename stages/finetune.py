@@ -57,17 +57,8 @@ def train(params: Params, args: Namespace, saved: SavedState, stage: Stage) -> d
     def evaluate() -> dict[str, float]:
         return dict(scores.accuracy(*outputs(params, vit, val, device), "val"))
 
-    settings = FitSettings(
-        stage.title,
-        section,
-        params.compute,
-        params.runtime,
-        args.seed,
-        saved,
-        stage.tracker.point,
-        monitor=evaluate if section.eval_epochs else None,
-        monitor_epochs=section.eval_epochs,
-    )
+    looks = {"monitor": evaluate, "monitor_epochs": section.eval_epochs}
+    settings = FitSettings(stage.title, section, params.compute, params.runtime, args.seed, saved, stage.tracker.point, **looks)
     curve = fit(
         FinetuneLoss(vit, section, classes),
         samples(params, records, args.seed),

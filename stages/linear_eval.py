@@ -64,30 +64,22 @@ def train(params: Params, args: Namespace, saved: SavedState, stage: Stage) -> d
         return tokens(images)[:, 0]  # the class token
 
     records = Records(args.records, "train")
+    subset = labels_in_use(params, records)
     seeding.seed_globals(args.seed, "linear_eval init")
     head = LinearHead(params.model.encoder.embed_dim, len(records.classes)).to(device)
-    samples, inputs = training_data(params, args.seed, records, encode, device)
+    samples, inputs = training_data(params, args.seed, records, subset, encode, device)
     val = Records(args.records, "val")
     features, labels = central_features(params, val, encode, device)
 
     def evaluate() -> dict[str, float]:
         return dict(scores.accuracy(logits(params, head, features), labels, "val"))
 
-    settings = FitSettings(
-        stage.title,
-        section,
-        params.compute,
-        params.runtime,
-        args.seed,
-        saved,
-        stage.tracker.point,
-        monitor=evaluate if section.eval_epochs else None,
-        monitor_epochs=section.eval_epochs,
-    )
+    looks = {"monitor": evaluate, "monitor_epochs": section.eval_epochs}
+    settings = FitSettings(stage.title, section, params.compute, params.runtime, args.seed, saved, stage.tracker.point, **looks)
     curve = fit(ProbeLoss(head), samples, optimizer_of(params, head), settings, inputs)
     if distributed.rank() == 0:
         save_weights(args.out / "head.safetensors", head.state_dict())
-    labelled = central_features(params, records, encode, device, labels_in_use(params, records))
+    labelled = central_features(params, records, encode, device, subset)
     zero_shot_top1 = zero_shot.accuracies(params, args.variant, args.seed, args.weights, args.teacher, val, device)
     metrics = {
         **dict(scores.accuracy(logits(params, head, features), labels, "linear_eval")),
@@ -118,10 +110,10 @@ def listing(records: Records, subset: list[int]) -> bytes:
 
 
 def training_data(
-    params: Params, seed: int, records: Records, encode: Callable, device: torch.device
+    params: Params, seed: int, records: Records, subset: list[int] | None, encode: Callable, device: torch.device
 ) -> tuple[Dataset, Callable]:
     """Return the training set, and the function that turns its batches into (features, labels)."""
-    section, size, subset = params.linear_eval, params.model.image_size, labels_in_use(params, records)
+    section, size = params.linear_eval, params.model.image_size
     crops = LabelledSamples(records, seed, size, section.crop_scale, augmentation.draw_simple_crop, subset=subset)
     return frozen.training_data(crops, encode, section, device, params.runtime.workers)
 

@@ -7,7 +7,6 @@ Costs: demo a few seconds a variant. No result of MILAN is published; MAE ViT-B/
 """
 
 from argparse import Namespace
-from collections.abc import Callable
 
 import torch
 from torch.utils.data import ConcatDataset
@@ -15,10 +14,9 @@ from torch.utils.data import ConcatDataset
 from milan.data.corruptions import parts_of
 from milan.data.evaluation_view import CentreSamples
 from milan.data.records import Records, read_manifest
-from milan.evaluation import inference, robustness
+from milan.evaluation import frozen, inference, robustness
 from milan.evaluation.classifier import load_classifier
 from milan.evaluation.linear import LinearHead
-from milan.method.encoder import load_encoder
 from milan.params import Params
 from milan.stage import Kind, Stage, run
 from milan.training import distributed
@@ -61,19 +59,15 @@ def load_heads(params: Params, args: Namespace, classes: int, device: torch.devi
     """Return the fine-tuned classifier and the linear layer on the frozen encoder."""
     vit, _ = load_classifier(args.classifier)
     vit.to(device).eval()
-    encoder = load_encoder(args.weights / "encoder.safetensors", params.model).to(device).eval()
+    tokens = frozen.frozen_encoder(params, args.weights, device)
     linear = LinearHead(params.model.encoder.embed_dim, classes).to(device).eval()
     load_into(linear, args.linear / "head.safetensors")
 
-    def in_precision(head: Callable[[torch.Tensor], torch.Tensor]) -> robustness.Head:
-        def logits(images: torch.Tensor) -> torch.Tensor:
-            with autocast(params.compute.precision, device):
-                return head(images)
+    def fine_tuned(images: torch.Tensor) -> torch.Tensor:
+        with autocast(params.compute.precision, device):
+            return vit(images)
 
-        return logits
-
-    encode = in_precision(lambda images: encoder(images)[:, 0])
-    return {"finetune": in_precision(vit), "linear": lambda images: linear(encode(images).float())}
+    return {"finetune": fine_tuned, "linear": lambda images: linear(tokens(images)[:, 0])}
 
 
 def top1_of(
@@ -81,15 +75,14 @@ def top1_of(
 ) -> dict[str, list[float]]:
     """Return {split: top-1 in % of each head} for the splits of one set."""
     section, size = params.robustness, params.model.image_size
-    corrupted = bool(parts_of(splits[0])[1])
+    name, corruption = parts_of(splits[0])
     parts = [Records(args.sets, split) for split in splits]
-    views = ConcatDataset([CentreSamples(part, size if corrupted else section.resize, size) for part in parts])
+    views = ConcatDataset([CentreSamples(part, size if corruption else section.resize, size) for part in parts])
     classes = torch.tensor(sorted({label for part in parts for label in part.column("label")}), device=device)
 
     def predict(images: torch.Tensor) -> torch.Tensor:
         return robustness.predicted_labels(heads, images, classes)
 
-    name = parts_of(splits[0])[0]
     predicted, labels = inference.model_outputs(predict, views, section.micro_batch, device, name, params.runtime.workers)
     right = (predicted == labels[:, None]).double().split([len(part) for part in parts])
     return {split: (100 * of_split.mean(dim=0)).tolist() for split, of_split in zip(splits, right, strict=True)}

@@ -1,6 +1,7 @@
 """Robustness: top-1 on sets of other images of the training classes, and the mean corruption error of ImageNet-C."""
 
 from collections.abc import Callable, Iterator, Mapping
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -30,17 +31,12 @@ def scores(top1: Mapping[str, float], classes: int) -> Iterator[tuple[str, float
             severities.setdefault(corruption, []).append(value)
         else:
             yield f"{name}_top1", value
-    means = {corruption: mean(values) for corruption, values in severities.items()}
+    means = {corruption: fmean(values) for corruption, values in severities.items()}
     yield from ((f"{corruption}_top1", value) for corruption, value in means.items())
     standard = {name: means[name] for name in ALEXNET_ERROR if name in means}
     if standard:
-        yield "corrupted_top1", mean(standard.values())
+        yield "corrupted_top1", fmean(standard.values())
     if extra := [means[name] for name in EXTRA if name in means]:
-        yield "corrupted_extra_top1", mean(extra)
+        yield "corrupted_extra_top1", fmean(extra)
     if classes == IMAGENET_CLASSES and len(standard) == len(ALEXNET_ERROR):
-        yield "mce", mean((100 - value) / ALEXNET_ERROR[name] for name, value in standard.items())
-
-
-def mean(values) -> float:
-    values = list(values)
-    return sum(values) / len(values)
+        yield "mce", fmean((100 - value) / ALEXNET_ERROR[name] for name, value in standard.items())

@@ -21,7 +21,7 @@ from milan.core.identity import flatten
 from milan.core.program import fail
 from milan.core.repository import git
 from milan.params import changed_settings, say_settings
-from milan.report.results import FREE, MEASURES, OPTIONAL, SHOWN, TITLES
+from milan.report.results import ALL_MEASURES, FREE, SHOWN, TITLES
 from milan.report.text import DASH, aligned, decimal, in_markdown, markdown_table
 from milan.tracking.runs import first_line, open_store
 
@@ -54,12 +54,11 @@ def row_of(model, run, whole: dict) -> dict:
     parent = whole.get(run.data.tags.get("mlflow.parentRunId"))
     settings = {**(parent.data.params if parent else {}), **run.data.params}
     recipe = {f"-S {key}": value for key, value in settings.items() if not key.startswith((*FREE, "seed", "variant"))}
-    measured = {**MEASURES, **OPTIONAL}
     minutes = {"minutes": run.data.metrics[SECONDS] / 60} if SECONDS in run.data.metrics else {}
     return {
         "model": model.name,
         **minutes,
-        **{title: metrics.get(measured[column][1]) for column, title in TITLES.items()},
+        **{title: metrics.get(ALL_MEASURES[column][1]) for column, title in TITLES.items()},
         **recipe,
     }
 

@@ -28,6 +28,7 @@ OPTIONAL = {  # columns that may have no number
     **ZERO_SHOT,
     "corrupted": ("robustness", "robustness/finetune/corrupted_top1"),  # without a set, not measured
 }
+ALL_MEASURES = {**MEASURES, **OPTIONAL}
 HEADS = {"finetune": "fine-tuned", "linear": "linear layer"}  # whose robustness is measured
 ROBUSTNESS_TITLES = {  # measures of robustness; others are the top-1 of a corruption
     "corrupted_top1": "Corrupted top-1",
@@ -206,7 +207,7 @@ def read_runs(metrics: Path, params: Params, missing: tuple[tuple[str, str], ...
 
     def numbers(variant: str, seed: int) -> dict:
         values = dict.fromkeys(TITLES, math.nan)
-        for column, (stage, name) in {**MEASURES, **OPTIONAL}.items():
+        for column, (stage, name) in ALL_MEASURES.items():
             if (stage, f"{variant}-{seed}") not in missing:
                 read = read_value if column in MEASURES else optional_value
                 values[column] = read(metrics / stage / f"{variant}-{seed}.json", name)
@@ -233,7 +234,7 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
 def without_number(results: Results) -> list[str]:
     """Return "linear eval of MILAN, seed 1" for each number that a run should have, and has not (NaN or infinity)."""
     runs, titles = results.runs, results.data.titles
-    stage_of = {column: stage for column, (stage, _) in {**MEASURES, **OPTIONAL}.items()}
+    stage_of = {column: stage for column, (stage, _) in ALL_MEASURES.items()}
     columns = [column for column in TITLES if column in MEASURES or runs[column].notna().any()]
     asked = {column: runs["variant"].isin(runs.loc[runs[column].notna(), "variant"]) | (column in MEASURES) for column in columns}
     return [

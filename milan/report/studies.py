@@ -26,10 +26,10 @@ from milan.params import read_params
 from milan.report import claims, costs, plots, sweep, table
 from milan.report.page import LINKS
 from milan.report.provenance import StageRun
-from milan.report.results import MEASURES, OPTIONAL, read_results
+from milan.report.results import ALL_MEASURES, read_results
 from milan.report.text import in_markdown, markdown_table
 
-EVALUATIONS = tuple(dict.fromkeys(stage for stage, _ in {**MEASURES, **OPTIONAL}.values()))  # and the stages that they need
+EVALUATIONS = tuple(dict.fromkeys(stage for stage, _ in ALL_MEASURES.values()))  # and the stages that they need
 OUT = Path("reports/evidence")
 COMMITTED = ("milan", "stages", "conf", "dvc.yaml", "reports/published.csv")  # an experiment would take their changes along
 EXECUTIONS = Path(".dvc/tmp/exps/run")  # DVC's records of the experiments that it ran: a JSON file each

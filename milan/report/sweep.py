@@ -30,7 +30,7 @@ from milan.report import costs, plots
 from milan.report.costs import COSTS
 from milan.report.plots import Figure, plt
 from milan.report.provenance import StageRun
-from milan.report.results import FREE, MEASURES, OPTIONAL, TITLES, method_name
+from milan.report.results import ALL_MEASURES, FREE, MEASURES, OPTIONAL, TITLES, method_name
 from milan.report.text import DASH, decimal, in_markdown, markdown_table
 from milan.tracking.runs import parse_yaml, recipe_stages
 
@@ -168,7 +168,7 @@ def rows(key: str, sweep: list[Experiment], known: list[StageRun]) -> pd.DataFra
             for seed in experiment.recipe["seeds"]:
                 numbers = {
                     column: experiment.metrics.get(f"{stage}/{variant}-{seed}.json", {}).get(name)
-                    for column, (stage, name) in {**MEASURES, **OPTIONAL}.items()
+                    for column, (stage, name) in ALL_MEASURES.items()
                 }
                 if None not in [numbers[column] for column in MEASURES]:
                     point = {"value": value, "variant": variant, "seed": seed, "experiment": experiment.name}

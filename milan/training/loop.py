@@ -91,8 +91,8 @@ class FitSettings:
 
     name: shown in messages. log: called on rank 0 with each point of the curve, and at the end with the images per second.
     schedule: the learning rate of an epoch (milan/training/optim.py). micro_batch: takes the place of training.micro_batch.
-    monitor: called on every rank, with the model in evaluation mode, every monitor_epochs epochs and after the last step; it
-    returns further values of the curve's point {name: value}, and must leave the model as it is."""
+    monitor: called on every rank, with the model in evaluation mode, every monitor_epochs epochs and after the last step (0:
+    never); it returns further values of the curve's point {name: value}, and must leave the model as it is."""
 
     name: str
     training: Training
@@ -247,8 +247,10 @@ class Loop:
 
     def is_monitored(self) -> bool:
         """Return whether the monitor looks at the model after the current step."""
+        if self.settings.monitor is None or not self.settings.monitor_epochs:
+            return False
         every = max(1, round(self.settings.monitor_epochs * self.order.steps_per_epoch))
-        return self.settings.monitor is not None and (self.step % every == 0 or self.step == self.order.total_steps)
+        return self.step % every == 0 or self.step == self.order.total_steps
 
     def check(self, losses: list[Tensor]) -> bool:
         """Read the mean loss of the steps since the last check over all processes: only here the host waits for the device.

@@ -63,7 +63,7 @@ def test_layer_and_neighbours_see_the_drawn_images_alone(few):
     params, train, val = few
     subset = balanced_subset([i % 3 for i in range(12)], 0.5, 0)
     assert linear_eval.labels_in_use(params, train) == subset and len(subset) == 6
-    samples, inputs = linear_eval.training_data(params, 3, train, grey_level, CPU)
+    samples, inputs = linear_eval.training_data(params, 3, train, subset, grey_level, CPU)
     features, labels = inputs({name: torch.stack([samples[0, i][name] for i in range(6)]) for name in ("features", "label")})
     assert len(samples) == 6 and features[:, 0].tolist() == subset and labels.tolist() == [i % 3 for i in subset]
     neighbours, labels = linear_eval.central_features(params, train, grey_level, CPU, subset)
