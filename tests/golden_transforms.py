@@ -82,7 +82,7 @@ def boxes(draw: Callable, scale: list[float]) -> np.ndarray:
 def stage_draw(name: str, p: params.Params) -> Callable:
     """Return the function with which the stage draws its crops."""
     if name.startswith("linprobe"):
-        return linear_eval.training_data(p, 0, [], None, torch.device("cpu"))[0].draw_crop
+        return linear_eval.training_data(p, 0, [], None, None, torch.device("cpu"))[0].draw_crop
     return finetune.samples(p, [], 0).draw_crop if name.startswith("finetune") else transforms.draw_crop
 
 
