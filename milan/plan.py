@@ -11,6 +11,12 @@ sustain the same share of its peak. Of 39 hours of pretraining on 8 A100, which 
 same algorithm in plain PyTorch sustained 12.4 % of the H200's peak.
 """
 
+# ruff: noqa: E402  (most of the time saved is that of the imports)
+import gc
+
+if __name__ == "__main__":
+    gc.disable()  # collections would take a third of the time and find nothing
+
 import argparse
 import dataclasses
 import functools
@@ -27,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from milan.core.errors import UserError
 from milan.core.files import explain_os_errors
-from milan.core.program import fail
+from milan.core.program import end_at_once, fail
 from milan.evaluation.attentive import AttentiveHead
 from milan.evaluation.classifier import build_classifier
 from milan.ingest.world.drawing import WORLDS
@@ -41,7 +47,9 @@ from milan.params import (
     LinearEval,
     Model,
     Params,
+    Pretrained,
     Segment,
+    TinyClip,
     Training,
     compose_recipe,
     read_params,
@@ -195,8 +203,11 @@ class StagePlan:
         return 16 * self.cost.parameters + self.micro_batch * self.cost.activations
 
 
+FAKE = FakeTensorMode(allow_non_fake_inputs=True)  # one for all counts, since models that are built once serve several
+
+
 def build_fake(make: Callable[[], nn.Module]) -> nn.Module:
-    """Build a model whose tensors have shapes but no values; to be called under FakeTensorMode."""
+    """Build a model whose tensors have shapes but no values; to be called under FAKE."""
     with unset_fake_temporarily(), torch.device("meta"):
         model = make()
     for module in model.modules():
@@ -233,28 +244,27 @@ def training_cost(model: nn.Module, forward: Callable[[], Tensor], images: int, 
 
 def pretrain_cost(params: Params, variant: str) -> Cost | None:
     """Return the cost of pretraining a variant; None when it is not pretrained here."""
-    row, model_size = params.pretrain.ablation[variant], params.model
+    row, size = params.pretrain.ablation[variant], params.model
     if row.target == "none" or params.pretrain.weights:
         return None
     tower = fake_teacher(params)
-    model = build_fake(lambda: MaskedPretraining(model_size, row, params.pretrain.mask_ratio, tower.feature_dim))
-    n_patches = model_size.n_patches
-    images, noise = fake_images(1, model_size.image_size), torch.randn(1, n_patches)
-    features, importance = torch.randn(1, 1 + n_patches, tower.feature_dim), torch.rand(1, n_patches)
+    model = fake_student(size, row, params.pretrain.mask_ratio, tower.feature_dim)
+    images, noise = fake_images(1, size.image_size), torch.randn(1, size.n_patches)
+    features, importance = torch.randn(1, 1 + size.n_patches, tower.feature_dim), torch.rand(1, size.n_patches)
     online = row.target == "clip" and not params.extract_targets.views
-    frozen_flops = forward_flops(tower, fake_images(1, tower.size)) if online else 0.0
+    frozen_flops = teacher_flops(tower) if online else 0.0
     return training_cost(model, lambda: model(images, noise, features, importance), 1, frozen_flops)
 
 
 def component_flops(params: Params) -> dict[str, float]:
     """Return FLOPs of a forward pass for one image: teacher, encoder (visible patches only) and decoder of MILAN."""
     size, tower = params.model, fake_teacher(params)
-    model = build_fake(lambda: MaskedPretraining(size, milan_row(params), params.pretrain.mask_ratio, tower.feature_dim))
+    model = fake_student(size, milan_row(params), params.pretrain.mask_ratio, tower.feature_dim)
     images, visible = fake_images(1, size.image_size), torch.arange(model.n_visible)[None]
     masked = torch.arange(model.n_visible, size.n_patches)[None]
     latent = torch.randn(1, 1 + model.n_visible, size.encoder.embed_dim)
     return {
-        "teacher": forward_flops(tower, fake_images(1, tower.size)),
+        "teacher": teacher_flops(tower),
         "encoder": forward_flops(model.encoder, images, visible),
         "decoder": forward_flops(model.decoder, latent, visible, masked),
     }
@@ -267,12 +277,28 @@ def forward_flops(model: nn.Module, *inputs: Tensor) -> float:
     return float(counter.get_total_flops())
 
 
+@functools.cache
+def teacher_flops(tower: Tower) -> float:
+    """Count the FLOPs of the teacher's forward pass for one image."""
+    return forward_flops(tower, fake_images(1, tower.size))
+
+
 def fake_teacher(params: Params) -> Tower:
-    """Build the teacher without values."""
-    tiny, pretrained = params.teacher.tiny, params.teacher.pretrained
+    """Return the teacher without values."""
+    return fake_tower(params.teacher.tiny, params.teacher.pretrained, params.model)
+
+
+@functools.cache
+def fake_tower(tiny: TinyClip | None, pretrained: Pretrained | None, model: Model) -> Tower:
     with unset_fake_temporarily():
-        config = tiny_config(tiny, params.model, list(range(VOCABULARY)), None) if tiny else describe(pretrained)
+        config = tiny_config(tiny, model, list(range(VOCABULARY)), None) if tiny else describe(pretrained)
     return build_fake(lambda: build_tower(config))
+
+
+@functools.cache
+def fake_student(size: Model, row: AblationRow, mask_ratio: float, feature_dim: int) -> MaskedPretraining:
+    """Return the model of pretraining without values."""
+    return build_fake(lambda: MaskedPretraining(size, row, mask_ratio, feature_dim))
 
 
 def fake_images(count: int, size: int) -> Tensor:
@@ -398,7 +424,7 @@ def teacher_plans(params: Params, pixels: float) -> list[StagePlan]:
     """Return the plans of a teacher that is trained here, whose text tower is left out, and of the target bank."""
     imagenet, settings, views = params.prepare_imagenet, params.teacher, params.extract_targets.views
     tower = fake_teacher(params)
-    flops = forward_flops(tower, fake_images(1, tower.size))
+    flops = teacher_flops(tower)
     trained = Cost(sum(parameter.numel() for parameter in tower.parameters()), 0.0, flops, 0)
     batch = params.extract_targets.batch_size
     plans = []
@@ -423,7 +449,7 @@ def disk_bytes(params: Params) -> dict[str, float]:
     image = record_bytes(params.data.imagenet, imagenet.size, IMAGE_BYTES)
     scene = record_bytes(params.data.ade20k, ade20k.size, SCENE_BYTES)
     width = fake_teacher(params).feature_dim
-    model = build_fake(lambda: MaskedPretraining(params.model, milan_row(params), params.pretrain.mask_ratio, width))
+    model = fake_student(params.model, milan_row(params), params.pretrain.mask_ratio, width)
     weights = 4 * sum(parameter.numel() for parameter in model.parameters())
     return {
         "records": (imagenet.train + imagenet.val + imagenet.pairs) * image + (ade20k.train + ade20k.val) * scene,
@@ -457,7 +483,7 @@ def device_named(name: str | None, params: Params) -> Device:
 
 def format_plan(params: Params, device: Device) -> str:
     """Return the whole plan as text, for one and for eight devices of this kind."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FAKE:
         stages, components, kept = stage_plans(params), component_flops(params), disk_bytes(params)
     head = ["stage", "runs", "images", "epochs", "steps", "M parameters", "GFLOP/image", "GB/process", "hours on 1", "hours on 8"]
     rows, totals = [head], [0.0, 0.0]
@@ -504,3 +530,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    end_at_once()

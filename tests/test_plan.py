@@ -6,7 +6,6 @@ import sys
 import pytest
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from milan import plan
@@ -25,7 +24,7 @@ def paper():
 
 @pytest.fixture(scope="module")
 def stages(paper) -> dict[str, plan.StagePlan]:
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with plan.FAKE:
         return {stage.name: stage for stage in plan.stage_plans(paper)}
 
 
@@ -36,7 +35,7 @@ def block(queries: int, keys: int, dim: int) -> float:
 
 def test_the_paper_s_arithmetic_by_hand(paper):
     """ViT-B/16 at 224: 196 patches, 49 visible; tokens with the class token."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with plan.FAKE:
         flops = plan.component_flops(paper)
     embedding = 2 * 196 * 768 * 768
     teacher = embedding + 12 * block(197, 197, 768) + 2 * 197 * 768 * 512
@@ -56,7 +55,7 @@ def test_the_paper_s_arithmetic_by_hand(paper):
 ])  # fmt: skip
 def test_a_released_teacher_is_counted_at_its_own_image_size(library, model, tokens, width, depth, patch, projection, paper):
     given = dataclasses.replace(paper.teacher, pretrained=Pretrained(library, model, "any", None, None))
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with plan.FAKE:
         tower = plan.fake_teacher(dataclasses.replace(paper, teacher=given))
         flops = plan.forward_flops(tower, plan.fake_images(1, tower.size))
     expected = 2 * (tokens - 1) * 3 * patch**2 * width + depth * block(tokens, tokens, width) + 2 * tokens * width * projection
@@ -89,7 +88,7 @@ def test_robustness_is_planned_where_sets_are_given(paper, stages):
     assert "robustness" not in stages
     sets = dataclasses.replace(paper.data.robustness, imagenet_a="/a", imagenet_c="/c")
     given = dataclasses.replace(paper, data=dataclasses.replace(paper.data, robustness=sets))
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with plan.FAKE:
         planned = {stage.name: stage for stage in plan.stage_plans(given)}["robustness"]
     assert planned.images == 4_757_500 and planned.steps == 4_757_500 // 256
     assert planned.flops == pytest.approx(4_757_500 * 2 * 35.1e9, rel=0.01)
@@ -106,7 +105,7 @@ def test_parameters_are_those_of_the_models(stages):
 def test_real_models_count_the_same(tree):
     """Build and run the demo's real models under torch's counter."""
     params = validate(Params, tree, "params.yaml")
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with plan.FAKE:
         flops, pretrain = plan.component_flops(params), plan.pretrain_cost(params, "milan")
     images = torch.randn(1, 3, 48, 48)
     teacher = ClipTower(build_tiny(params.teacher.tiny, 48, 8, plan.VOCABULARY).visual)
@@ -128,7 +127,7 @@ def test_kept_activations_by_hand():
 
 
 def test_disk_bytes_of_bank_records_and_saves(paper):
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with plan.FAKE:
         sizes = plan.disk_bytes(paper)
     assert sizes["target bank"] == 0 and sizes["records"] == pytest.approx(146.9e9, rel=0.01)
     assert sizes["a save to resume from (two are kept)"] == 3 * sizes["weights, a variant and seed"]
@@ -172,7 +171,7 @@ def test_the_plan_of_what_was_measured():
     """demo_gpu on an H100 with two loader workers a stage took these seconds (reports/evidence/demo_gpu/seeds/stages.csv, means
     of six that shared the GPU), and the demo on two cores of an EPYC those."""
     gpu, cpu = plan.compose_recipe("demo_gpu"), plan.compose_recipe("demo")
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with plan.FAKE:
         on_gpu, on_cpu = ({stage.name: stage for stage in plan.stage_plans(params)} for params in (gpu, cpu))
     for name, measured in {"pretrain milan": 97.5, "pretrain mae": 98.2, "finetune": 33.6, "linear_eval": 17.4}.items():
         stage = on_gpu[name]

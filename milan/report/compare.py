@@ -7,6 +7,7 @@ measure MILAN's score and the best of the others'. For notebook 1, pretrained mo
 differences of their recipes; `mlflow ui` compares the same runs with their curves.
 """
 
+import functools
 import io
 import re
 from collections.abc import Iterator
@@ -98,10 +99,16 @@ def kept_results() -> Iterator[tuple[str, str, str, str]]:
             yield name, date, *(each.stdout for each in asked)
 
 
+@functools.cache
+def read_recipe(text: str) -> tuple[dict, dict]:
+    """Return the settings of a recipe, {dotted key: value}, and those that its scale's recipe has otherwise, but for the data."""
+    settings = flatten(yaml.safe_load(text))
+    return settings, {key: value for key, value in changed_settings(settings).items() if not key.startswith("data.")}
+
+
 def result_row(name: str, date: str, recipe: str, table: str) -> dict[str, str]:
     """Return the row of a result: {title: cell}."""
-    settings = flatten(yaml.safe_load(recipe))
-    changed = {key: value for key, value in changed_settings(settings).items() if not key.startswith("data.")}
+    settings, changed = read_recipe(recipe)
     results = pd.read_csv(io.StringIO(table)).reindex(columns=["kind", "variant", *SHOWN])
     ours = results[results.kind == "ours"].set_index("variant")[list(SHOWN)]
     milan, others = ours.reindex(["milan"]).iloc[0], ours.drop("milan", errors="ignore").max()

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -306,13 +307,23 @@ def test_the_default_recipe_comes_back_from_the_cache_after_an_experiment(clone,
     """Nothing is trained, also where a stopped stage left no results."""
     committed, _ = experiment
     victim = started(clone, "exp", "run", *SMOKE, "-S", "linear_eval.epochs=3", "linear_eval")
-    wait_for(lambda: not (clone / LINEAR).exists(), victim)
+    # Not while DVC itself still works: the test below has what a kill of DVC leaves.
+    wait_for(lambda: any("stages.linear_eval" in child.cmdline() for child in psutil.Process(victim.pid).children(recursive=True)), victim)
     os.killpg(victim.pid, signal.SIGINT)
     victim.communicate()
     assert f" D {LINEAR}" in run(["git", "status", "--porcelain"], clone)
     said = dvc(clone, "exp", "run", *SMOKE, "linear_eval")
     assert "Stage 'linear_eval@milan-0' is cached" in said and STAGE_WORDS not in said
     assert lock(clone) == committed and run(["git", "status", "--porcelain"], clone) == ""
+
+
+def test_what_dvc_leaves_when_it_is_killed_while_it_writes(clone):
+    """As docs/reproducibility.md says, with the command that it gives."""
+    (clone / ".dvc/tmp/rwlock").write_bytes(b"")
+    dry = [*DVC, "repro", "--dry", "-s", "teacher"]
+    assert "Unable to read RWLock-file" in run(dry, clone, check=False)
+    run(["rm", ".dvc/tmp/rwlock"], clone)
+    run(dry, clone)
 
 
 def test_results_come_back_from_the_cache_where_the_committed_ones_never_were_here(clone):
