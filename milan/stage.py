@@ -40,7 +40,7 @@ STOPPED = "Stopped. What was saved is kept; type the same command (`dvc repro`, 
 
 
 def left_behind() -> str:
-    """Return, as a sentence, what git shows while a stage that DVC runs has not ended well; "" for nothing."""
+    """Return, as a sentence, what git shows after a stage that DVC runs has not ended well; "" for nothing."""
     if "DVC_STAGE" not in os.environ or project_root() != Path.cwd():  # in DVC's own workspace of an experiment nobody works
         return ""
     try:
@@ -48,11 +48,11 @@ def left_behind() -> str:
     except OSError:
         return ""
     deleted = sum(line.startswith(" D") for line in changes)
-    shown = [f"{deleted} deleted file(s) of reports/ (DVC removes a stage's results before it runs)"] if deleted else []
+    shown = [f"{deleted} deleted file(s) of reports/ (DVC removes the results that a run replaces)"] if deleted else []
     if " M params.yaml" in changes and "DVC_EXP_NAME" in os.environ:
         shown.append("params.yaml as this experiment sets it")
     way = 'docs/experiments.md, "The way back", says how to return'
-    return f" Until a run ends well, git shows {' and '.join(shown)}; {way}." if shown else ""
+    return f" Now git shows {' and '.join(shown)}; {way}." if shown else ""
 
 
 class SavedState(Protocol):
@@ -317,7 +317,8 @@ def name_leftovers(stage: Stage) -> None:
     folders = [getattr(stage.args, name) for name in ("metrics", "curves", "outs") if name in stage.kind.reads]
     kinds = [path.name for folder in folders[:1] for path in folder.glob("*") if path.is_dir()]  # stages that vary
     paths = [path for folder in folders for kind in sorted(kinds) for path in sorted((folder / kind).glob("*-*"))]
-    left = [path for path in paths if (path.name if path.is_dir() else path.stem) not in variations]
+    results = [path for path in paths if path.is_dir() or path.suffix in (".json", ".csv")]  # not the records of robustness sets
+    left = [path for path in results if (path.name if path.is_dir() else path.stem) not in variations]
     if left:
         alike = {f"{shlex.quote(str(path.parents[1]))}/*/{shlex.quote(path.name)}": None for path in left}
         print(

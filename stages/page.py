@@ -2,15 +2,18 @@
 
     python -m stages.page --metrics reports/metrics/demo --published reports/published.csv --plots reports/plots \
         --figures reports/figures --notebooks notebooks --imagenet outs/demo/imagenet --ade20k outs/demo/ade20k \
-        --lock dvc.lock --evidence reports/evidence --out reports/index.html
+        --lock dvc.lock --evidence reports/evidence --contents outs/demo/page.json --out reports/index.html
 
 Hours, hardware and git revision come from MLflow, from the runs that made what dvc.lock names, so they change from run
-to run: the page is in git and no out of DVC's, and dvc.lock stays as it is. Costs a few seconds. Expect a page of about 1 MB.
+to run: the page is in git and no out of DVC's, and dvc.lock stays as it is. The out is the list of what the page shows, with
+digests. A fresh clone lacks it, so that DVC makes the page there too, of that machine's runs, even where all numbers come out as
+committed. Costs a few seconds. Expect a page of about 1 MB.
 """
 
 import argparse
+import json
 
-from milan.core.files import write_whole
+from milan.core.files import file_digest, write_whole
 from milan.core.redaction import redact
 from milan.core.repository import revision
 from milan.report import page, provenance, reproduction, table
@@ -21,7 +24,7 @@ from milan.tracking.tracker import Tracker
 
 KIND = Kind(
     reads=("metrics", "published", "plots", "figures", "notebooks", "imagenet", "ade20k", "lock", "evidence"),
-    files=("out",),
+    files=("out", "contents"),
     last=True,
 )
 
@@ -38,6 +41,9 @@ def main(stage: Stage) -> None:
     pictures = page.read_pictures(args.figures, args.notebooks)
     text = page.render(results, verdict, pictures, bars, trail, data, here, redact(args.params.read_text(encoding="utf-8")))
     write_whole(args.out, text.encode())
+    shown = sorted(path for folder in (args.metrics, args.figures, args.plots) for path in folder.rglob("*") if path.is_file())
+    contents = {path.as_posix(): file_digest(path) for path in shown}
+    write_whole(args.contents, json.dumps(contents, indent=1).encode())
     stage.tracker.artifact(args.out, "report")
     summarise(results, args, stage.tracker.pipeline)
     known = sum(origin.run is not None for origin in trail)

@@ -136,8 +136,9 @@ def from_class_folders(listing: Listing, train: str, wnids: list[str], holdout: 
         )
     if (root / val).is_file():
         raise UserError(f"{root / val} is a file: make it the folder of the validation images. Expected {LAYOUTS}.")
-    if (train, val) != ("train", "val"):
-        print(f"{root}: {train}/ is read as train/, and {val}/ as val/.", flush=True)
+    others = [f"{folder}/ is read as {name}/" for folder, name in ((train, "train"), (val, "val")) if folder != name]
+    if others:
+        print(f"{root}: {' and '.join(others)}.", flush=True)
     val_wnids = class_folders(listing, val)
     if val_wnids and (set(val_wnids) & set(wnids) or label_table(root) is None):
         refuse_different_classes(root, {train: wnids, val: val_wnids})

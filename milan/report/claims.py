@@ -24,7 +24,6 @@ CLAIMS = {  # (variant that should be above, variant to compare with): claim
 MIN_SEEDS = 3
 CONFIDENCE = 0.95
 COLUMNS = ("claim", "above", "below", "measure", "difference", "low", "high", "seeds", "verdict")
-THREE_SEEDS_COMMAND = "dvc exp run -S 'seeds=[0,1,2]'"
 SCOPE = (
     "A seed is an initialisation, an order of the images, their masks and the draws of the evaluations. The teacher, its "
     "bank and the images are the same for all seeds: the verdicts do not cover other teachers or images. Each "
@@ -97,7 +96,11 @@ def notes(results: Results) -> list[str]:
     if judge_claims(results).empty:
         return []
     if len(results.params.seeds) < 2:
-        return [f"One seed has no spread, so no claim is judged. To run three seeds: `{THREE_SEEDS_COMMAND}`."]
+        scale, data = results.params.scale, results.params.data
+        scale_word = "" if scale == "demo" else f"-S scale={scale} "  # conf/config.yaml's own scale
+        paths = "".join(f"-S data.{name}=... " for name in ("imagenet", "ade20k") if getattr(data, name))
+        command = f"dvc exp run {scale_word}{paths}-S 'seeds=[0,1,2]'"
+        return [f"One seed has no spread, so no claim is judged. To run three seeds: `{command}`."]
     rule = (
         "Differences in points, paired by seed. Supported: their 95 % interval (Student's t) lies above 0; not supported: "
         f"below 0; inconclusive: 0 is inside, or there are fewer than {MIN_SEEDS} seeds."

@@ -71,8 +71,10 @@ def stage_hashes(stages: dict) -> dict[str, dict]:
 
 
 def origins(lock: dict[str, dict], stage_runs: list[StageRun]) -> list[Origin]:
-    """Return the origin of each stage with outs. A stage that DVC skipped has an earlier run."""
-    return [Origin(name, entry["outs"], newest_run(name, entry, stage_runs)) for name, entry in lock.items() if entry["outs"]]
+    """Return the origin of each stage with outs but the page itself, which is not done yet. A stage that DVC skipped has an
+    earlier run."""
+    made = {name: entry for name, entry in lock.items() if entry["outs"] and name != "page"}
+    return [Origin(name, entry["outs"], newest_run(name, entry, stage_runs)) for name, entry in made.items()]
 
 
 def newest_run(name: str, entry: dict, stage_runs: list[StageRun]) -> StageRun | None:

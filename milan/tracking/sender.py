@@ -23,6 +23,7 @@ from milan.params import changed_settings, say_settings
 from milan.tracking import runs
 from milan.tracking.store import follow_project, store_uri
 
+NAMED = ("data.name", "data.imagenet", "data.ade20k")  # by the experiment
 SKIPPED = "skipped."  # prefix of a parent run's tags that name the runs of skipped stages
 KEY = re.compile(r"[/\w.\- :]{1,250}")  # what MLflow takes as the key of a tag
 NOTE, PARENT = "mlflow.note.content", "mlflow.parentRunId"
@@ -106,8 +107,9 @@ class Sender:
     def find_or_create_parent(self, experiment: str, event: dict) -> str:
         """Return the run of this pipeline execution, which its first stage creates.
 
-        Its parameters are the settings that differ from the scale's recipe, and its name begins with them. A new parent lists the runs of all stages in dvc.lock as skipped; a stage that DVC executes removes itself from
-        the list (remove_from_skipped)."""
+        Its parameters are the settings that differ from the scale's recipe, and its name begins with them, but for the data, which the
+        experiment is named after. A new parent lists the runs of all stages in dvc.lock as skipped; a stage that DVC executes removes
+        itself from the list (remove_from_skipped)."""
         parents = self.client.search_runs([experiment], f"tags.pipeline = '{event['pipeline']}'", max_results=1)
         if parents:
             return parents[0].info.run_id
@@ -117,7 +119,8 @@ class Sender:
         kept = {k: v for k, v in event["tags"].items() if k in ("scale", "data", "git_revision", "dvc_experiment")}
         recipe, changed = event["recipe"], changed_settings(event["recipe"])
         began = time.strftime("%H:%M", time.localtime(event["time"] / 1000))
-        name = f"{say_settings(changed, recipe) or kept['scale']} · {began}"
+        shown = {key: value for key, value in changed.items() if key not in NAMED}
+        name = f"{say_settings(shown, recipe) or kept['scale']} · {began}"
         tags = {**kept, **skipped, "pipeline": event["pipeline"], "mlflow.source.name": "pipeline"}
         run = self.client.create_run(experiment, start_time=event["time"], tags=tags, run_name=name)
         self.log_params(run.info.run_id, {"scale": kept["scale"], **changed})

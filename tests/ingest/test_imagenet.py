@@ -499,14 +499,15 @@ def test_the_folders_of_the_splits_have_other_names(tmp_path, capsys, train, val
     dataset = imagenet.read_images(class_tree(tmp_path, by_class(f"{train}/", f"{val}/")))
     assert contents(dataset.train) == [("a/0.jpg", 0, f"{train}/a/0".encode()), ("b/1.jpg", 1, f"{train}/b/1".encode())]
     assert contents(dataset.val) == [("a/0.jpg", 0, f"{val}/a/0".encode()), ("b/1.jpg", 1, f"{val}/b/1".encode())]
-    assert capsys.readouterr().out == f"{tmp_path}: {train}/ is read as train/, and {val}/ as val/.\n"
+    first = "" if train == "train" else f"{train}/ is read as train/ and "
+    assert capsys.readouterr().out == f"{tmp_path}: {first}{val}/ is read as val/.\n"
 
 
 def test_of_several_folders_of_validation_the_first_name_counts(tmp_path, capsys):
     dataset = imagenet.read_images(class_tree(tmp_path, by_class("train/", "test/", "Valid/")))
     assert contents(dataset.val)[0][2] == b"Valid/a/0"
     said = capsys.readouterr().out
-    assert "Valid/ as val/." in said and "Not read in" in said and "2 .jpg (such as test/a/0.jpg)" in said
+    assert "Valid/ is read as val/." in said and "Not read in" in said and "2 .jpg (such as test/a/0.jpg)" in said
 
 
 def test_training_classes_without_validation_images_name_both_ways(tmp_path):

@@ -49,6 +49,7 @@ stages:
     outs: [{path: outs/gone-0, md5: g1.dir}]
   page:
     deps: [{path: outs/teacher, md5: t1.dir}]
+    outs: [{path: outs/page.json, md5: p1}]
 """
 
 

@@ -47,11 +47,11 @@ def changes(data, teacher) -> dict:
         "compute.compile": "false",  # minutes on a CPU
         "runtime.processes": 1,  # tests/training/test_processes.py has several
         "runtime.workers": 1,
-        **sizes("pretrain", epochs=2, warmup=1, batch=8, micro=2),
+        **sizes("pretrain", epochs=0.5, warmup=1 / 3, batch=4, micro=2),
         **sizes("linear_eval", epochs=2, warmup=1, batch=8, micro=4),
         **sizes("attentive_probe", epochs=1, warmup=0.5, batch=8, micro=4),
-        **sizes("finetune", epochs=1, warmup=0.5, batch=8, micro=4),
-        **sizes("segment", epochs=1, warmup=0.5, batch=4, micro=2),
+        **sizes("finetune", epochs=1 / 3, warmup=0.1, batch=4, micro=2),
+        **sizes("segment", epochs=0.5, warmup=0.1, batch=2, micro=2),
         **sizes("dense_probe", epochs=1, warmup=0.5, batch=4, micro=2),
         **{f"{stage}.crop_size": 256 for stage in ("segment", "dense_probe")},
         **{f"{stage}.stride": 170 for stage in ("segment", "dense_probe")},
@@ -109,7 +109,7 @@ def test_from_the_tars_to_the_table(data, teacher, tmp_path):
     assert metrics["prepare_imagenet"] | {"recipe": 0} == {
         "prepare_imagenet/train": 12, "prepare_imagenet/val": 6, "prepare_imagenet/classes": 3, "recipe": 0,
     }  # fmt: skip
-    assert "MILAN | ViT-B/16 | 2 | 8 |" in (clone / "reports/table.md").read_text()
+    assert "MILAN | ViT-B/16 | 0.5 | 4 |" in (clone / "reports/table.md").read_text()
     assert json.loads((clone / "outs/imagenet/teacher/class_text.json").read_text())["names"] == layouts.IMAGENET_NAMES
     linear = json.loads((clone / "reports/metrics/imagenet/linear_eval/milan-0.json").read_text())
     assert all(0 <= linear[f"linear_eval/zero_shot{seen}_top1"] <= 100 for seen in ("", "_masked"))

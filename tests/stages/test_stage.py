@@ -455,9 +455,9 @@ def test_ctrl_c_and_a_full_disk(desk, monkeypatch, error, status, word):
 @pytest.mark.parametrize(
     "stage, experiment, deleted, sentence",
     [
-        ("report", "mine", True, "git shows 1 deleted file(s) of reports/ (DVC removes a stage's results before it runs) and params.yaml as"),
+        ("report", "mine", True, "git shows 1 deleted file(s) of reports/ (DVC removes the results that a run replaces) and params.yaml as"),
         ("report", "mine", False, "git shows params.yaml as this experiment sets it; docs/experiments.md"),
-        ("report", None, True, "git shows 1 deleted file(s) of reports/ (DVC removes a stage's results before it runs); docs/exp"),
+        ("report", None, True, "git shows 1 deleted file(s) of reports/ (DVC removes the results that a run replaces); docs/exp"),
         ("report", None, False, None),
         (None, None, True, None),  # without DVC
     ],
@@ -604,8 +604,10 @@ def test_results_of_removed_variants_are_named_where_a_stage_depends_on_their_fo
     for name in ("pretrain/milan-0", "pretrain/clip_target-1", "pretrain/milan-2", "pretrain/mae-0", "segment/milan-0"):
         (path := Path("metrics", f"{name}.json")).parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    for name in ("segment/clip_target-0", "segment/mae-0", "imagenet/train-00000"):
+    for name in ("segment/clip_target-0", "segment/mae-0", "imagenet/train-00000", "robustness"):
         Path("outs", name).mkdir(parents=True)
+    Path("outs/robustness/imagenet_c-contrast-1-00000.arrow").touch()  # of prepare_robustness, beside metrics/robustness
+    Path("metrics/robustness").mkdir()
     params, given = validate(Params, tree, "p"), Namespace(metrics=Path("metrics"), outs=Path("outs"))
     for kind in (Kind(), Kind(reads=("other",)), Kind(reads=("outs", "metrics"))):
         assert capsys.readouterr().err == ""
