@@ -25,7 +25,8 @@ OUT_OF_REACH = "http://127.0.0.1:9"
 def start_logger(name: str) -> tracker.LoggerProcess:
     tags = {"stage": name, "scale": "test", "git_revision": "abc", "dvc_experiment": "half"}
     own = {"pretrain.lr": 0.5, "seeds": [0, 1]}
-    return tracker.LoggerProcess(name, "milan-test", tags, {"scale": "test", **own, "finetune.lr": 0.1}, own)
+    recipe = {"scale": "test", **own, "finetune.lr": 0.1, "data.imagenet": "/pictures/test", "data.name": "test"}
+    return tracker.LoggerProcess(name, "milan-test", tags, recipe, own)
 
 
 def write_spool(events: list[dict], place: int = 1) -> Path:
@@ -137,7 +138,8 @@ def test_a_pipeline_s_run_says_what_differs_and_what_came_out(store):
     run = named(store, "third")
     parent = client.get_run(run.data.tags["mlflow.parentRunId"])
     assert re.fullmatch(r"pretrain\.lr=0\.5 · \d\d:\d\d", parent.info.run_name)
-    assert parent.data.params == {"scale": "test", "pretrain.lr": "0.5"}
+    of_data = {"data.imagenet": "/pictures/test", "data.name": "test"}  # not in the name: the experiment has it
+    assert parent.data.params == {"scale": "test", "pretrain.lr": "0.5", **of_data}
     assert parent.data.metrics == {"linear/milan": 34.5} and "linear/milan" not in run.data.metrics
     assert (parent.data.tags["scale"], parent.data.tags["dvc_experiment"]) == ("test", "half")
     of_parent, of_stage = ({file.path for file in client.list_artifacts(each.info.run_id)} for each in (parent, run))
