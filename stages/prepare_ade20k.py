@@ -13,12 +13,11 @@ from pathlib import Path
 from milan.core.errors import UserError
 from milan.core.files import SCRATCH, whole_folder
 from milan.core.progress import Progress
-from milan.data import records, transforms
+from milan.data import records
 from milan.ingest import ade20k, imagenet
 from milan.ingest.packing import Packing, has_labels
 from milan.ingest.world import drawing, writing
 from milan.params import Params, PrepareAde20k, SceneTraining, stages_of
-from milan.segmentation import miou
 from milan.stage import Kind, Stage, run
 
 SPLITS = {"train": "training", "val": "validation"}
@@ -81,6 +80,9 @@ def refuse_unlabelled(folder: Path, root: Path) -> None:
 
 def constant_answer(folder: Path, classes: int) -> dict[str, float]:
     """Return mIoU and pixel accuracy, in %, of answering every validation pixel with the class of most training pixels."""
+    from milan.data import transforms  # here: they load torch, for which the faults of a recipe would have to wait
+    from milan.segmentation import miou
+
     pixels = []
     for split in SPLITS:
         packed = records.Records(folder, split)

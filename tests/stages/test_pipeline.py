@@ -119,10 +119,19 @@ def test_killed_pretraining_continues_to_the_same_weights(clone):
     assert not list(clone.glob(".scratch/pretrain-milan-0-*"))
 
 
-def test_pretraining_continues_after_an_edit_of_the_method_and_its_result_is_marked(clone):
+def test_a_state_is_left_by_another_recipe_and_continued_after_an_edit_which_marks_the_result(clone):
     before, metrics = lock(clone), clone / "reports/metrics/smoke/pretrain/milan-0.json"
     clean = json.loads(metrics.read_text())
     kill_pretraining(clone)
+    tree = yaml.safe_load((clone / "params.yaml").read_text())
+    tree["pretrain"] |= {"lr": tree["pretrain"]["lr"] / 2, "epochs": 1, "warmup_epochs": 0}
+    (clone / "other.yaml").write_text(yaml.safe_dump(tree))
+    words = filled(yaml.safe_load(lock(clone))["stages"]["pretrain@milan-0"]["cmd"], read_params(clone / "params.yaml"), "@milan-0")
+    words = words.replace("$MILAN_LAUNCHER python", sys.executable)
+    words = words.replace("outs/smoke/pretrain", "outs/other").replace("reports/", "outs/other-reports/")
+    said = run([*words.split(), "--params", "other.yaml"], clone)
+    assert "pretrain-milan-0: starts at step 0 and leaves the state of another recipe" in said
+    assert "pretrain.lr is 0.0006, was 0.0012" in said and "continuing" not in said
     with edited(clone, "milan/method/masking.py"):
         said = dvc(clone, "repro", "-f", "-s", "pretrain@milan-0")
     assert "continuing from step" in said and "changed since this state was saved (milan/method/masking.py)" in said
@@ -142,19 +151,6 @@ def test_an_edit_while_a_stage_runs_makes_it_fail(clone):
     assert "milan/method/masking.py changed while pretrain milan seed 0 ran" in " ".join(said.split())
     assert "continuing from step" in dvc(clone, "repro", "-f", "-s", "pretrain@milan-0")  # no step is repeated
     assert lock(clone) == before
-
-
-def test_another_learning_rate_starts_afresh_and_says_what_it_leaves(clone):
-    kill_pretraining(clone)
-    tree = yaml.safe_load((clone / "params.yaml").read_text())
-    tree["pretrain"] |= {"lr": tree["pretrain"]["lr"] / 2, "epochs": 1, "warmup_epochs": 0}
-    (clone / "other.yaml").write_text(yaml.safe_dump(tree))
-    words = filled(yaml.safe_load(lock(clone))["stages"]["pretrain@milan-0"]["cmd"], read_params(clone / "params.yaml"), "@milan-0")
-    words = words.replace("$MILAN_LAUNCHER python", sys.executable)
-    said = run([*words.replace("outs/smoke/pretrain", "outs/other").split(), "--params", "other.yaml"], clone)
-    assert "pretrain-milan-0: starts at step 0 and leaves the state of another recipe" in said
-    assert "pretrain.lr is 0.0006, was 0.0012" in said and "continuing" not in said
-    dvc(clone, "repro", "-f", "-s", "pretrain@milan-0")
 
 
 @contextlib.contextmanager

@@ -40,7 +40,7 @@ def changes(data, teacher) -> dict:
         "teacher.pretrained.sha256": hashlib.sha256(teacher.read_bytes()).hexdigest(),
         "extract_targets.figure_images": 4,
         "model.encoder.depth": 4,
-        "model.decoder.depth": 2,
+        "model.decoder.depth": 1,
         "segment.out_blocks": "[0,1,2,3]",
         "compute.threads": 1,
         "compute.precision": "fp32",  # this machine may have no bf16
