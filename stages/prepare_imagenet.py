@@ -32,7 +32,7 @@ from milan.data.shares import images_of_share
 from milan.ingest import imagenet
 from milan.ingest.packing import Packing
 from milan.ingest.world import drawing, writing
-from milan.params import ImageTraining, Params, PrepareImagenet, stages_of
+from milan.params import Data, ImageTraining, Params, PrepareImagenet, stages_of
 from milan.stage import Kind, Stage, run
 
 KIND = Kind(folders=("out",), files=("metrics",))
@@ -43,8 +43,7 @@ def main(stage: Stage) -> None:
     identity = stage.identify({"prepare_imagenet": section, "data.imagenet": root})
     made_from = stage.folder_digest(identity)
     drawn = SCRATCH / f"world-{made_from}"
-    if root:
-        print(where_results_go(stage.params.data.name), flush=True)
+    print(where_results_go(stage.params.data), flush=True)
     if root is None:
         draw(drawn, section)
     with whole_folder(stage.args.out, made_from) as folder:
@@ -55,10 +54,12 @@ def main(stage: Stage) -> None:
     stage.write_metrics({**splits, "prepare_imagenet/classes": len(manifest["classes"])}, identity)
 
 
-def where_results_go(name: str) -> str:
+def where_results_go(data: Data) -> str:
+    if data.imagenet is None:
+        return f"No data.imagenet is given: images of the built-in world are drawn, and results go to outs/{data.name}."
     return (
-        f"These images are called {name}: results go to outs/{name}, reports/metrics/{name} and MLflow's experiment "
-        f"milan-{name}, in place of those of other images of that name. To name them: -S data.name=NAME."
+        f"These images are called {data.name}: results go to outs/{data.name}, reports/metrics/{data.name} and MLflow's experiment "
+        f"milan-{data.name}, in place of those of other images of that name. To name them: -S data.name=NAME."
     )
 
 

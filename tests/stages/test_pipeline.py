@@ -31,6 +31,7 @@ def clone(tmp_path_factory) -> Path:
     folder = clone_of(tmp_path_factory.mktemp("clone") / "milan")
     first = dvc(folder, "exp", "run", "-S", "scale=smoke", "-S", "variants=[milan]")
     assert "Running stage 'figures'" in first
+    assert "No data.imagenet is given: images of the built-in world are drawn, and results go to outs/smoke." in first
     return folder
 
 
