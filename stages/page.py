@@ -11,9 +11,8 @@ committed. Costs a few seconds. Expect a page of about 1 MB.
 """
 
 import argparse
-import json
 
-from milan.core.files import file_digest, write_whole
+from milan.core.files import file_digest, write_json, write_whole
 from milan.core.redaction import redact
 from milan.core.repository import revision
 from milan.report import page, provenance, reproduction, table
@@ -41,9 +40,8 @@ def main(stage: Stage) -> None:
     pictures = page.read_pictures(args.figures, args.notebooks)
     text = page.render(results, verdict, pictures, bars, trail, data, here, redact(args.params.read_text(encoding="utf-8")))
     write_whole(args.out, text.encode())
-    shown = sorted(path for folder in (args.metrics, args.figures, args.plots) for path in folder.rglob("*") if path.is_file())
-    contents = {path.as_posix(): file_digest(path) for path in shown}
-    write_whole(args.contents, json.dumps(contents, indent=1).encode())
+    shown = (path for folder in (args.metrics, args.figures, args.plots) for path in folder.rglob("*") if path.is_file())
+    write_json(args.contents, {path.as_posix(): file_digest(path) for path in shown})
     stage.tracker.artifact(args.out, "report")
     summarise(results, args, stage.tracker.pipeline)
     known = sum(origin.run is not None for origin in trail)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import pandas as pd
 from scipy.special import stdtrit  # scipy.stats takes a second to load
 
+from milan.params import Params
 from milan.report.results import MEASURES, Results, name_in_sentence
 from milan.report.text import DASH, decimal
 
@@ -91,16 +92,19 @@ def rows(results: Results) -> list[dict[str, str]]:
     ]
 
 
+def three_seeds_command(params: Params) -> str:
+    """Return the command that runs a recipe with three seeds. The user's own paths are left out: the table is for others, too."""
+    scale = [] if params.scale == "demo" else [f"-S scale={params.scale}"]  # conf/config.yaml has the demo's
+    data = [f"-S data.{name}=..." for name in ("imagenet", "ade20k") if getattr(params.data, name)]
+    return " ".join(["dvc exp run", *scale, *data, "-S 'seeds=[0,1,2]'"])
+
+
 def notes(results: Results) -> list[str]:
     """Return the sentences that explain the rows; none without a claim's two variants."""
     if judge_claims(results).empty:
         return []
     if len(results.params.seeds) < 2:
-        scale, data = results.params.scale, results.params.data
-        scale_word = "" if scale == "demo" else f"-S scale={scale} "  # conf/config.yaml's own scale
-        paths = "".join(f"-S data.{name}=... " for name in ("imagenet", "ade20k") if getattr(data, name))
-        command = f"dvc exp run {scale_word}{paths}-S 'seeds=[0,1,2]'"
-        return [f"One seed has no spread, so no claim is judged. To run three seeds: `{command}`."]
+        return [f"One seed has no spread, so no claim is judged. To run three seeds: `{three_seeds_command(results.params)}`."]
     rule = (
         "Differences in points, paired by seed. Supported: their 95 % interval (Student's t) lies above 0; not supported: "
         f"below 0; inconclusive: 0 is inside, or there are fewer than {MIN_SEEDS} seeds."

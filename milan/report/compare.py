@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
-import yaml
 
 from milan.core.errors import UserError
 from milan.core.files import explain_os_errors
@@ -24,7 +23,7 @@ from milan.core.repository import git
 from milan.params import changed_settings, say_settings
 from milan.report.results import ALL_MEASURES, FREE, SHOWN, TITLES
 from milan.report.text import DASH, aligned, decimal, in_markdown, markdown_table
-from milan.tracking.runs import first_line, open_store
+from milan.tracking.runs import first_line, open_store, parse_yaml
 
 FILES = ("params.yaml", "reports/table.csv")  # of a result: its recipe and its numbers
 EXPERIMENT = re.compile(r"refs/exps/[0-9a-f]{2}/[0-9a-f]{38}/(.+)")  # where DVC keeps an experiment of a commit
@@ -102,7 +101,7 @@ def kept_results() -> Iterator[tuple[str, str, str, str]]:
 @functools.cache
 def read_recipe(text: str) -> tuple[dict, dict]:
     """Return the settings of a recipe, {dotted key: value}, and those that its scale's recipe has otherwise, but for the data."""
-    settings = flatten(yaml.safe_load(text))
+    settings = flatten(parse_yaml(text))
     return settings, {key: value for key, value in changed_settings(settings).items() if not key.startswith("data.")}
 
 

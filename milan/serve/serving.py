@@ -17,8 +17,8 @@ from milan.core.errors import UserError
 class ServedClassifier(PythonModel):
     """Answer a table whose column `image` holds encoded images (base64 in JSON) with classes and probabilities.
 
-    Each row gets its top_k classes (a parameter, 5 by default and for null), best first. A single bad image refuses the request: status
-    400, naming its row."""
+    Each row gets its top_k classes (a parameter, 5 by default and for null), best first. A single bad image refuses the
+    request: status 400, naming its row."""
 
     def load_context(self, context) -> None:
         from milan.serve.classify import ImageClassifier  # here: saving the model does not need torch

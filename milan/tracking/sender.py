@@ -107,9 +107,9 @@ class Sender:
     def find_or_create_parent(self, experiment: str, event: dict) -> str:
         """Return the run of this pipeline execution, which its first stage creates.
 
-        Its parameters are the settings that differ from the scale's recipe, and its name begins with them, but for the data, which the
-        experiment is named after. A new parent lists the runs of all stages in dvc.lock as skipped; a stage that DVC executes removes
-        itself from the list (remove_from_skipped)."""
+        Its parameters are the settings that differ from the scale's recipe, and its name begins with them, but for the data,
+        which the experiment is named after. A new parent lists the runs of all stages in dvc.lock as skipped; a stage that
+        DVC executes removes itself from the list (remove_from_skipped)."""
         parents = self.client.search_runs([experiment], f"tags.pipeline = '{event['pipeline']}'", max_results=1)
         if parents:
             return parents[0].info.run_id

@@ -122,6 +122,12 @@ def test_one_seed_names_the_command_for_three_and_two_seeds_have_no_interval():
     assert "| MILAN is above MAE | MILAN – MAE | Linear eval | +9.50 | – | 2 | inconclusive: 2 seeds |" in two
 
 
+def test_the_command_for_three_seeds_names_scale_and_data_without_their_paths():
+    params = read_params("params.yaml")
+    own = dataclasses.replace(params, scale="photos", data=dataclasses.replace(params.data, imagenet="/home/me/photos"))
+    assert claims.three_seeds_command(own) == "dvc exp run -S scale=photos -S data.imagenet=... -S 'seeds=[0,1,2]'"
+
+
 def test_without_a_claim_s_variants_there_is_no_section_and_the_csv_has_only_its_header():
     alone = results(milan=[1.0, 2.0, 3.0])
     assert "claims" not in table.markdown(alone)

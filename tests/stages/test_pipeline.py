@@ -179,6 +179,13 @@ def kill_pretraining(folder: Path) -> None:
     victim.wait()
 
 
+def runs_module(process: subprocess.Popen, name: str) -> bool:
+    """Return whether a process has started `python -m name`, directly or through others."""
+    with contextlib.suppress(psutil.Error):  # some end while they are asked
+        return any(name in child.cmdline() for child in psutil.Process(process.pid).children(recursive=True))
+    return False
+
+
 def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
@@ -306,7 +313,7 @@ def test_the_default_recipe_comes_back_from_the_cache_after_an_experiment(clone,
     committed, _ = experiment
     victim = started(clone, "exp", "run", *SMOKE, "-S", "linear_eval.epochs=3", "linear_eval")
     # Not while DVC itself still works: the test below has what a kill of DVC leaves.
-    wait_for(lambda: any("stages.linear_eval" in child.cmdline() for child in psutil.Process(victim.pid).children(recursive=True)), victim)
+    wait_for(lambda: runs_module(victim, "stages.linear_eval"), victim)
     os.killpg(victim.pid, signal.SIGINT)
     victim.communicate()
     assert f" D {LINEAR}" in run(["git", "status", "--porcelain"], clone)

@@ -1,8 +1,9 @@
 """Run scale=paper in miniature by DVC, from data in the layouts of the published archives to the table.
 
-ViT-B/16 at 224 px, CLIP ViT-B/16 (random weights) from a local file in OpenAI's own format with its digest verified, two
-processes, data loader workers, LARS, mixup, RandAugment, slide-window inference: every line that scale=paper executes is run
-before anyone waits days for it. Only the numbers of images, steps, student blocks, channels and pixels of scenes are smaller.
+ViT-B/16 at 224 px, CLIP ViT-B/16 (random weights) from a local file in OpenAI's own format with its digest verified, data
+loader workers, LARS, mixup, RandAugment, slide-window inference: every line that scale=paper executes in one process is run before
+anyone waits days for it (several: tests/training/test_processes.py). Only the numbers of images, steps, student blocks, channels and
+pixels of scenes are smaller.
 """
 
 import hashlib
