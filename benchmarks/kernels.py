@@ -1,22 +1,25 @@
-"""Which kinds of kernels does a pretraining step spend its time in, and how far from the peak is each product?
+"""Which kinds of kernels does a step spend its time in, and how far from the peak is each product?
 
-    python -m benchmarks.kernels                   # online, in the device's best precision
+    python -m benchmarks.kernels                   # pretraining online, in the device's best precision
     python -m benchmarks.kernels --banked --precision fp32
+    python -m benchmarks.kernels --task UPerNet --no-compile    # or fine-tuning
 
 Profiles a step (torch.profiler) after warming up and adds up the time that kernels themselves take (on a GPU the
 device's time, on a CPU the operators' own), sorted into kinds by their names. Then matrix products and attention by their
-shapes, with the rate of each and the milliseconds that it loses against the peak; and the longest kernels.
+shapes, with the rate of each and the milliseconds that it loses against the peak; and the longest kernels and operators.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import measure
 from benchmarks.step import batch_of, our_step
-from milan.training.device import DTYPES
+from benchmarks.tasks import finetuning, segmentation
+from milan.params import Model
+from milan.training.device import DTYPES, choose_attention
 
 KINDS = {  # the first that fits a kernel's name
     "norms and sums, compiled": r"^triton_(per|red)",
@@ -34,6 +37,8 @@ KINDS = {  # the first that fits a kernel's name
 ANNOTATION = r"optimizer\.|## |torch-compiled|compiledfunction|profilerstep"  # spans over kernels, which have their own time
 ATTENTION = r"aten::_(scaled_dot_product|flash|efficient|cudnn).*(forward|backward|attention)"
 LONGEST = 40
+BATCHES = {"pretraining": (256, 8), "fine-tuning": (128, 8), "UPerNet": (16, 2)}  # images on a GPU and on a CPU
+SIDES = {224: 512, 48: 64}  # pixels of a scene, by the model's image size
 
 
 def kind_of(name: str) -> str:
@@ -89,39 +94,65 @@ def on_the_gpu(event) -> bool:
     return event.device_type == torch.autograd.DeviceType.CUDA
 
 
+def operators(events: Iterable[tuple[str, list, float, int]], steps: int) -> list[dict]:
+    """events (operator, shapes, seconds, calls) of several steps -> a row each, the longest first."""
+    rows = []
+    for name, shapes, seconds, calls in sorted(events, key=lambda event: -event[2])[:LONGEST]:
+        words = " ".join("x".join(map(str, shape)) for shape in shapes[:3] if shape)
+        rows.append({"operator": name, "shapes": words, "calls": calls // steps, "ms a step": 1000 * seconds / steps})
+    return rows
+
+
+def step_of(args, model: Model, precision: str, device: torch.device) -> Callable[[], object]:
+    """A step of the task asked for, on one batch."""
+    compiled = measure.compute(args).compile
+    if args.task == "pretraining":
+        step, batch = our_step(model, precision, device, not args.banked, compiled), batch_of(model, args.batch, device, precision)
+        return lambda: step(batch)
+    torch.set_float32_matmul_precision("high")  # as training does
+    choose_attention(precision, device)
+    if args.task == "fine-tuning":
+        task = finetuning(model, args.batch, precision, device)
+    else:
+        task = segmentation(model, args.batch, SIDES[model.image_size], precision, device)
+    return task.compiled() if compiled else task
+
+
 def main() -> None:
     parser = measure.arguments(__doc__, repeats=3)
     measure.step_arguments(parser)
-    parser.add_argument("--batch", type=int, default=256 if torch.cuda.is_available() else 8)
+    parser.add_argument("--task", choices=BATCHES, default="pretraining")
+    parser.add_argument("--batch", type=int, help="images (default: 256, 128 or 16 by the task, on a CPU 8, 8 or 2)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device, model = torch.device(args.device), measure.MODELS[args.model]
     precision, cuda = measure.precision(args), device.type == "cuda"
+    args.batch = args.batch or BATCHES[args.task][not cuda]
     peak = measure.matmul_peak(device, DTYPES[precision])
-    step = our_step(model, precision, device, not args.banked, measure.compute(args).compile)
-    batch = batch_of(model, args.batch, device, precision)
+    step = step_of(args, model, precision, device)
     times = measure.in_a_row(device)
-    seconds = measure.in_turn({"step": lambda: step(batch)}, args.repeats, device, warm=3, times=times)["step"]
+    seconds = measure.in_turn({"step": step}, args.repeats, device, warm=3, times=times)["step"]
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with profile(activities=activities, record_shapes=True) as profiler:
         for _ in range(args.repeats):
-            step(batch)
+            step()
         measure.wait(device)
     own = "self_device_time_total" if cuda else "self_cpu_time_total"
     averages = [event for event in profiler.key_averages() if not cuda or on_the_gpu(event)]
     events = [(event.key, getattr(event, own) / 1e6, event.count) for event in averages]
     rows = rows_of(events, args.repeats)
-    shaped = [event for event in profiler.key_averages(group_by_input_shape=True) if event.input_shapes]
-    shapes = shapes_of(((e.key, e.input_shapes, getattr(e, own) / 1e6, e.count) for e in shaped), args.repeats, peak)
+    grouped = [event for event in profiler.key_averages(group_by_input_shape=True) if event.input_shapes]
+    shaped = [(event.key, event.input_shapes, getattr(event, own) / 1e6, event.count) for event in grouped]
     longest = [
         {"kernel": name[:110], "ms a step": 1000 * took / args.repeats, "calls": calls // args.repeats}
         for name, took, calls in sorted(events, key=lambda event: -event[1])[:LONGEST]
     ]
-    about = {**measure.machine(device), "model": args.model, "batch": args.batch, "precision": precision}
-    about |= {"teacher": "no" if args.banked else "inside", "matmul TFLOP/s": f"{peak:.3g}"}
-    about |= {"ms a step unprofiled": f"{1000 * measure.median(seconds):.4g}"}
+    about = {**measure.machine(device), "model": args.model, "task": args.task, "batch": args.batch, "precision": precision}
+    about |= {"teacher": "no" if args.banked else "inside"} if args.task == "pretraining" else {}
+    about |= {"matmul TFLOP/s": f"{peak:.3g}", "ms a step unprofiled": f"{1000 * measure.median(seconds):.4g}"}
     about["ms a step in kernels"] = f"{sum(row['ms a step'] for row in rows):.4g}"
-    more = {"Matrix products and attention by shape": shapes, "The longest kernels": longest}
+    more = {"Matrix products and attention by shape": shapes_of(shaped, args.repeats, peak)}
+    more |= {"The longest kernels": longest, "The longest operators": operators(shaped, args.repeats)}
     measure.show("Where a step's time goes", rows, about, args.json, **{title: table for title, table in more.items() if table})
 
 

@@ -1,6 +1,7 @@
 """How fast are the steps of fine-tuning and of segmentation (UPerNet)?
 
     python -m benchmarks.tasks
+    python -m benchmarks.tasks --search            # cuDNN's own search for the fastest convolution
     python -m benchmarks.tasks --model tiny --batch 2 --scenes 2 --no-compile
 
 Times forward, backward and AdamW on random images that lie on the device, with the published recipes' mixing, drop path,
@@ -101,9 +102,11 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=16 if gpu else 2, help="of UPerNet (default: %(default)s)")
     parser.add_argument("--side", type=int, default=512 if gpu else 64, help="pixels of a scene (default: %(default)s)")
     parser.add_argument("--compile-upernet", action="store_true", help="on a GPU, minutes")
+    parser.add_argument("--search", action="store_true", help="let cuDNN time its algorithms for each convolution")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
+    torch.backends.cudnn.benchmark = args.search
     torch.set_float32_matmul_precision("high")  # as training does
     device, model, precision = torch.device(args.device), measure.MODELS[args.model], measure.precision(args)
     choose_attention(precision, device)
@@ -112,6 +115,7 @@ def main() -> None:
     tasks["UPerNet"] = segmentation(model, args.scenes, args.side, precision, device)
     flops = {name: task.flops() for name, task in tasks.items()}
     about = {**measure.machine(device), "model": args.model, "precision": precision, "matmul TFLOP/s": f"{peak:.3g}"}
+    about |= {"cuDNN's search": "yes" if args.search else "no"}
     about |= {f"GFLOP an image, {name}": f"{flops[name] / len(task.inputs[0]) / 1e9:.4g}" for name, task in tasks.items()}
     measure.show("A step of fine-tuning and of segmentation", rows_of(tasks, flops, peak, args, device), about, args.json)
     if measure.compute(args).compile:

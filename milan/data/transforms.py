@@ -6,6 +6,7 @@ keys by (seed, purpose, epoch, index); see seeding.py.
 """
 
 import contextlib
+import functools
 import math
 
 import torch
@@ -63,9 +64,14 @@ def renormalise(images: Tensor, source: str, target: str) -> Tensor:
     return (images * source_std + source_mean - target_mean) / target_std
 
 
-def statistics(name: str, device: torch.device) -> list[Tensor]:
-    """Return mean and standard deviation of a normalisation, each (1, 3, 1, 1) float32."""
-    return [torch.tensor(values, device=device).view(1, 3, 1, 1) for values in NORMALISATIONS[name]]
+@functools.cache
+def statistics(name: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of a normalisation, each (1, 3, 1, 1) float32.
+
+    They are made once: with each copy to a GPU the host would wait for the work it has queued there."""
+    with torch.inference_mode(False):  # whoever asks first, also a training may use them
+        mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in NORMALISATIONS[name])
+    return mean, std
 
 
 def draw_crop(height: int, width: int, scale: list[float], generator: torch.Generator) -> tuple[int, int, int, int, bool]:
