@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import measure
 from benchmarks.step import batch_of, our_step
-from benchmarks.tasks import finetuning, segmentation
+from benchmarks.tasks import FINETUNING, UPERNET, finetuning, segmentation
 from milan.params import Model
 from milan.training.device import DTYPES, choose_attention
 
@@ -37,7 +37,7 @@ KINDS = {  # the first that fits a kernel's name
 ANNOTATION = r"optimizer\.|## |torch-compiled|compiledfunction|profilerstep"  # spans over kernels, which have their own time
 ATTENTION = r"aten::_(scaled_dot_product|flash|efficient|cudnn).*(forward|backward|attention)"
 LONGEST = 40
-BATCHES = {"pretraining": (256, 8), "fine-tuning": (128, 8), "UPerNet": (16, 2)}  # images on a GPU and on a CPU
+BATCHES = {"pretraining": (256, 8), FINETUNING: (128, 8), UPERNET: (16, 2)}  # images on a GPU and on a CPU
 SIDES = {224: 512, 48: 64}  # pixels of a scene, by the model's image size
 
 
@@ -111,7 +111,7 @@ def step_of(args, model: Model, precision: str, device: torch.device) -> Callabl
         return lambda: step(batch)
     torch.set_float32_matmul_precision("high")  # as training does
     choose_attention(precision, device)
-    if args.task == "fine-tuning":
+    if args.task == FINETUNING:
         task = finetuning(model, args.batch, precision, device)
     else:
         task = segmentation(model, args.batch, SIDES[model.image_size], precision, device)

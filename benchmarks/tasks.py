@@ -1,20 +1,23 @@
 """How fast are the steps of fine-tuning and of segmentation (UPerNet)?
 
     python -m benchmarks.tasks
-    python -m benchmarks.tasks --search            # cuDNN's own search for the fastest convolution
+    python -m benchmarks.tasks --only UPerNet --search    # cuDNN's own search for the fastest convolution
     python -m benchmarks.tasks --model tiny --batch 2 --scenes 2 --no-compile
 
 Times forward, backward and AdamW on random images that lie on the device, with the published recipes' mixing, drop path,
 layer-wise groups and widths: fine-tuning at the model's own size, UPerNet at 512 pixels and 150 classes, its convolutions in
-channels-last as stages/segment.py has them. A GPU adds compiled fine-tuning, after a table of the eager cases, and compiled
-UPerNet where asked: it takes minutes. Needs timm.
+channels-last as stages/segment.py has them, and UPerNet again with its maps resized by torch's own kernel, where a GPU takes
+matrix products. A GPU adds compiled fine-tuning, after a table of the eager cases, and compiled UPerNet where asked: it takes
+minutes. Needs timm.
 """
 
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -29,6 +32,7 @@ from stages.segment import SegmentLoss
 
 FINETUNE = SimpleNamespace(pooling="mean", drop_path=0.1, label_smoothing=0.1, mixup=0.8, cutmix=1.0)
 CLASSES, SCENE_CLASSES = 1000, 150
+FINETUNING, UPERNET = "fine-tuning", "UPerNet"
 
 
 class Task:
@@ -57,6 +61,14 @@ class Task:
 
     def weight(self) -> int:
         return measure.weight(self.module, self.optimizer)
+
+
+class ResizedByTorch(Task):
+    """The same task with F.interpolate wherever the segmenter resizes maps."""
+
+    def __call__(self) -> None:
+        with patch.object(upernet, "resize_maps", partial(F.interpolate, mode="bilinear")):
+            super().__call__()
 
 
 def finetuning(model: Model, batch: int, precision: str, device: torch.device) -> Task:
@@ -88,7 +100,7 @@ def rows_of(tasks: dict[str, Task], flops: dict[str, float], peak: float, args, 
         kind, took, images = name.split(",")[0], measure.median(seconds[name]), len(task.inputs[0])
         rate = flops[kind] / took / 1e12
         row = {"case": name, "images": images, "images/s": images / took, "ms a step": 1000 * took}
-        row |= {"against eager": measure.median(seconds[kind]) / took, "± %": measure.spread(seconds[name])}
+        row |= {"against the first": measure.median(seconds[kind]) / took, "± %": measure.spread(seconds[name])}
         row |= {"TFLOP/s": rate, "% of matmul peak": 100 * rate / peak}
         rows.append(row | {"peak GB": measure.peak_memory(task, device, task.weight())})
     return rows
@@ -98,6 +110,7 @@ def main() -> None:
     gpu = torch.cuda.is_available()
     parser = measure.arguments(__doc__, repeats=5)
     measure.step_arguments(parser)
+    parser.add_argument("--only", nargs="+", choices=(FINETUNING, UPERNET), default=[FINETUNING, UPERNET], help="default: both")
     parser.add_argument("--batch", type=int, default=128 if gpu else 8, help="images of fine-tuning (default: %(default)s)")
     parser.add_argument("--scenes", type=int, default=16 if gpu else 2, help="of UPerNet (default: %(default)s)")
     parser.add_argument("--side", type=int, default=512 if gpu else 64, help="pixels of a scene (default: %(default)s)")
@@ -111,15 +124,19 @@ def main() -> None:
     device, model, precision = torch.device(args.device), measure.MODELS[args.model], measure.precision(args)
     choose_attention(precision, device)
     peak = measure.matmul_peak(device, DTYPES[precision])
-    tasks = {"fine-tuning": finetuning(model, args.batch, precision, device)}
-    tasks["UPerNet"] = segmentation(model, args.scenes, args.side, precision, device)
-    flops = {name: task.flops() for name, task in tasks.items()}
+    tasks: dict[str, Task] = {}
+    if FINETUNING in args.only:
+        tasks[FINETUNING] = finetuning(model, args.batch, precision, device)
+    if UPERNET in args.only:
+        tasks[UPERNET] = task = segmentation(model, args.scenes, args.side, precision, device)
+        tasks[f"{UPERNET}, resized by torch"] = ResizedByTorch(task.module, task.optimizer, task.inputs, precision)
+    flops = {name: tasks[name].flops() for name in args.only}
     about = {**measure.machine(device), "model": args.model, "precision": precision, "matmul TFLOP/s": f"{peak:.3g}"}
     about |= {"cuDNN's search": "yes" if args.search else "no"}
-    about |= {f"GFLOP an image, {name}": f"{flops[name] / len(task.inputs[0]) / 1e9:.4g}" for name, task in tasks.items()}
+    about |= {f"GFLOP an image, {name}": f"{flops[name] / len(tasks[name].inputs[0]) / 1e9:.4g}" for name in args.only}
     measure.show("A step of fine-tuning and of segmentation", rows_of(tasks, flops, peak, args, device), about, args.json)
     if measure.compute(args).compile:
-        for name in ("fine-tuning", "UPerNet") if args.compile_upernet else ("fine-tuning",):
+        for name in args.only if args.compile_upernet else [name for name in args.only if name == FINETUNING]:
             tasks[f"{name}, compiled"] = tasks[name].compiled()
             rows = rows_of(tasks, flops, peak, args, device)
             measure.show("A step of fine-tuning and of segmentation", rows, about, args.json)

@@ -19,6 +19,8 @@ from milan.segmentation.upernet import (
     UPerHead,
     encoder_layer_ids,
     load_encoder,
+    resize_by_products,
+    resize_maps,
     segmentation_loss,
 )
 
@@ -261,6 +263,34 @@ def test_loss_upsamples_bilinearly_without_aligned_corners():
     labels = torch.zeros(1, 1, 4, dtype=torch.long)
     expected = sum(math.log1p(math.exp(-score)) for score in (0, 1, 3, 4)) / 4
     assert segmentation_loss(logits, torch.zeros_like(logits), labels, aux_weight=0).item() == pytest.approx(expected)
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that says it lies on a GPU."""
+
+    is_cuda = True
+
+
+def test_resizing_by_products_by_hand():
+    """Two values to four: pixel centres at -0.25, 0.25, 0.75 and 1.25 of the source, held at its ends."""
+    maps = torch.tensor([[[[0.0, 4.0], [8.0, 12.0]]]])
+    row, column = torch.tensor([0.0, 1.0, 3.0, 4.0]), torch.tensor([0.0, 2.0, 6.0, 8.0])
+    assert torch.equal(resize_by_products(maps, (4, 4))[0, 0], column[:, None] + row)
+
+
+@pytest.mark.parametrize("size", [(10, 8), (7, 9), (2, 3), (1, 1)])
+def test_where_a_gpu_trains_maps_are_resized_by_products(size):
+    maps, upstream = torch.randn(2, 3, 5, 4, requires_grad=True), torch.randn(2, 3, *size)
+    exact = nn.functional.interpolate(maps, size=size, mode="bilinear")
+    found = resize_maps(maps.as_subclass(OnGpu), size)
+    assert found.is_contiguous(memory_format=torch.channels_last)  # as only the products leave it
+    torch.testing.assert_close(found.as_subclass(torch.Tensor), exact, atol=2e-6, rtol=0)
+    gradients = [torch.autograd.grad(resized, maps, upstream)[0] for resized in (exact, found.as_subclass(torch.Tensor))]
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=0)
+    low = resize_by_products(maps.bfloat16(), size).float()
+    torch.testing.assert_close(low, exact, atol=2**-5, rtol=0)  # four roundings of values below 4
+    assert torch.equal(resize_maps(maps, size), exact)  # on a CPU
+    assert torch.equal(resize_maps(maps.detach().as_subclass(OnGpu), size).as_subclass(torch.Tensor), exact)
 
 
 def test_slide_logits_of_a_segmenter():
