@@ -42,15 +42,18 @@ STYLE = {
 }
 plt.rcParams.update({**matplotlib.rcParamsDefault, **STYLE, "backend": "Agg"})
 
-CURVES = {  # panel: (folder under curves, targets of the variants shown)
-    "Pretraining, CLIP features: 2 – 2 cos": ("pretrain", ("clip",)),
-    "Pretraining, pixels: squared error": ("pretrain", ("pixels",)),
-    "Linear evaluation": ("linear_eval", ("none", "pixels", "clip")),
-    "Attentive probe": ("attentive_probe", ("none", "pixels", "clip")),
-    "Fine-tuning": ("finetune", ("none", "pixels", "clip")),
-    "Segmentation": ("segment", ("none", "pixels", "clip")),
-    "Dense probe": ("dense_probe", ("none", "pixels", "clip")),
+CURVES = {  # panel: (folder under curves, column, targets of the variants shown)
+    "Pretraining, CLIP features: 2 – 2 cos": ("pretrain", "loss", ("clip",)),
+    "Pretraining, pixels: squared error": ("pretrain", "loss", ("pixels",)),
+    "Pretraining, k-NN of class tokens": ("pretrain", "knn_top1", ("pixels", "clip")),
+    "Pretraining, RankMe of class tokens": ("pretrain", "rankme", ("pixels", "clip")),
+    "Linear evaluation": ("linear_eval", "loss", ("none", "pixels", "clip")),
+    "Attentive probe": ("attentive_probe", "loss", ("none", "pixels", "clip")),
+    "Fine-tuning": ("finetune", "loss", ("none", "pixels", "clip")),
+    "Segmentation": ("segment", "loss", ("none", "pixels", "clip")),
+    "Dense probe": ("dense_probe", "loss", ("none", "pixels", "clip")),
 }
+AXES = {"loss": "loss", "knn_top1": "top-1 %", "rankme": "smooth rank"}
 
 
 def colour(variant: str, variants: Iterable[str] = ()) -> str:
@@ -143,15 +146,17 @@ def draw_published(axes: Iterable[Axes], published: pd.DataFrame) -> None:
 
 
 def curves(folder: Path, params: Params, missing: Iterable[tuple[str, str]] = ()) -> Figure:
-    """Draw the loss by epoch of every stage that trains, a line for each variant and seed but for the (stage, variant-seed) that
-    are missing."""
-    panels = {title: read_curves(folder / stage, params, targets, missing) for title, (stage, targets) in CURVES.items()}
-    panels = {"Teacher, contrast": {"teacher": [read_curve(folder / "teacher.csv")]}, **panels}
-    panels = {title: lines for title, lines in panels.items() if any(len(curve) for seeds in lines.values() for curve in seeds)}
+    """Draw the loss by epoch of every stage that trains, and k-NN and RankMe where pretraining was watched: a line for each
+    variant and seed but for the (stage, variant-seed) that are missing."""
+    teacher = {"teacher": [read_curve(folder / "teacher.csv", "loss")]}
+    panels = {"Teacher, contrast": ("loss", teacher)}
+    for title, (stage, column, targets) in CURVES.items():
+        panels[title] = column, read_curves(folder / stage, column, params, targets, missing)
+    panels = {title: panel for title, panel in panels.items() if any(len(curve) for seeds in panel[1].values() for curve in seeds)}
     rows = -(-len(panels) // 3)
     figure, axes = plt.subplots(rows, 3, figsize=(WIDTH, 2.9 * rows + 0.4), squeeze=False)
-    for axis, (title, lines) in zip(axes.flat, panels.items(), strict=False):
-        draw_curves(axis, lines, params.variants)
+    for axis, (title, (column, lines)) in zip(axes.flat, panels.items(), strict=False):
+        draw_curves(axis, column, lines, params.variants)
         axis.set_title(title, fontsize=10)
     for axis in axes.flat[len(panels) :]:
         axis.remove()
@@ -161,31 +166,32 @@ def curves(folder: Path, params: Params, missing: Iterable[tuple[str, str]] = ()
     return figure
 
 
-def draw_curves(axis: Axes, lines: dict[str, list[pd.DataFrame]], variants: list[str]) -> None:
+def draw_curves(axis: Axes, column: str, lines: dict[str, list[pd.DataFrame]], variants: list[str]) -> None:
     """Draw the curves {variant: a table for each seed} of one panel."""
     for variant, seeds in lines.items():
         for curve in seeds:
             shade = BLACK if variant == "teacher" else colour(variant, variants)
-            axis.plot(curve["epoch"], curve["loss"], color=shade, lw=1.4, alpha=0.9)
+            axis.plot(curve["epoch"], curve[column], color=shade, lw=1.4, alpha=0.9)
     axis.set_xlabel("epoch")
-    axis.set_ylabel("loss")
+    axis.set_ylabel(AXES[column])
 
 
 def read_curves(
-    folder: Path, params: Params, targets: tuple[str, ...], missing: Iterable[tuple[str, str]]
+    folder: Path, column: str, params: Params, targets: tuple[str, ...], missing: Iterable[tuple[str, str]]
 ) -> dict[str, list[pd.DataFrame]]:
-    """Read the curves of a stage, for the variants with one of these targets, but for those that are missing: {variant: a table
-    for each seed}."""
+    """Read a column of a stage's curves, for the variants with one of these targets, but for those that are missing: {variant:
+    a table for each seed}."""
     drawn = [variant for variant in params.variants if params.pretrain.ablation[variant].target in targets]
     names = {variant: [f"{variant}-{seed}" for seed in params.seeds] for variant in drawn}
     return {
-        variant: [read_curve(folder / f"{name}.csv") for name in some if (folder.name, name) not in missing]
+        variant: [read_curve(folder / f"{name}.csv", column) for name in some if (folder.name, name) not in missing]
         for variant, some in names.items()
     }
 
 
-def read_curve(path: Path) -> pd.DataFrame:
-    """Read one curve. Raises UserError when it is missing."""
+def read_curve(path: Path, column: str) -> pd.DataFrame:
+    """Read the epochs and a column of one curve, without the points that have no value there. Raises UserError when the file is
+    missing."""
     if not path.exists():
         raise UserError(f"{path} is missing: an earlier stage writes it. Run `dvc repro`, which runs the stages in order.")
-    return pd.read_csv(path)
+    return pd.read_csv(path).reindex(columns=["epoch", column]).dropna()

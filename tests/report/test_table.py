@@ -331,6 +331,24 @@ def test_evaluations_that_were_not_run_are_dashes(metrics, tmp_path):
     assert [axis.get_title() for axis in panels] == ["Teacher, contrast", "Linear evaluation"]
 
 
+def test_what_was_seen_while_pretraining_is_drawn_with_the_losses(tmp_path):
+    """Of four points two have values of the monitor; the pixels' loss has a panel of its own, and k-NN and RankMe have all."""
+    params, folder = recipe(), tmp_path / "curves"
+    names = [f"{variant}-{seed}" for variant in params.variants for seed in params.seeds]
+    for path in ("teacher", *(f"{stage}/{name}" for stage in {stage for stage, _, _ in plots.CURVES.values()} for name in names)):
+        (csv_file := folder / f"{path}.csv").parent.mkdir(parents=True, exist_ok=True)
+        csv_file.write_text("step,epoch,loss,lr\n")
+    watched = "step,epoch,loss,lr,rankme,knn_top1\n1,1.0,0.9,0.1,,\n2,2.0,0.8,0.1,12.5,40.0\n3,3.0,0.7,0.1,,\n4,4.0,0.6,0.1,14.5,60.0\n"
+    (folder / "pretrain/milan-1.csv").write_text(watched)
+    drawn = {axis.get_title(): [line.get_xydata().tolist() for line in axis.lines] for axis in plots.curves(folder, params).axes}
+    drawn = {title: [line for line in lines if line] for title, lines in drawn.items()}
+    assert drawn == {
+        "Pretraining, CLIP features: 2 – 2 cos": [[[1, 0.9], [2, 0.8], [3, 0.7], [4, 0.6]]],
+        "Pretraining, k-NN of class tokens": [[[2, 40.0], [4, 60.0]]],
+        "Pretraining, RankMe of class tokens": [[[2, 12.5], [4, 14.5]]],
+    }
+
+
 def test_missing_entry_and_broken_file_are_named(metrics):
     write(metrics / "finetune/mae-0.json", other=1)
     with pytest.raises(UserError, match=r"mae-0\.json has no entry 'finetune/top1'"):
