@@ -205,6 +205,8 @@ def tar_members(archive: Path, inside: TarMember | None = None) -> list[TarMembe
             raise UserError(f"{inside or archive} has a member that is no plain file: {member.name!r}. Make it without links.")
         refuse_escape(member.name, inside or archive)
     members = [member for member in members if not passed_over(member.name)]
+    if twice := [name for name, count in Counter(member.name for member in members).items() if count > 1]:
+        raise UserError(f"{inside or archive} has several members of one name: {listed(twice)}. Make it again from the files.")
     return [TarMember(archive, member.name, member.offset_data, member.size) for member in members]
 
 

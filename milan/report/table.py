@@ -119,9 +119,12 @@ def notes(results: Results) -> list[str]:
     spread = (
         f"Means over {seeds} seeds, the range in brackets" if seeds > 1 else "One seed, so the spread over seeds is not known"
     )
-    error = decimal(50 / n**0.5)
-    words = [f"{spread}; the sampling error of a top-1 over {n:,} images is up to {error} points (one standard error)."]
-    words.append(labels_note(results))
+    if results.data.classes:
+        error = decimal(50 / n**0.5)
+        words = [f"{spread}; the sampling error of a top-1 over {n:,} images is up to {error} points (one standard error)."]
+        words.append(labels_note(results))
+    else:
+        words = [f"{spread}."]
     if stages := not_run(results):
         words.append(f"Not run, so a dash in the table: {', '.join(stages)}.")
     if missing := without_number(results):

@@ -49,6 +49,15 @@ def test_a_tar_in_a_tar_is_read_in_place(tmp_path):
     assert data[spans[1].offset : spans[1].offset + 700] == b"a" * 700
 
 
+def test_a_tar_with_two_members_of_one_name_is_refused(tmp_path):
+    """As `tar --append` makes it of a file that is in the archive: an image would count twice."""
+    path = saved(tmp_path / "twice.tar", tar(CONTENT))
+    with tarfile.open(path, "a") as archive:
+        archive.addfile(tarfile.TarInfo("empty"))
+    with pytest.raises(UserError, match=r"twice\.tar has several members of one name: empty\. Make it again from the files\."):
+        tar_members(path)
+
+
 def test_folders_in_a_tar_are_left_out(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         folder = tarfile.TarInfo("./some")

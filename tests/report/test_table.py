@@ -174,6 +174,13 @@ def test_one_seed_has_no_range_and_says_so(metrics):
     assert "One seed, so the spread over seeds is not known; the sampling error of a top-1 over 2,500 images is up to 1.0 points" in text
 
 
+def test_images_without_labels_have_no_sentence_on_labels(metrics):
+    labelled = table.notes(read_results(metrics, PUBLISHED, recipe()))
+    write(metrics / "prepare_imagenet.json", **{"prepare_imagenet/classes": 0, "prepare_imagenet/train": 8000, "prepare_imagenet/val": 2500})
+    without = table.notes(read_results(metrics, PUBLISHED, recipe()))
+    assert without == ["Means over 2 seeds, the range in brackets.", *labelled[2:]]
+
+
 def test_sentences_on_the_order_follow_from_the_numbers(metrics):
     assert table.order_sentences(read_results(metrics, PUBLISHED, recipe())) == [
         "MILAN: linear eval 36.0, 24.5 above no pretraining, 25.3 above MAE.",
