@@ -23,7 +23,7 @@ FULL = {  # name: script, options, seconds at most; compiled only where that is 
     "step": ("step", ["--batch", "256"], 170),
     "kernels": ("kernels", [], 70),
     "teacher": ("teacher", [], 60),
-    "tasks": ("tasks", [], 100),
+    "tasks": ("tasks", ["--repeats", "3"], 100),
     "loader": ("loader", [], 60),
     "parts": ("parts", [], 50),
     "step-512": ("step", ["--batch", "512"], 180),
