@@ -32,7 +32,8 @@ def read_foreign(path: Path):
                 f"{path} is damaged: {changed} in it has another CRC-32 than was written. Download or write it again."
             )
         # The releases of MAE, MILAN, DINO and SLIP contain their command line as a Namespace, which holds plain values.
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise

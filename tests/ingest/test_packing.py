@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -127,7 +128,7 @@ def test_names_that_are_not_in_utf_8_are_listed_readably(tmp_path):
 def test_a_name_that_no_file_can_have_is_listed(tmp_path):
     items = items_of(tmp_path / "in", {"a.jpg": encoded()})
     said = refusal(tmp_path / "out", train=[*items, {"image": File(tmp_path / "b\0.jpg"), "name": "b"}])
-    assert said.startswith("1 of 2 files") and "null byte" in said
+    assert said.startswith("1 of 2 files") and re.search("null (byte|character)", said)  # by the version of Python
 
 
 def test_a_long_list_of_broken_files_is_cut(tmp_path):
