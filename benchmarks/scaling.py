@@ -48,15 +48,17 @@ class Images(Dataset):
 
 
 class Clock:
-    """The training loop's to_inputs, which also notes when step WARM begins."""
+    """The training loop's to_inputs, which also notes when step WARM begins, and when step WARM + steps does: after the last
+    one the loop saves, which takes seconds."""
 
-    def __init__(self, teacher: nn.Module | None, precision: str, device: torch.device):
-        self.teacher, self.precision, self.device, self.asked, self.began = teacher, precision, device, 0, 0.0
+    def __init__(self, teacher: nn.Module | None, precision: str, device: torch.device, steps: int):
+        self.teacher, self.precision, self.device = teacher, precision, device
+        self.asked, self.noted, self.times = 0, (WARM, WARM + steps), []
 
     def __call__(self, batch: dict[str, Tensor]) -> tuple:
-        if self.asked == WARM:
+        if self.asked in self.noted:
             measure.wait(self.device)
-            self.began = time.perf_counter()
+            self.times.append(time.perf_counter())
         self.asked += 1
         images = transforms.normalise(batch["image"])
         if self.teacher is None:
@@ -65,8 +67,8 @@ class Clock:
             return images, batch["noise"], *self.teacher(images)
 
     def seconds(self) -> float:
-        measure.wait(self.device)
-        return time.perf_counter() - self.began
+        began, ended = self.times
+        return ended - began
 
 
 @dataclass(frozen=True)
@@ -87,9 +89,12 @@ def train(p: Place, model: Model, batch: int, steps: int, banked: bool, saved: S
     precision, whole = p.compute.precision, batch * p.world_size
     student = MaskedPretraining(model, MILAN, 0.75, FEATURES).to(device)
     optimizer = optim.adamw(optim.decay_groups(student, 0.05), (0.9, 0.95))
-    clock = Clock(None if banked else our_teacher(model, precision, device), precision, device)
+    teacher = None if banked else our_teacher(model, precision, device)
+    if teacher and p.compute.compile:
+        teacher.compile()  # as stages/pretrain.py does
+    clock = Clock(teacher, precision, device, steps)
     training = Training(
-        epochs=WARM + steps,
+        epochs=WARM + steps + 1,
         warmup_epochs=0,
         batch_size=whole,
         micro_batch=batch,
@@ -126,6 +131,7 @@ def main() -> None:
             place = Place(resolve_compute(measure.compute(args), measure.MODELS[args.model]), Runtime(processes=n, workers=workers, save_seconds=1e9))
             arguments = measure.MODELS[args.model], args.batch, args.steps, args.banked, saved
             rates[n].append(distributed.launch(train, place, *arguments)["rate"])
+            saved.clean()
     first, rows = args.processes[0], []
     for n, found in rates.items():
         rate = measure.median(found)
