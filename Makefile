@@ -38,7 +38,7 @@ setup: .venv/.installed ## create .venv with the pinned packages of requirements
 .venv/.installed: requirements.txt
 	@if ! said=$$(LC_ALL=C git rev-parse 2>&1); then echo "note: git knows no repository here ($$said). The pipeline runs without one; experiments (dvc exp) and studies need one: for them take a git clone, not a downloaded archive."; fi
 	@echo "Setting up .venv with the packages pinned in requirements.txt (about 6 GB, a few minutes the first time)."
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' || { echo "error: Python 3.10 to 3.13 is needed; this is `$(PYTHON) --version`. Try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { echo "error: Python 3.11 to 3.13 is needed; this is `$(PYTHON) --version`. Try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --upgrade pip
 	@$(BIN)/python -m pip install --quiet --progress-bar on -r requirements.txt
@@ -46,7 +46,7 @@ setup: .venv/.installed ## create .venv with the pinned packages of requirements
 	@touch $@
 
 lock: ## write requirements.txt from requirements.in (needs uv)
-	uv pip compile --universal --python-version 3.10 --no-header --quiet requirements.in -o requirements.txt
+	uv pip compile --universal --python-version 3.11 --no-header --quiet requirements.in -o requirements.txt
 
 audit: ## check the pinned packages for known vulnerabilities (queries PyPI)
 	@$(PYTHON) -m venv .venv-audit

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
 from milan.core.errors import UserError
 from milan.core.files import explain_os_errors
@@ -227,7 +227,7 @@ def count_pass(forward: Callable[[], Tensor], parameters: list[nn.Parameter]) ->
             kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with flop_counter() as counter, saved_tensors_hooks(keep, lambda tensor: tensor):
+    with FlopCounterMode(display=False) as counter, saved_tensors_hooks(keep, lambda tensor: tensor):
         forward()
     return float(counter.get_total_flops()), sum(kept.values())
 
@@ -271,15 +271,9 @@ def component_flops(params: Params) -> dict[str, float]:
 
 def forward_flops(model: nn.Module, *inputs: Tensor) -> float:
     """Count the FLOPs of a forward pass."""
-    with flop_counter() as counter, torch.no_grad():
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(*inputs)
     return float(counter.get_total_flops())
-
-
-def flop_counter() -> FlopCounterMode:
-    """Return torch's counter. A CPU's fused attention is named for torch 2.14, the newest for Python 3.10, which does not count it."""
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return FlopCounterMode(display=False, custom_mapping={kernel: lambda *shapes, **_: sdpa_flop_count(*shapes[:3])})
 
 
 @functools.cache

@@ -32,8 +32,7 @@ def read_foreign(path: Path):
                 f"{path} is damaged: {changed} in it has another CRC-32 than was written. Download or write it again."
             )
         # The releases of MAE, MILAN, DINO and SLIP contain their command line as a Namespace, which holds plain values.
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
