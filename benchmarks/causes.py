@@ -80,8 +80,8 @@ def main() -> None:
     compiled, online = measure.compute(args).compile, not args.banked
     possible = [*(TEACHERS if online else ()), *((OVERHEAD, GRAPH) if device.type == "cuda" else ())]
     names = [name for name in possible if args.cases is None or name in args.cases]
-    images = pictures(min(args.batch, 64), model.image_size, device)
     if online:
+        images = pictures(min(args.batch, 64), model.image_size, device)
         with torch.inference_mode():
             targets = our_step(model, "fp32", device, True, False).teacher(images)
     torch.set_float32_matmul_precision("high")  # as training does

@@ -70,6 +70,11 @@ def product(name: str, shapes: list) -> tuple[str, float] | None:
     return words, 2.0 * m * k * n * (batch[0] if batch else 1)
 
 
+def in_words(shapes: list) -> str:
+    """The shapes of an operator's first inputs."""
+    return " ".join("x".join(map(str, shape)) for shape in shapes[:3] if shape)
+
+
 def shapes_of(events: Iterable[tuple[str, list, float, int]], steps: int, peak: float) -> list[dict]:
     """events (operator, shapes, seconds, calls) of several steps -> a row a shape, what loses most first. peak: TFLOP/s."""
     rows = []
@@ -77,8 +82,7 @@ def shapes_of(events: Iterable[tuple[str, list, float, int]], steps: int, peak: 
         found = product(name, shapes)
         if seconds <= 0 or not (found or re.match(ATTENTION, name)):
             continue
-        words = found[0] if found else " ".join("x".join(map(str, shape)) for shape in shapes[:3] if shape)
-        row = {"operator": name.removeprefix("aten::"), "m x k x n": words}
+        row = {"operator": name.removeprefix("aten::"), "m x k x n": found[0] if found else in_words(shapes)}
         row |= {"calls": calls // steps, "ms a step": 1000 * seconds / steps}
         if found:
             rate = found[1] * calls / seconds / 1e12
@@ -98,8 +102,7 @@ def operators(events: Iterable[tuple[str, list, float, int]], steps: int) -> lis
     """events (operator, shapes, seconds, calls) of several steps -> a row each, the longest first."""
     rows = []
     for name, shapes, seconds, calls in sorted(events, key=lambda event: -event[2])[:LONGEST]:
-        words = " ".join("x".join(map(str, shape)) for shape in shapes[:3] if shape)
-        rows.append({"operator": name, "shapes": words, "calls": calls // steps, "ms a step": 1000 * seconds / steps})
+        rows.append({"operator": name, "shapes": in_words(shapes), "calls": calls // steps, "ms a step": 1000 * seconds / steps})
     return rows
 
 

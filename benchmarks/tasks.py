@@ -136,7 +136,7 @@ def main() -> None:
     about |= {f"GFLOP an image, {name}": f"{flops[name] / len(tasks[name].inputs[0]) / 1e9:.4g}" for name in args.only}
     measure.show("A step of fine-tuning and of segmentation", rows_of(tasks, flops, peak, args, device), about, args.json)
     if measure.compute(args).compile:
-        for name in args.only if args.compile_upernet else [name for name in args.only if name == FINETUNING]:
+        for name in (name for name in args.only if name == FINETUNING or args.compile_upernet):
             tasks[f"{name}, compiled"] = tasks[name].compiled()
             rows = rows_of(tasks, flops, peak, args, device)
             measure.show("A step of fine-tuning and of segmentation", rows, about, args.json)
